@@ -1,0 +1,215 @@
+"""The public functions: `smop`, `route`, `expert_projection`, `grouped_mm`.
+
+All of them work in eager mode, under autograd, autocast, `torch.compile(fullgraph=True)`, activation checkpointing and
+CUDA graphs, and take `backend="auto" | "torch" | "triton" | "cuda"`. Double backward and vmap are refused.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llama_smop.ops import dispatch
+from llama_smop.ops import expert_projection as _projection
+from llama_smop.ops import grouped_mm as _grouped_mm
+from llama_smop.ops import route as _route
+from llama_smop.ops.route import Routing
+
+SHARINGS = ("JEJR", "JEDR", "DEDR")
+
+
+class SMoPOutput(NamedTuple):
+    """What a projector returns. `...` are the leading dimensions of its input, X the experts in all."""
+
+    hidden_states: Tensor  # (..., O); 0 for masked tokens
+    router_logits: Tensor | None  # (..., E) float32
+    expert_indices: Tensor | None  # (..., K) int32 in [0, X); X for masked tokens
+    expert_weights: Tensor | None  # (..., K) float32
+    load_balancing_loss: Tensor  # ()
+    router_z_loss: Tensor  # ()
+    expert_counts: Tensor | None  # (X,) int32, choices of each expert
+
+
+def layout(sharing: str, num_experts: int) -> tuple[int, int]:
+    """(routers R, experts in all X) of a sharing: joint or disjoint experts (JE, DE) and routers (JR, DR)."""
+    if sharing not in SHARINGS:
+        raise ValueError(f"sharing must be one of {SHARINGS}, got {sharing!r}")
+    return (1 if sharing == "JEJR" else 2), (2 * num_experts if sharing == "DEDR" else num_experts)
+
+
+def route(
+    x: Tensor,
+    gate_weight: Tensor,
+    *,
+    top_k: int,
+    num_experts: int | None = None,
+    modality: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Routing:
+    """Choose K experts a token.
+
+        logits = x · Gᵀ,  p = softmax(logits) in float32,  (w, e) = top-K(p),  w = w / Σ w
+
+    With two routers a token's modality picks its router; with `num_experts == 2·E` expert ids are shifted by
+    modality·E. Ties go to the lower expert.
+
+    Auxiliary losses, for each router over its real tokens, averaged over the routers that have any: load balancing
+    `E · Σ_k Σ_e f_{k,e} P_e` (Fedus et al., Switch Transformers, eq. 4, summed over the K choices: K when uniform) and
+    router z-loss `mean(logsumexp(logits)²)` (Zoph et al., ST-MoE, eq. 5).
+
+    Args:
+        x: (T, D) float.
+        gate_weight: (R, E, D), R = 1 or 2 routers, x's dtype.
+        top_k: K, 1 to E.
+        num_experts: X, E or R·E; default E.
+        modality: (T,) integer, 0 audio, 1 video; required when R = 2.
+        mask: (T,) bool, True = real. Masked tokens are routed nowhere and count in no loss and no load figure.
+
+    Raises:
+        ValueError, TypeError: a shape, size or dtype that does not fit, naming the argument.
+        IndexError: a modality outside [0, 1] (on a GPU only with LLAMA_SMOP_DEBUG=1).
+        RuntimeError: the backend asked for cannot run here.
+    """
+    dispatch.check_shape("gate_weight", gate_weight, ("R", "E", "D"))
+    X = gate_weight.shape[1] if num_experts is None else num_experts
+    _route.check(x, gate_weight, modality, mask, top_k, X)
+    backend = dispatch.resolve(backend, x.dtype, x.device, top_k, X)
+    return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
+
+
+def expert_projection(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    recompute: str = "none",
+    schedule: tuple[Tensor, Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Each token through its K experts.
+
+        y = Σ_k w_k · LayerNorm_{e_k}(W2_{e_k} · act(W1_{e_k} x + b1_{e_k}) + b2_{e_k})
+
+    Cappellazzo et al., "Scaling and Enhancing LLM-based AVSR: A Sparse Mixture of Projectors Approach", Interspeech
+    2025, arXiv 2505.14336. Products accumulate in float32, LayerNorm and the sum over K are float32.
+
+    Args:
+        x: (T, D) float64, float32, bfloat16 or float16.
+        weights: (T, K) float.
+        experts: (T, K) integer in [0, X]; X skips the choice, which then contributes 0.
+        w1, b1: (X, H, D), (X, H).  w2, b2: (X, O, H), (X, O).  x's dtype; biases may be None.
+        ln_weight, ln_bias: (X, O), or both None for no LayerNorm.
+        activation: "relu", "gelu" (erf) or "silu".
+        recompute: "none", "h", "z" or "hz": what backward computes again instead of keeping it.
+        schedule: (order, inverse, offs) of a `Routing` made for the same `experts`; made here when None.
+
+    Returns:
+        (T, O) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape, size, dtype or name that does not fit, naming the argument.
+        IndexError: an expert id outside [0, X] (on a GPU only with LLAMA_SMOP_DEBUG=1).
+        RuntimeError: the backend asked for cannot run here.
+    """
+    _projection.check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    backend = dispatch.resolve(backend, x.dtype, x.device, weights.shape[1], w1.shape[0])
+    if schedule is None:
+        schedule = _projection.schedule(experts, w1.shape[0], backend)
+    y, *_ = _projection.expert_projection(
+        x, weights, experts, *schedule, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
+    )
+    return y
+
+
+def smop(
+    x: Tensor,
+    gate_weight: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    *,
+    top_k: int,
+    sharing: str,
+    modality: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    recompute: str = "none",
+    backend: str = "auto",
+) -> SMoPOutput:
+    """The sparse mixture of projectors: `route`, then `expert_projection`. Audio and video tokens go through together.
+
+    Args:
+        x: (..., D); `modality` (...) integer and `mask` (...) bool share its leading dimensions.
+        gate_weight: (R, E, D).  w1 (X, H, D), b1 (X, H), w2 (X, O, H), b2 (X, O), ln_weight and ln_bias (X, O), with
+            JEJR: R = 1, X = E;  JEDR: R = 2, X = E;  DEDR: R = 2, X = 2·E, modality-major (expert m·E + e).
+
+    See `route` and `expert_projection` for the formulas, dtypes and errors.
+    """
+    dispatch.check_shape("gate_weight", gate_weight, ("R", "E", x.shape[-1]))
+    routers, total = layout(sharing, gate_weight.shape[1])
+    if gate_weight.shape[0] != routers:
+        raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
+    if w1.shape[0] != total:
+        raise ValueError(f"w1 must hold {total} experts for {sharing}, got {w1.shape[0]}")
+    lead = x.shape[:-1]
+    for name, ids in (("modality", modality), ("mask", mask)):
+        if ids is not None and ids.shape != lead:
+            raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
+    flat = x.reshape(-1, x.shape[-1])
+    flat_ids = [None if t is None else t.reshape(-1) for t in (modality, mask)]
+    backend = dispatch.resolve(backend, x.dtype, x.device, top_k, total)
+    r = Routing(*_route.route(flat, gate_weight, *flat_ids, top_k, total, backend))
+    y, *_ = _projection.expert_projection(
+        flat, r.weights, r.experts, r.order, r.inverse, r.offs, w1, b1, w2, b2, ln_weight, ln_bias,
+        activation, eps, recompute, backend,
+    )  # fmt: skip
+    return SMoPOutput(
+        hidden_states=y.reshape(*lead, y.shape[-1]),
+        router_logits=r.logits.reshape(*lead, -1),
+        expert_indices=r.experts.reshape(*lead, top_k),
+        expert_weights=r.weights.reshape(*lead, top_k),
+        load_balancing_loss=r.load_balancing_loss,
+        router_z_loss=r.router_z_loss,
+        expert_counts=r.counts.reshape(-1) if total == r.counts.numel() else r.counts.sum(0, dtype=r.counts.dtype),
+    )
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One matrix product a group; `offs` means what it means in `torch.nn.functional.grouped_mm`.
+
+    2d x 3d: `out[rows of g] = act(a[rows of g] @ b[g] + bias[g])`, rows past `offs[-1]` are 0.
+    2d x 2d: `out[g] = a[:, columns of g] @ b[rows of g]`, an empty group gives 0.
+
+    Args:
+        a: (M, K); any strides, float64 to float16.
+        b: (G, K, N) or (K, N); any strides, a's dtype.
+        offs: (G,) int32, cumulative ends of the groups.
+        bias: (G, N), 2d x 3d only.
+        activation: None, "relu", "gelu" or "silu", 2d x 3d only.
+
+    Returns:
+        (M, N) or (G, M, N) in a's dtype.
+    """
+    _grouped_mm.check(a, b, offs, bias, activation)
+    backend = dispatch.resolve(backend, a.dtype, a.device, 1, offs.shape[0])
+    return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]

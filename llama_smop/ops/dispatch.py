@@ -1,0 +1,113 @@
+"""Which backend computes an operator, and the checks every operator makes before anything is launched.
+
+A backend is a module `backend_<name>.py` with the same functions (see `backend_torch`), plain tensors in and out.
+`"auto"` asks, on a GPU, for the CUDA extension (once it has been verified on hardware), then Triton, then PyTorch; on
+a CPU it is always PyTorch. An explicit choice that cannot run is an error that says why, never a silent fallback.
+"""
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch", "triton", "cuda")
+ACTIVATIONS = ("relu", "gelu", "silu")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def module(name: str) -> ModuleType:
+    return import_module(f"llama_smop.ops.backend_{name}")
+
+
+def unsupported(name: str, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+    """One line on why backend `name` cannot serve these arguments, or None when it can."""
+    try:
+        backend = module(name)
+    except ImportError as error:
+        return str(error)
+    return backend.unsupported(dtype, device, top_k, num_experts)
+
+
+def _auto_candidates(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cpu":
+        return ("torch",)
+    try:
+        verified = module("cuda").VERIFIED_ON_GPU
+    except ImportError:
+        verified = False
+    return ("cuda", "triton", "torch") if verified else ("triton", "torch")
+
+
+def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int = 1, num_experts: int = 1) -> str:
+    """The name of the backend that will run.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend was asked for by name and cannot run.
+    """
+    if backend == "auto":
+        for name in _auto_candidates(device):
+            if unsupported(name, dtype, device, top_k, num_experts) is None:
+                return name
+        raise RuntimeError(f"no backend can serve dtype {dtype} on device {device}")
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {BACKENDS}, got {backend!r}')
+    reason = unsupported(backend, dtype, device, top_k, num_experts)
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" cannot run: {reason}; backend="auto" picks one that can')
+    return backend
+
+
+def debug() -> bool:
+    """Whether values on a GPU are checked too, at the price of a synchronisation (LLAMA_SMOP_DEBUG=1)."""
+    return os.environ.get("LLAMA_SMOP_DEBUG", "0") not in ("", "0")
+
+
+def values_are_checked(device: torch.device) -> bool:
+    return device.type == "cpu" or debug()
+
+
+def check_in_range(name: str, ids: Tensor, low: int, high: int) -> None:
+    """Raise IndexError unless every id lies in [low, high]; on a GPU only under LLAMA_SMOP_DEBUG=1."""
+    if ids.numel() and values_are_checked(ids.device):
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < low or largest > high:
+            raise IndexError(f"{name} must lie in [{low}, {high}], got values from {smallest} to {largest}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
+    """Raise ValueError unless `tensor` has `shape`; a string in `shape` names a size that may be anything."""
+    fits = tensor.dim() == len(shape) and all(isinstance(w, str) or h == w for h, w in zip(tensor.shape, shape))  # noqa: B905
+    if not fits:
+        expected = "(" + ", ".join(str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_like(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless every given tensor shares the dtype and the device of `reference`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != reference.dtype:
+            raise TypeError(f"{name} must have {reference_name}'s dtype {reference.dtype}, got {tensor.dtype}")
+        check_device(reference_name, reference, **{name: tensor})
+
+
+def check_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{name} must be on {reference_name}'s device {reference.device}, got {tensor.device}")
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")

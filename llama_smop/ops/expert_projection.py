@@ -1,0 +1,188 @@
+"""`smop::expert_projection`: every token through its K experts, LayerNorm, gate weight, sum; and `smop::schedule`.
+
+Kept for backward: x, h (after the ReLU: it is the mask and the operand of dW2), z, mean and rstd, the routing and the
+weights themselves. `recompute` drops h or z and pays one grouped GEMM in backward; the routing is never recomputed.
+"""
+
+import torch
+from torch import Tensor
+
+from llama_smop.ops import autocast, dispatch
+from llama_smop.ops.backend_torch import acc_dtype
+
+RECOMPUTE = ("none", "h", "z", "hz")
+
+
+@torch.library.custom_op("smop::schedule", mutates_args=())
+def schedule(experts: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.check_shape("experts", experts, ("T", "K"))
+    dispatch.check_in_range("experts (num_experts itself skips a choice)", experts, 0, num_experts)
+    return dispatch.module(backend).schedule(experts.to(torch.int32).contiguous(), num_experts)
+
+
+@schedule.register_fake
+def _(experts, num_experts, backend):
+    T, K = experts.shape
+    integer = {"dtype": torch.int32}
+    return (
+        experts.new_empty(T * K, **integer),
+        experts.new_empty(T, K, **integer),
+        experts.new_empty(num_experts, **integer),
+    )
+
+
+def check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute) -> None:
+    """Everything that can be known without reading a value, one line each."""
+    dispatch.check_shape("x", x, ("T", "D"))
+    dispatch.check_float("x", x)
+    T, D = x.shape
+    dispatch.check_shape("w1", w1, ("X", "H", D))
+    X, H, _ = w1.shape
+    dispatch.check_shape("w2", w2, (X, "O", H))
+    O = w2.shape[1]
+    dispatch.check_shape("weights", weights, (T, "K"))
+    dispatch.check_shape("experts", experts, tuple(weights.shape))
+    if (ln_weight is None) != (ln_bias is None):
+        raise ValueError("ln_weight and ln_bias go together: pass both, or neither for no LayerNorm")
+    for name, tensor, shape in (
+        ("b1", b1, (X, H)),
+        ("b2", b2, (X, O)),
+        ("ln_weight", ln_weight, (X, O)),
+        ("ln_bias", ln_bias, (X, O)),
+    ):
+        if tensor is not None:
+            dispatch.check_shape(name, tensor, shape)
+    dispatch.check_like("x", x, w1=w1, b1=b1, w2=w2, b2=b2)
+    dispatch.check_device("x", x, weights=weights, experts=experts, ln_weight=ln_weight, ln_bias=ln_bias)
+    dispatch.check_activation(activation)
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@torch.library.custom_op("smop::expert_projection", mutates_args=())
+def expert_projection(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offs: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    activation: str,
+    eps: float,
+    recompute: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    weights = weights.to(acc_dtype(x.dtype))
+    tensors = _contiguous(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    return dispatch.module(backend).expert_projection_fwd(*tensors, activation, eps)
+
+
+@expert_projection.register_fake
+def _(
+    x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
+):
+    check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    (T, K), (X, H, _), O = weights.shape, w1.shape, w2.shape[1]
+    M = dispatch.module(backend).intermediate_rows(T, K, X)
+    stats = (M if ln_weight is not None else 0,)
+    acc = acc_dtype(x.dtype)
+    return (
+        x.new_empty(T, O),
+        x.new_empty(M, H),
+        x.new_empty((0,) if activation == "relu" else (M, H)),
+        x.new_empty(M, O),
+        x.new_empty(stats, dtype=acc),
+        x.new_empty(stats, dtype=acc),
+    )
+
+
+@torch.library.custom_op("smop::expert_projection_bwd", mutates_args=())
+def expert_projection_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offs: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    h: Tensor,
+    pre: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    eps: float,
+    need_dx: bool,
+    need_dweights: bool,
+    need_dparams: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = weights.to(acc_dtype(x.dtype))
+    tensors = _contiguous(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    grads = dispatch.module(backend).expert_projection_bwd(
+        *tensors, h, pre, z, mean, rstd, activation, eps, need_dx, need_dweights, need_dparams
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@expert_projection_bwd.register_fake
+def _(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, h, pre, z, mean, rstd, activation, eps, need_dx, need_dweights, need_dparams, backend):  # fmt: skip  # noqa: E501
+    def like(tensor, needed):
+        if tensor is None or not needed:
+            return x.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    dweights = x.new_empty(
+        weights.shape if need_dweights else (0,), dtype=acc_dtype(x.dtype) if need_dweights else None
+    )
+    params = (like(p, need_dparams) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
+    return (like(x, need_dx), dweights, *params)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.eps, recompute, ctx.backend = inputs
+    _, h, pre, z, mean, rstd = output
+    ctx.mark_non_differentiable(h, pre, z, mean, rstd)
+    if "h" in recompute:
+        h = pre = h.new_empty(0)
+    if "z" in recompute:
+        z = z.new_empty(0)
+    ctx.save_for_backward(*tensors, h, pre, z, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 16
+    x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    params = (w1, b1, w2, b2, ln_weight, ln_bias)
+    need_dparams = any(needs[6:12])
+    dx, dweights, *dparams = expert_projection_bwd(
+        dy, x, weights, experts, order, inverse, offs, *params, *saved,
+        ctx.activation, ctx.eps, needs[0], needs[1], need_dparams, ctx.backend,
+    )  # fmt: skip
+    dparams = [g if needed else None for g, needed in zip(dparams, needs[6:12], strict=True)]
+    dweights = dweights.to(weights.dtype) if needs[1] else None
+    return (dx if needs[0] else None, dweights, None, None, None, None, *dparams, None, None, None, None)
+
+
+expert_projection.register_autograd(_backward, setup_context=_setup_context)
+_AUTOCAST = autocast.register(expert_projection, {"x", "w1", "b1", "w2", "b2"})
