@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_smop.ops import cpu_memory
+
 VERIFIED_ON_GPU = True
 
 
@@ -154,7 +156,7 @@ def expert_projection_fwd(
     rstd = torch.empty_like(mean)
     normed = z
     if ln_weight is not None:
-        normed = torch.empty_like(z)
+        normed = cpu_memory.empty(z.shape, z)
         for e, rows in segments:
             n, m, r = torch.native_layer_norm(
                 z[rows], (O,), ln_weight[e].to(mean.dtype), ln_bias[e].to(mean.dtype), eps
@@ -204,8 +206,8 @@ def expert_projection_bwd(
     dweight_rows = torch.zeros(rows, dtype=weights.dtype, device=x.device)
     dx_rows = x.new_empty(rows, D) if need_dx else None
 
-    dw1 = torch.empty_like(w1) if need_dparams else None
-    dw2 = torch.empty_like(w2) if need_dparams else None
+    dw1 = cpu_memory.empty(w1.shape, w1) if need_dparams else None
+    dw2 = cpu_memory.empty(w2.shape, w2) if need_dparams else None
     db1 = torch.zeros_like(b1) if need_dparams and b1 is not None else None
     db2 = torch.zeros_like(b2) if need_dparams and b2 is not None else None
     dln_weight = torch.zeros_like(ln_weight) if need_dparams and ln_weight is not None else None
@@ -270,7 +272,7 @@ def _segments(offs: Tensor) -> list[tuple[int, slice]]:
 def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, Tensor]:
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     segments = _segments(offs)
-    h = x.new_empty(order.shape[0], w1.shape[1])
+    h = cpu_memory.empty((order.shape[0], w1.shape[1]), x)
     if segments:
         x_rows = x.index_select(0, order[: segments[-1][1].stop].long() // top_k)
         for e, rows in segments:
@@ -281,7 +283,7 @@ def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, T
 
 
 def _expert_output(h: Tensor, segments, w2: Tensor, b2: Tensor | None) -> Tensor:
-    z = h.new_empty(h.shape[0], w2.shape[1])
+    z = cpu_memory.empty((h.shape[0], w2.shape[1]), h)
     for e, rows in segments:
         _linear_out(h[rows], w2[e], None if b2 is None else b2[e], z[rows])
     return z
