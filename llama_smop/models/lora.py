@@ -1,0 +1,45 @@
+"""LoRA through peft: where the published recipe puts it, with its sizes."""
+
+from torch import nn
+
+# The recipe's `rank` divides the width: r = hidden / rank, scale alpha / rank; these are the same as peft writes them.
+PRESETS = {
+    "llama-3.2-1b": {"r": 64, "alpha": 8},
+    "llama-3.2-3b": {"r": 96, "alpha": 12},
+    "llama-3.1-8b": {"r": 64, "alpha": 8},
+    "av-hubert-large": {"r": 64, "alpha": 128},
+}
+TARGETS = ("q_proj", "v_proj")
+
+
+def lora_settings(lora: str | dict) -> dict:
+    """{"r", "alpha", "targets"} of a preset's name or of such a dict (targets default to the q and v projections).
+
+    Raises:
+        ValueError: an unknown preset, a missing or unknown key, r below 1.
+    """
+    if isinstance(lora, str):
+        if lora.lower() not in PRESETS:
+            raise ValueError(f"unknown LoRA preset {lora!r}; known: {', '.join(PRESETS)}")
+        lora = PRESETS[lora.lower()]
+    unknown = set(lora) - {"r", "alpha", "targets"}
+    if unknown or not {"r", "alpha"} <= set(lora):
+        raise ValueError(f"LoRA settings are r, alpha and targets, got {sorted(lora)}")
+    if lora["r"] < 1:
+        raise ValueError(f"LoRA r must be at least 1, got {lora['r']}")
+    return {"r": lora["r"], "alpha": lora["alpha"], "targets": list(lora.get("targets", TARGETS))}
+
+
+def inject_lora(module: nn.Module, lora: str | dict) -> None:
+    """Put LoRA into `module` in place: its own weights are frozen, the delta starts at zero (B = 0)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = lora_settings(lora)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=lora["r"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0, bias="none"
+        ),
+        module,
+    )
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" in name)

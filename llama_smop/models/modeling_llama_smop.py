@@ -1,0 +1,384 @@
+"""Llama-SMoP: Whisper's encoder, AV-HuBERT, one projector and a language model, for audio, video or both."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from llama_smop.functional import SMoPOutput
+from llama_smop.models.avhubert import AvHubertVideoEncoder
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.ctc import ctc_loss
+from llama_smop.models.lora import inject_lora
+from llama_smop.projector import DenseProjector, SMoPProjector
+
+SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
+IGNORED_LABEL = -100
+
+
+@dataclass
+class SpeechFeatures:
+    """What the towers and the projector make of a batch.
+
+    tokens: (B, S, O) projected tokens, the audio tokens of every clip first, then the video tokens.
+    mask: (B, S) bool, True = real token.
+    audio_tokens: how many of the S places are audio's.
+    projection: the projector's output over the same (B, S) places.
+    states, state_masks: tower frames (B, F, D) before compression and their masks (B, F), by modality.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    audio_tokens: int
+    projection: SMoPOutput
+    states: dict[str, Tensor]
+    state_masks: dict[str, Tensor]
+
+
+@dataclass
+class LlamaSmopOutput(ModelOutput):
+    """loss = lm_loss + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss + ctc_weight · ctc_loss.
+
+    logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
+    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). Losses that do not apply
+    are None.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    lm_loss: Tensor | None = None
+    load_balancing_loss: Tensor | None = None
+    router_z_loss: Tensor | None = None
+    ctc_loss: Tensor | None = None
+    expert_counts: Tensor | None = None
+    router_logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class LlamaSmopPreTrainedModel(PreTrainedModel):
+    config: LlamaSmopConfig
+    base_model_prefix = "model"
+    input_modalities = ("audio", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("WhisperEncoderLayer", "HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SMoPProjector | DenseProjector):
+            # Under transformers' guard, so that loaded parameters keep their values.
+            with init.guard_torch_init_functions():
+                module.reset_parameters()
+
+
+class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixin):
+    """Transcribes audio, video or both with one set of weights.
+
+    Placeholders: in `input_ids` a clip's audio is the marker `<audio>` A + 1 times, then `</audio>`: the first marker
+    keeps its embedding, the A that follow it are replaced by the A audio tokens. Video likewise.
+    """
+
+    # The Trainer then divides by the accumulation steps, as means over micro-batches (the auxiliary losses) ask.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LlamaSmopConfig):
+        super().__init__(config)
+        if "audio" in config.modalities:
+            self.audio_tower = WhisperEncoder(config.audio_config)
+        if "video" in config.modalities:
+            self.video_tower = AvHubertVideoEncoder(config.video_config)
+        self.multi_modal_projector = _projector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.ctc_weight:
+            widths = {"audio": config.audio_config.d_model, "video": config.video_config.hidden_size}
+            vocabulary = config.text_config.vocab_size
+            self.ctc_heads = nn.ModuleDict({m: nn.Linear(widths[m], vocabulary) for m in config.modalities})
+        self.post_init()
+        for part, lora in config.lora.items():
+            inject_lora(getattr(self, part), lora)
+        self._freeze()
+        self._refresh_generation_config()
+
+    # -- towers ------------------------------------------------------------------------------------------------
+
+    @property
+    def towers(self) -> dict[str, nn.Module]:
+        return {m: getattr(self, f"{m}_tower") for m in self.config.modalities}
+
+    def _freeze(self) -> None:
+        if self.config.freeze_towers:
+            for tower in self.towers.values():
+                for name, parameter in tower.named_parameters():
+                    parameter.requires_grad_("lora_" in name)
+
+    def train(self, mode: bool = True):
+        """Frozen towers stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
+        super().train(mode)
+        if self.config.freeze_towers:
+            for tower in self.towers.values():
+                tower.eval()
+        if self.config.tower_batch_norm_train and "video" in self.config.modalities:
+            for module in self.video_tower.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.train(mode)
+        return self
+
+    def get_audio_states(self, input_features: Tensor) -> Tensor:
+        """Log-mel (B, mels, 2·positions) -> Whisper frames (B, positions, D) at 50 Hz."""
+        tower = self.audio_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+            return tower(input_features.to(tower.conv1.weight.dtype)).last_hidden_state
+
+    def get_video_states(self, video_values: Tensor, video_mask: Tensor | None = None) -> Tensor:
+        """Lip frames (B, T, 1, H, W) at 25 Hz -> AV-HuBERT frames (B, T, D)."""
+        tower = self.video_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+            return tower(video_values.to(tower.proj.weight.dtype), video_mask).last_hidden_state
+
+    def get_speech_features(
+        self,
+        input_features: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        video_values: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        audio_states: Tensor | None = None,
+        video_states: Tensor | None = None,
+    ) -> SpeechFeatures:
+        """Towers, compression and one projector call over the audio and video tokens together.
+
+        Args:
+            input_features: (B, mels, 2·positions) log-mel of the whole Whisper window.
+            audio_mask: (B, F) bool, the Whisper frames that belong to each clip, real ones first; F ≤ positions.
+            video_values, video_mask: (B, T, 1, H, W) and (B, T) bool.
+            audio_states, video_states: tower outputs made before (a feature cache), in place of the inputs above;
+                (B, F, D) and (B, T, D), under the same masks.
+        """
+        states, masks = {}, {}
+        if input_features is not None or audio_states is not None:
+            self._expect("audio", audio_mask)
+            audio_states = self.get_audio_states(input_features) if audio_states is None else audio_states
+            states["audio"], masks["audio"] = audio_states[:, : audio_mask.shape[1]], audio_mask.bool()
+        if video_values is not None or video_states is not None:
+            self._expect("video", video_mask)
+            video_mask = video_mask.bool()
+            states["video"] = self.get_video_states(video_values, video_mask) if video_states is None else video_states
+            masks["video"] = video_mask
+        if not states:
+            raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
+        tokens, token_masks, modality = [], [], []
+        projector_width = self.multi_modal_projector.in_features
+        for name, frames in states.items():
+            x, mask = self._compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
+            # Zeros add nothing to a product: the narrower modality of separate experts is filled up with them.
+            tokens.append(nn.functional.pad(x, (0, projector_width - x.shape[-1])))
+            token_masks.append(mask)
+            modality.append(torch.full_like(mask, self.config.modalities.index(name), dtype=torch.int32))
+        mask = torch.cat(token_masks, 1)
+        projection = self.multi_modal_projector(
+            torch.cat(tokens, 1).to(self.multi_modal_projector.w1.dtype), torch.cat(modality, 1), mask
+        )
+        return SpeechFeatures(
+            tokens=projection.hidden_states,
+            mask=mask,
+            audio_tokens=token_masks[0].shape[1] if "audio" in states else 0,
+            projection=projection,
+            states=states,
+            state_masks=masks,
+        )
+
+    def _expect(self, modality: str, mask: Tensor | None) -> None:
+        if modality not in self.config.modalities:
+            raise ValueError(f"this model has no {modality} tower: its modalities are {self.config.modalities}")
+        if mask is None:
+            raise ValueError(f"{modality}_mask is required with {modality}: (B, frames) bool, True = real frame")
+
+    def _compress(self, frames: Tensor, mask: Tensor, rate: int) -> tuple[Tensor, Tensor]:
+        """(B, F, D) -> (B, F // rate, D or rate·D); a token is real when all its frames are, the tail is dropped."""
+        B, F, D = frames.shape
+        S = F // rate
+        windows = frames[:, : S * rate].reshape(B, S, rate, D)
+        x = windows.mean(2) if self.config.compression == "pool" else windows.flatten(2)
+        return x, mask[:, rate - 1 : S * rate : rate]
+
+    # -- the sequence ------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def place_speech(self, input_ids: Tensor, speech: SpeechFeatures) -> Tensor:
+        """Embeddings (B, L, O) of `input_ids` (B, L) with each clip's speech tokens at its placeholders."""
+        embeds = self.get_input_embeddings()(input_ids)
+        S = speech.tokens.shape[1]
+        previous = nn.functional.pad(input_ids, (1, 0), value=-1)[:, :-1]
+        places = torch.zeros_like(input_ids, dtype=torch.bool)
+        index = torch.zeros_like(input_ids)
+        for token_id, start, stop in (
+            (self.config.audio_token_id, 0, speech.audio_tokens),
+            (self.config.video_token_id, speech.audio_tokens, S),
+        ):
+            here = (input_ids == token_id) & (previous == token_id)
+            _check_counts(here.sum(1), speech.mask[:, start:stop].sum(1))
+            index = torch.where(here, start + here.cumsum(1) - 1, index)
+            places |= here
+        index = index.clamp(0, S - 1)[..., None].expand(-1, -1, speech.tokens.shape[-1])
+        return torch.where(places[..., None], speech.tokens.gather(1, index).to(embeds.dtype), embeds)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        video_values: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        audio_states: Tensor | None = None,
+        video_states: Tensor | None = None,
+        **kwargs,
+    ) -> LlamaSmopOutput:
+        """Logits, and with `labels` (B, L; -100 is ignored) the losses.
+
+        `input_ids` and `attention_mask` (B, L) come from `LlamaSmopProcessor`, padded on either side; the speech
+        arguments are those of `get_speech_features`. Without speech arguments the language model runs alone.
+        """
+        speech = None
+        given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
+        speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
+        if inputs_embeds is None and any(speech_inputs[k] is not None for k in SPEECH_INPUTS):
+            speech = self.get_speech_features(**speech_inputs)
+            inputs_embeds, input_ids = self.place_speech(input_ids, speech), None
+        if position_ids is None and past_key_values is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        outputs = self.language_model(
+            input_ids=input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=(labels is None) if use_cache is None else use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        result = LlamaSmopOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            lm_loss=outputs.loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if speech is not None:
+            self._add_speech_losses(result, speech, labels)
+        return result
+
+    def _add_speech_losses(self, result: LlamaSmopOutput, speech: SpeechFeatures, labels: Tensor | None) -> None:
+        projection, config = speech.projection, self.config
+        result.router_logits, result.expert_counts = projection.router_logits, projection.expert_counts
+        if config.projector_config.kind == "smop":
+            result.load_balancing_loss, result.router_z_loss = projection.load_balancing_loss, projection.router_z_loss
+        if labels is None:
+            return
+        if config.projector_config.kind == "smop":
+            result.loss = (
+                result.loss
+                + config.load_balancing_coef * result.load_balancing_loss
+                + config.router_z_coef * result.router_z_loss
+            )
+        if config.ctc_weight:
+            result.ctc_loss = sum(
+                ctc_loss(
+                    self.ctc_heads[m](frames),
+                    speech.state_masks[m],
+                    labels,
+                    blank=config.pad_token_id,
+                    ignored=(IGNORED_LABEL, *_as_tuple(config.eos_token_id)),
+                )
+                for m, frames in speech.states.items()
+            )
+            result.loss = result.loss + config.ctc_weight * result.ctc_loss
+
+    # -- generation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor:
+        """transformers' `generate`; the towers and the projector run once a clip, whatever the number of beams.
+
+        Greedy unless told otherwise. Returns the prompt's ids followed by the new ones, (B, L + new).
+        """
+        input_ids = kwargs.pop("input_ids", None)
+        input_ids = inputs if input_ids is None else input_ids
+        kwargs.pop("labels", None)
+        speech = {k: kwargs.pop(k) for k in SPEECH_INPUTS if kwargs.get(k) is not None}
+        if speech:
+            kwargs["inputs_embeds"] = self.place_speech(input_ids, self.get_speech_features(**speech))
+        return super().generate(input_ids=input_ids, **kwargs)
+
+    def _refresh_generation_config(self) -> None:
+        generation = self.generation_config
+        generation.do_sample, generation.num_beams = False, 1
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(generation, name, getattr(self.config, name))
+
+
+def _projector(config: LlamaSmopConfig) -> nn.Module:
+    settings = config.projector_config
+    sizes = (max(config.token_features.values()), settings.hidden_features, config.text_config.hidden_size)
+    common = {"activation": settings.activation, "layer_norm": settings.layer_norm, "backend": settings.backend}
+    if settings.kind == "dense":
+        return DenseProjector(*sizes, modalities=len(config.modalities), **common)
+    return SMoPProjector(
+        *sizes,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        sharing=config.projector_sharing,
+        recompute=settings.recompute,
+        **common,
+    )
+
+
+def _as_tuple(token_id: int | list[int] | None) -> tuple[int, ...]:
+    return (token_id,) if isinstance(token_id, int) else tuple(token_id or ())
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
+    """Each clip (B,) must have as many placeholders as speech tokens; on a GPU checked without waiting for it."""
+    agree = (placeholders == tokens).all()
+    if agree.device.type == "cpu":
+        if not agree:
+            raise ValueError(
+                f"input_ids have {placeholders.tolist()} placeholders where the clips have {tokens.tolist()} speech "
+                "tokens; make both with one LlamaSmopProcessor of this model's rates"
+            )
+    else:
+        torch._assert_async(agree, "placeholders in input_ids and speech tokens differ in number")
+
+
+AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
+
+__all__ = ["LlamaSmopForConditionalGeneration", "LlamaSmopOutput", "SpeechFeatures"]

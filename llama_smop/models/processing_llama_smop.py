@@ -1,0 +1,240 @@
+"""`LlamaSmopProcessor`: clips and text to what the model takes, and ids back to text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.word_tokenizer import AUDIO, AUDIO_END, PROMPTS, SPECIAL_TOKENS, VIDEO, VIDEO_END
+
+SAMPLING_RATE = 16000
+SAMPLES_PER_FRAME = 320  # one Whisper frame, 1/50 s
+SAMPLES_PER_VIDEO_FRAME = 640  # one video frame, 1/25 s
+MIN_AUDIO_FRAMES = 25
+
+
+class LlamaSmopProcessor(ProcessorMixin):
+    """Makes `BOS <audio> A </audio> <video> V </video> PROMPT text EOS` and the features behind A and V.
+
+    Args:
+        feature_extractor: a `WhisperFeatureExtractor`.
+        tokenizer: any tokenizer that knows `<pad> <audio> </audio> <video> </video>`, BOS and EOS.
+        rate_audio, rate_video: tower frames to a token, as in the model's config.
+        audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
+        prompts: the text after the speech tokens for "audio", "video" and "audio_video".
+    """
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        rate_audio: int = 4,
+        rate_video: int = 2,
+        audio_window: int = 1500,
+        prompts: dict[str, str] | None = None,
+        chat_template=None,
+    ):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
+        self.prompts = {**PROMPTS, **(prompts or {})}
+        vocabulary = tokenizer.get_vocab()
+        missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"the tokenizer lacks the special tokens {' '.join(missing)}; add them with "
+                "llama_smop.models.word_tokenizer.add_special_tokens and resize the model's embeddings"
+            )
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer must have a BOS and an EOS token")
+
+    @classmethod
+    def for_config(cls, config: LlamaSmopConfig, feature_extractor, tokenizer) -> "LlamaSmopProcessor":
+        return cls(
+            feature_extractor,
+            tokenizer,
+            rate_audio=config.rate_audio,
+            rate_video=config.rate_video,
+            audio_window=config.audio_config.max_source_positions,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "input_features", "audio_mask", "video_values", "video_mask"]
+
+    def __call__(
+        self,
+        text: Sequence[str] | str | None = None,
+        audio: Sequence | None = None,
+        video: Sequence | None = None,
+        *,
+        prompt: str | None = None,
+        padding_side: str | None = None,
+    ) -> BatchFeature:
+        """A batch for `forward` (with `text`) or for `generate` (without).
+
+        Args:
+            text: what each clip says; then EOS and `labels` (B, L) follow, -100 on all but the text and EOS.
+            audio: for each clip (N,) or (N, 1) floats at 16 kHz, transformed already. With video it is cut or padded
+                with zeros to the video's length.
+            video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
+            prompt: in place of the modality's own.
+            padding_side: "right" with text, "left" without.
+
+        Returns:
+            input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
+            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool.
+
+        Raises:
+            ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
+                the window, text that the tokenizer cannot carry (the word is named).
+        """
+        if audio is None and video is None:
+            raise ValueError("expected audio, video or both, got neither")
+        texts = [text] if isinstance(text, str) else text
+        clips = len(video if audio is None else audio)
+        for name, given in (("audio", audio), ("video", video), ("text", texts)):
+            if given is not None and len(given) != clips:
+                raise ValueError(f"expected one {name} for each of {clips} clips, got {len(given)}")
+        if clips == 0:
+            raise ValueError("expected at least one clip, got none")
+        batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
+        if video is not None:
+            video = [_as_video(v) for v in video]
+            if audio is not None:
+                audio = [fit(_as_audio(a), len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
+            counts["video"] = [self.video_tokens(len(v)) for v in video]
+            batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
+        if audio is not None:
+            audio = [_as_audio(a) for a in audio]
+            counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
+            batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
+        given = "_".join(m for m, clip in (("audio", audio), ("video", video)) if clip is not None)
+        prompt_ids = self.encode(self.prompts[given] if prompt is None else prompt)
+        prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
+        return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
+
+    # -- lengths ---------------------------------------------------------------------------------------------------
+
+    def audio_frames(self, samples: int) -> int:
+        """Whisper frames of a clip: 50 a second in integer arithmetic, at least 25, at most the window."""
+        if samples < 1:
+            raise ValueError("a clip has no audio samples")
+        if samples > self.audio_window * SAMPLES_PER_FRAME:
+            raise ValueError(
+                f"a clip of {samples / SAMPLING_RATE:.2f} s is longer than the audio window of "
+                f"{self.audio_window / 50:.2f} s; cut it, as llama_smop.decoding.cut_at_silences does"
+            )
+        return min(max(samples * 50 // SAMPLING_RATE, MIN_AUDIO_FRAMES), self.audio_window)
+
+    def audio_tokens(self, samples: int) -> int:
+        return self._tokens(self.audio_frames(samples), self.rate_audio, "audio")
+
+    def video_tokens(self, frames: int) -> int:
+        return self._tokens(frames, self.rate_video, "video")
+
+    @staticmethod
+    def _tokens(frames: int, rate: int, modality: str) -> int:
+        if frames < rate:
+            raise ValueError(
+                f"a clip of {frames} {modality} frames is shorter than one token of {rate} frames; leave it out"
+            )
+        return frames // rate
+
+    # -- features --------------------------------------------------------------------------------------------------
+
+    def _log_mel(self, audio: list[np.ndarray], frames: list[int]) -> dict[str, Tensor]:
+        mel = self.feature_extractor(
+            audio,
+            sampling_rate=SAMPLING_RATE,
+            padding="max_length",
+            max_length=self.audio_window * SAMPLES_PER_FRAME,
+            return_tensors="pt",
+        )
+        return {"input_features": mel["input_features"], "audio_mask": prefix_mask(frames)}
+
+    def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
+        values = video[0].new_zeros(len(video), max(frames), *video[0].shape[1:])
+        for i, (clip, n) in enumerate(zip(video, frames, strict=True)):
+            values[i, :n] = clip[:n]
+        return {"video_values": values, "video_mask": prefix_mask(frames)}
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without BOS and EOS; ValueError naming the word that the tokenizer cannot carry."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids = encoded["input_ids"]
+        forbidden = set(self.tokenizer.all_special_ids) | set(
+            self.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        )
+        for position, token in enumerate(ids):
+            if token in forbidden:
+                word = self.tokenizer.convert_ids_to_tokens(token)
+                if "offset_mapping" in encoded:
+                    start, end = encoded["offset_mapping"][position]
+                    word = text[start:end]
+                raise ValueError(f"the tokenizer cannot carry {word!r} of the text {text!r}")
+        return ids
+
+    def _speech_ids(self, audio: int, video: int) -> list[int]:
+        ids = [self.tokenizer.bos_token_id]
+        for count, start, end in ((audio, AUDIO, AUDIO_END), (video, VIDEO, VIDEO_END)):
+            if count:
+                # The first stands for itself, the others are places for the clip's tokens.
+                ids += self.tokenizer.convert_tokens_to_ids([start] * (count + 1) + [end])
+        return ids
+
+    def _pad_text(self, prefixes: list[list[int]], texts: Sequence[str] | None, side: str | None) -> dict[str, Tensor]:
+        eos = [self.tokenizer.eos_token_id]
+        targets = [[]] * len(prefixes) if texts is None else [self.encode(t) + eos for t in texts]
+        side = ("left" if texts is None else "right") if side is None else side
+        if side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right", got {side!r}')
+        length = max(len(p) + len(t) for p, t in zip(prefixes, targets, strict=True))
+        shape = (len(prefixes), length)
+        ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0]))
+        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        for i, (prefix, target) in enumerate(zip(prefixes, targets, strict=True)):
+            n = len(prefix) + len(target)
+            begin = length - n if side == "left" else 0
+            ids[i, begin : begin + n] = torch.tensor(prefix + target)
+            mask[i, begin : begin + n] = 1
+            if target:
+                labels[i, begin + len(prefix) : begin + n] = torch.tensor(target)
+        return {"input_ids": ids, "attention_mask": mask} | ({} if texts is None else {"labels": labels})
+
+    def decode_new(self, generated: Tensor, prompt_length: int) -> list[str]:
+        """Texts of what `generate` added to prompts of `prompt_length` ids."""
+        return [t.strip() for t in self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)]
+
+
+def fit(audio: np.ndarray, samples: int) -> np.ndarray:
+    """Cut or pad with zeros to `samples`."""
+    return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
+
+
+def prefix_mask(lengths: Sequence[int]) -> Tensor:
+    """(B, max length) bool, True on the first `lengths[b]` places."""
+    return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+
+def _as_audio(audio) -> np.ndarray:
+    array = np.asarray(audio.detach().cpu() if isinstance(audio, Tensor) else audio, dtype=np.float32)
+    if array.ndim == 2 and 1 in array.shape:
+        array = array.reshape(-1)
+    if array.ndim != 1:
+        raise ValueError(f"a clip's audio must be (N,) or (N, 1) mono samples, got {array.shape}")
+    return array
+
+
+def _as_video(video) -> Tensor:
+    tensor = torch.as_tensor(np.asarray(video) if not isinstance(video, Tensor) else video).float()
+    if tensor.dim() != 4 or tensor.shape[1] != 1:
+        raise ValueError(f"a clip's video must be (T, 1, H, W) grey frames, got {tuple(tensor.shape)}")
+    return tensor
+
+
+__all__ = ["LlamaSmopProcessor"]

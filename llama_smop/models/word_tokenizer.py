@@ -1,0 +1,39 @@
+"""Special tokens of a Llama-SMoP, and a word-level tokenizer for small vocabularies."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, AUDIO, AUDIO_END, VIDEO, VIDEO_END = SPECIAL_TOKENS = ("<pad>", "<audio>", "</audio>", "<video>", "</video>")
+BOS, EOS, UNKNOWN = "<|begin_of_text|>", "<|end_of_text|>", "<unk>"
+PROMPTS = {
+    "audio": "Transcribe speech to text.",
+    "video": "Transcribe video to text.",
+    "audio_video": "Transcribe speech and video to text.",
+}
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add `<pad> <audio> </audio> <video> </video>` in the published order; how many were new.
+
+    `<pad>` becomes the padding token: it is the only one of the five that the model itself may be asked to embed at
+    padded places, where nothing attends to it.
+    """
+    return tokenizer.add_special_tokens(
+        {"pad_token": PAD, "additional_special_tokens": [AUDIO, AUDIO_END, VIDEO, VIDEO_END]},
+    )
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are `words` (lower-cased, sorted) and those of the prompts, split at white space."""
+    vocabulary = {w.lower() for w in words} | {w.lower() for prompt in PROMPTS.values() for w in prompt.split()}
+    if any(not w or w.split() != [w] for w in vocabulary):
+        raise ValueError("a word must be a string without white space")
+    ids = {token: i for i, token in enumerate((BOS, EOS, UNKNOWN, *sorted(vocabulary)))}
+    backend = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN)
+    add_special_tokens(tokenizer)
+    return tokenizer
