@@ -1,0 +1,119 @@
+// What every kernel file uses: 16-bit element types, 16-byte row access that tolerates any alignment, reductions, launch checks.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "api.h"
+#include "tile_scheduler.cuh"
+
+namespace smop {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(fp16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(float v) { return v; }
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float v) { return __float2bfloat16_rn(v); }
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float v) { return __float2half_rn(v); }
+template <>
+__device__ __forceinline__ float from_float<float>(float v) { return v; }
+
+__device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// Eight consecutive elements, of which `n` exist (n may be ≥ 8 or ≤ 0); those that do not read as zero. 16-byte accesses where the
+// address allows them, which is every time for contiguous rows whose width is a multiple of 8.
+template <class T>
+__device__ __forceinline__ void load8(const T* p, int n, float (&v)[8]) {
+  if (n >= 8 && aligned16(p)) {
+    constexpr int kPer = 16 / sizeof(T);
+#pragma unroll
+    for (int j = 0; j < 8; j += kPer) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(p + j);
+      const T* e = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) v[j + i] = to_float(e[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < n ? to_float(p[i]) : 0.f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store8(T* p, int n, const float (&v)[8]) {
+  if (n >= 8 && aligned16(p)) {
+    constexpr int kPer = 16 / sizeof(T);
+#pragma unroll
+    for (int j = 0; j < 8; j += kPer) {
+      uint4 bits;
+      T* e = reinterpret_cast<T*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) e[i] = from_float<T>(v[j + i]);
+      *reinterpret_cast<uint4*>(p + j) = bits;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < n) p[i] = from_float<T>(v[i]);
+  }
+}
+
+// Butterfly sums: every lane gets the same bits, and the order is fixed.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) v += __shfl_xor_sync(kFullWarp, v, d);
+  return v;
+}
+
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, d));
+  return v;
+}
+
+// Sums of N values over the block, the same in every thread. `shared` holds N * warps floats and may be reused after the
+// caller's next barrier.
+template <int N, int kThreads>
+__device__ __forceinline__ void block_sum(float (&v)[N], float* shared) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) shared[i * kWarps + warp] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    v[i] = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
+  }
+  __syncthreads();
+}
+
+// Calls f with a value of the element type: by_dtype(args->dtype, [&](auto t) { using T = decltype(t); ... }).
+template <class F>
+cudaError_t by_dtype(int dtype, F&& f) {
+  switch (dtype) {
+    case SMOP_BFLOAT16: return f(bf16{});
+    case SMOP_FLOAT16: return f(fp16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+inline cudaStream_t as_stream(uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+}  // namespace smop

@@ -1,0 +1,88 @@
+// From accumulators to rows in memory: bias, activation or its derivative, predicated 16-byte stores. Both GEMM families use
+// it, because mma.sync and wgmma leave a warp the same fragment: of an 8-column block, lane l holds columns 2(l%4), +1 of rows
+// l/4 and l/4 + 8.
+#pragma once
+#include "common.cuh"
+
+namespace smop {
+
+constexpr int kStageRows = 16, kStageCols = 32;
+// 8 floats of padding make the fragment writes of a half-warp hit 32 different banks.
+constexpr int kStageStride = kStageCols + 8;
+constexpr int kStageFloats = kStageRows * kStageStride;  // a warp's share of shared memory
+
+template <class T>
+struct Epilogue {
+  T* out;         // the tile's first row
+  T* pre;         // likewise, or null
+  const T* aux;   // likewise, or null
+  const T* bias;  // of the expert, or null
+  int64_t ld;     // of out, pre and aux
+  int n;          // columns that exist
+  int rows;       // rows of the tile that exist
+  int kind;       // SmopEpilogue
+};
+
+__device__ __forceinline__ float transcendental(int kind, float v, float aux) {
+  const float x = kind >= SMOP_GELU_GRAD ? aux : v;
+  if (kind == SMOP_GELU || kind == SMOP_GELU_GRAD) {
+    const float cdf = 0.5f * (1.f + erff(x * 0.707106781f));
+    return kind == SMOP_GELU ? x * cdf : v * (cdf + x * 0.398942280f * expf(-0.5f * x * x));
+  }
+  const float s = 1.f / (1.f + expf(-x));
+  return kind == SMOP_SILU ? x * s : v * s * (1.f + x * (1.f - s));
+}
+
+// One 16×32 piece of a warp's accumulators: acc[kBase + 4j + i] is element i of its column block j. `row` is the piece's first
+// row within the tile, `col` its first column in the matrix. The stage is the warp's own.
+template <int kBase, class T, int N>
+__device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], float* stage, int row, int col) {
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // the piece before has been read
+#pragma unroll
+  for (int j = 0; j < kStageCols / 8; ++j) {
+    float* at = stage + (lane / 4) * kStageStride + j * 8 + (lane % 4) * 2;
+    *reinterpret_cast<float2*>(at) = make_float2(acc[kBase + 4 * j], acc[kBase + 4 * j + 1]);
+    *reinterpret_cast<float2*>(at + 8 * kStageStride) = make_float2(acc[kBase + 4 * j + 2], acc[kBase + 4 * j + 3]);
+  }
+  __syncwarp();
+  const int my_col = col + (lane % 4) * 8;
+  const int valid = to.n - my_col;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const int my_row = half * 8 + lane / 4;
+    if (row + my_row >= to.rows || valid <= 0) continue;
+    const int64_t at = static_cast<int64_t>(row + my_row) * to.ld + my_col;
+    float* mine = stage + my_row * kStageStride + (lane % 4) * 8;
+    float v[8], other[8];
+    *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(mine);
+    *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(mine + 4);
+    if (to.bias) {
+      load8(to.bias + my_col, valid, other);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += other[i];
+    }
+    if (to.pre) store8(to.pre + at, valid, v);
+    if (to.kind == SMOP_RELU) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = v[i] <= 0.f ? 0.f : v[i];  // a NaN stays one
+    } else if (to.kind == SMOP_RELU_GRAD) {
+      load8(to.aux + at, valid, other);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = other[i] <= 0.f ? 0.f : v[i];
+    } else if (to.kind != SMOP_IDENTITY) {
+      // erf and exp, inlined once for each of a thread's accumulators, would be most of the kernel's code: here they work in
+      // place on the lane's 8 staged floats, in a loop that stays a loop.
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mine[i] = v[i];
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i)
+        mine[i] = transcendental(to.kind, mine[i], to.aux && i < valid ? to_float(to.aux[at + i]) : 0.f);
+      *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(mine);
+      *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(mine + 4);
+    }
+    store8(to.out + at, valid, v);
+  }
+}
+
+}  // namespace smop

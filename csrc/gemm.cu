@@ -1,0 +1,59 @@
+// Chooses the GEMM family, and answers what the binding asks about the device and the build.
+#include <cstdio>
+
+#include "gemm.cuh"
+
+namespace smop {
+namespace {
+
+// wgmma and TMA exist on compute capability 9.0 alone (sm_90a code runs nowhere else).
+constexpr int kHopper = 90;
+
+cudaError_t device_arch(int& arch) {
+  int device = 0, major = 0, minor = 0;
+  if (auto e = cudaGetDevice(&device)) return e;
+  if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+  if (auto e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return e;
+  arch = 10 * major + minor;
+  return cudaSuccess;
+}
+
+// Whether to take the sm_90 family; `family` 90 insists and fails where it cannot serve.
+cudaError_t choose_hopper(int family, bool serves, bool& hopper) {
+  int arch = 0;
+  hopper = false;
+  if (family == 80) return cudaSuccess;
+  if (auto e = device_arch(arch)) return e;
+  hopper = arch == kHopper && serves;
+  return family == kHopper && !hopper ? cudaErrorNotSupported : cudaSuccess;
+}
+
+}  // namespace
+}  // namespace smop
+
+extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream) {
+  using namespace smop;
+  if (args->rows == 0 || args->n == 0) return cudaSuccess;
+  bool hopper;
+  if (auto e = choose_hopper(args->family, gemm_sm90_serves(*args), hopper)) return e;
+  return hopper ? launch_gemm_sm90(*args, as_stream(stream)) : launch_gemm_sm80(*args, as_stream(stream));
+}
+
+extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream) {
+  using namespace smop;
+  bool hopper;
+  if (auto e = choose_hopper(args->family, wgrad_sm90_serves(*args), hopper)) return e;
+  return hopper ? launch_wgrad_sm90(*args, as_stream(stream)) : launch_wgrad_sm80(*args, as_stream(stream));
+}
+
+extern "C" int smop_device_arch(int* arch) { return smop::device_arch(*arch); }
+
+extern "C" const char* smop_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+extern "C" const char* smop_nvcc_version(void) {
+  static char text[32];
+  std::snprintf(text, sizeof text, "%d.%d.%d", __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__);
+  return text;
+}
+
+extern "C" int smop_cudart_version(void) { return CUDART_VERSION; }

@@ -1,0 +1,56 @@
+// The PTX instructions the GEMMs are made of, one thin function each. "shared" addresses are 32-bit (shared_address()).
+#pragma once
+#include "common.cuh"
+
+namespace smop::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// ------------------------------------------------------------------------------------------------ sm_80: cp.async, mma.sync
+
+// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest become zero. The L1 is bypassed.
+__device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d += a · b, 16×8×16, float32 accumulators.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+#define SMOP_MMA(TYPE, NAME)                                                                                                   \
+  template <>                                                                                                                  \
+  __device__ __forceinline__ void mma_m16n8k16<TYPE>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {        \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "        \
+                 "{%0,%1,%2,%3};"                                                                                              \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                              \
+  }
+SMOP_MMA(bf16, "bf16")
+SMOP_MMA(fp16, "f16")
+#undef SMOP_MMA
+
+// Two ones of the element type in one register: a B operand that sums the rows of A.
+template <class T>
+constexpr uint32_t kTwoOnes = 0;
+template <>
+inline constexpr uint32_t kTwoOnes<bf16> = 0x3f803f80u;
+template <>
+inline constexpr uint32_t kTwoOnes<fp16> = 0x3c003c00u;
+
+}  // namespace smop::ptx

@@ -1,0 +1,84 @@
+// Which output tile a block computes. Host and device: the tests drive these very functions from Python.
+//
+// Segments are not padded, so the number of row tiles depends on the routing, which only the device knows. Launches are
+// sized by the worst case (max_row_tiles) and every block walks the cumulative ends `offs` to its tile; a block finds none
+// beyond the last and leaves. That walk is at most X steps, and a persistent block continues it where it stopped.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SMOP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SMOP_HOST_DEVICE inline
+#endif
+
+namespace smop {
+
+SMOP_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Σ_e ceil(n_e / block) never exceeds this, whatever the routing.
+SMOP_HOST_DEVICE int64_t max_row_tiles(int64_t rows, int experts, int block) { return rows / block + (rows < experts ? rows : experts); }
+
+struct RowTile {
+  int expert;
+  int row;       // the first row
+  int rows;      // how many of the tile's rows belong to the expert: 1 … block
+  int col_tile;  // index of the column tile
+  int index;     // number of row tiles before this one (its place in per-tile scratch)
+};
+
+// Tiles of (rows of one expert) × (columns). Row tiles come fastest, so that blocks running together share the weights' tile.
+class RowTileScheduler {
+ public:
+  SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int block, int col_tiles)
+      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles) {}
+
+  // The tile with this number, or false when there are fewer. Numbers must not fall from call to call.
+  SMOP_HOST_DEVICE bool find(int64_t number, RowTile& tile) {
+    for (; expert_ < experts_; ++expert_) {
+      const int end = offs_[expert_];
+      const int row_tiles = static_cast<int>(ceil_div(end - begin_, block_));
+      const int64_t inside = number - static_cast<int64_t>(row_tiles_before_) * col_tiles_;
+      if (inside < static_cast<int64_t>(row_tiles) * col_tiles_) {
+        const int row_tile = static_cast<int>(inside % row_tiles);
+        tile.expert = expert_;
+        tile.row = begin_ + row_tile * block_;
+        tile.rows = end - tile.row < block_ ? end - tile.row : block_;
+        tile.col_tile = static_cast<int>(inside / row_tiles);
+        tile.index = row_tiles_before_ + row_tile;
+        return true;
+      }
+      row_tiles_before_ += row_tiles;
+      begin_ = end;
+    }
+    return false;
+  }
+
+ private:
+  const int32_t* offs_;
+  int experts_, block_, col_tiles_;
+  int expert_ = 0, begin_ = 0, row_tiles_before_ = 0;
+};
+
+// Number of row tiles before an expert's first one: where its part of per-tile scratch begins (expert = X: the total).
+SMOP_HOST_DEVICE int row_tiles_before(const int32_t* offs, int expert, int block) {
+  int tiles = 0, begin = 0;
+  for (int e = 0; e < expert; ++e) {
+    tiles += static_cast<int>(ceil_div(offs[e] - begin, block));
+    begin = offs[e];
+  }
+  return tiles;
+}
+
+// Tiles of the stacked weight gradients (X, m, n): their number does not depend on the routing.
+struct WeightTile {
+  int expert, row_tile, col_tile;
+};
+
+SMOP_HOST_DEVICE WeightTile weight_tile(int64_t number, int row_tiles, int col_tiles) {
+  const int per_expert = row_tiles * col_tiles;
+  const int inside = static_cast<int>(number % per_expert);
+  return {static_cast<int>(number / per_expert), inside % row_tiles, inside / row_tiles};
+}
+
+}  // namespace smop

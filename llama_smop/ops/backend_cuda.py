@@ -1,0 +1,444 @@
+"""The operators on the CUDA C++ extension `llama_smop._C` (sources and build: csrc/README.md).
+
+Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activation); GEMM2 (+ b2); combine (LayerNorm, gate
+weights, sum over K).
+Backward: combine_bwd (dz, dweights, partial sums of the LayerNorm gradients); their sum; dh = (dz·W2) ⊙ act'; dW2 and db2;
+dW1 and db1 (x gathered); with dx also dh·W1 and its sum over K; router backward.
+No host synchronisation, no float atomics: gradients are bitwise the same from run to run.
+
+bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Not yet run on a GPU: `backend="auto"` leaves this backend alone until it has passed the GPU tests and this says so.
+VERIFIED_ON_GPU = False
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+LN_DTYPES = {**DTYPES, torch.float32: "float32"}
+GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
+
+
+@cache
+def extension() -> ModuleType:
+    """`llama_smop._C`. Raises ImportError, with the remedy, when it is not built."""
+    try:
+        return import_module("llama_smop._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the CUDA extension cannot be imported ({error}); to build it, reinstall with nvcc on PATH and "
+            "LLAMA_SMOP_BUILD_CUDA=1"
+        ) from error
+
+
+def build_info() -> dict:
+    """Architectures, compilers and versions of the extension, and whether its kernels have passed on a GPU."""
+    return {**extension().build_info(), "verified_on_gpu": VERIFIED_ON_GPU}
+
+
+def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+    try:
+        ext = extension()
+    except ImportError as error:
+        return str(error)
+    if dtype not in DTYPES:
+        return f"the CUDA extension computes in bfloat16 and float16, got {dtype}"
+    if not 1 <= num_experts <= ext.MAX_EXPERTS:
+        return f"the CUDA extension takes 1 to {ext.MAX_EXPERTS} experts, got {num_experts}"
+    return unsupported_device(torch.device(device))
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the CUDA extension needs a CUDA device, got {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    built = extension().build_info()["architectures"]
+    if not any(_runs(arch, major, minor) for arch in built.split(";")):
+        return f"the CUDA extension is built for sm_{built.replace(';', ', sm_')}; {device} is sm_{major}{minor}"
+    return None
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Machine code runs on its own major version from its minor version on; with an "a", on exactly its version."""
+    number = int(arch.rstrip("a"))
+    if arch.endswith("a"):
+        return (major, minor) == divmod(number, 10)
+    return major == number // 10 and minor >= number % 10
+
+
+def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
+    return tokens * top_k
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+class _launches:
+    """Makes the device of a tensor current and holds its stream: `with _launches(x) as stream:`."""
+
+    def __init__(self, tensor: Tensor):
+        self.device = tensor.device
+        self.guard = torch.cuda.device(self.device) if tensor.is_cuda else None
+
+    def __enter__(self) -> int:
+        if self.guard is None:
+            return 0
+        self.guard.__enter__()
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def __exit__(self, *error) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)
+
+
+def _check(dtype: torch.dtype, num_experts: int, slots: int, **tensors: tuple[Tensor | None, torch.dtype, tuple]) -> None:
+    """The kernels trust their arguments, so everything a wrong pointer or size could do is refused here.
+
+    Each tensor comes with the dtype, and the shape, it must have; it must be contiguous and on the device of the first.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"the CUDA backend computes in bfloat16 and float16, got {dtype}; use backend='triton'")
+    limit = extension().MAX_EXPERTS
+    if not 1 <= num_experts <= limit:
+        raise ValueError(f"the CUDA backend takes 1 to {limit} experts, got {num_experts}")
+    if slots >= 2**31:
+        raise ValueError(f"tokens × top_k must stay under 2^31, got {slots}")
+    device = None
+    for name, (tensor, want, shape) in tensors.items():
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.dtype != want:
+            raise TypeError(f"{name} must be {want}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+# ---------------------------------------------------------------------------------------------------------- router
+
+
+def route_fwd(
+    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
+) -> tuple[Tensor, ...]:
+    (T, D), (R, E, _), K, X = x.shape, gate_weight.shape, top_k, num_experts
+    _check_route(x, gate_weight, modality, mask, K, X)
+    ext = extension()
+    blocks = ext.route_blocks(T)
+    f32, i32 = _like(x, torch.float32), _like(x, torch.int32)
+    logits, weights, experts, counts = f32(T, E), f32(T, K), i32(T, K), i32(R, E)
+    balance, z_loss = f32(), f32()
+    order, inverse, offs = i32(T * K), i32(T, K), i32(X)
+    block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
+    with _launches(x) as stream:
+        ext.route_fwd(
+            **_route_sizes(ext, x, gate_weight, K, X),
+            x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
+            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
+            balance_loss=_ptr(balance), z_loss=_ptr(z_loss), order=_ptr(order), inverse=_ptr(inverse), offs=_ptr(offs),
+            block_counts=_ptr(block_counts), block_probs=_ptr(block_probs), block_z=_ptr(block_z), stream=stream,
+        )  # fmt: skip
+    return logits, weights, experts, counts, balance, z_loss, order, inverse, offs
+
+
+def route_bwd(
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor,
+    dlogits: Tensor | None,
+    dweights: Tensor | None,
+    dbalance: Tensor | None,
+    dz: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
+    # The expert ids alone say whether routers share their experts, and here ids count modulo E either way.
+    _check_route(x, gate_weight, modality, mask, K, E)
+    f32, i32 = torch.float32, torch.int32
+    _check(
+        x.dtype, E, T * K, x=(x, x.dtype, (T, D)), logits=(logits, f32, (T, E)), weights=(weights, f32, (T, K)),
+        experts=(experts, i32, (T, K)), counts=(counts, i32, (R, E)), dlogits=(dlogits, f32, (T, E)),
+        dweights=(dweights, f32, (T, K)), dbalance=(dbalance, f32, ()), dz=(dz, f32, ()),
+    )  # fmt: skip
+    ext = extension()
+    total = torch.empty_like(logits)
+    partial = logits.new_empty(ext.gate_splits(T), R, E, D)
+    dgate = torch.empty_like(gate_weight)
+    dx = torch.empty_like(x) if need_dx else None
+    with _launches(x) as stream:
+        ext.route_bwd(
+            **_route_sizes(ext, x, gate_weight, K, E),
+            x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
+            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
+            dlogits=_ptr(dlogits), dweights=_ptr(dweights), dbalance=_ptr(dbalance), dz=_ptr(dz),
+            dlogits_total=_ptr(total), dgate_partial=_ptr(partial), dgate=_ptr(dgate), dx=_ptr(dx), stream=stream,
+        )  # fmt: skip
+    return dx, dgate
+
+
+def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    T, K = experts.shape
+    _check(torch.bfloat16, num_experts, T * K, experts=(experts, torch.int32, (T, K)))
+    ext = extension()
+    i32 = _like(experts, torch.int32)
+    order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
+    block_counts = i32(ext.route_blocks(T), num_experts)
+    with _launches(experts) as stream:
+        ext.schedule(
+            tokens=T, experts=num_experts, top_k=K, chosen=_ptr(experts), order=_ptr(order), inverse=_ptr(inverse),
+            offs=_ptr(offs), block_counts=_ptr(block_counts), stream=stream,
+        )  # fmt: skip
+    return order, inverse, offs
+
+
+def _check_route(x, gate_weight, modality, mask, top_k: int, num_experts: int) -> None:
+    (T, D), (R, E, _) = x.shape, gate_weight.shape
+    if R not in (1, 2):
+        raise ValueError(f"the CUDA backend takes 1 or 2 routers, got {R}")
+    if R == 2 and modality is None:
+        raise ValueError("modality is required with two routers: a (T,) int32 tensor, 0 audio, 1 video")
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k must lie in [1, {E}], got {top_k}")
+    if num_experts not in (E, R * E):
+        raise ValueError(f"num_experts must be {E} or {R * E}, got {num_experts}")
+    _check(
+        x.dtype, max(E, num_experts), T * top_k, x=(x, x.dtype, (T, D)), gate_weight=(gate_weight, x.dtype, (R, E, D)),
+        modality=(modality, torch.int32, (T,)), mask=(mask, torch.bool, (T,)),
+    )  # fmt: skip
+
+
+def _route_sizes(ext: ModuleType, x: Tensor, gate_weight: Tensor, top_k: int, num_experts: int) -> dict:
+    (T, D), (R, E, _) = x.shape, gate_weight.shape
+    dtype = ext.DTYPES[DTYPES[x.dtype]]
+    return dict(dtype=dtype, tokens=T, dim=D, routers=R, gates=E, experts=num_experts, top_k=top_k)
+
+
+def _like(tensor: Tensor, dtype: torch.dtype):
+    return lambda *shape: torch.empty(shape, dtype=dtype, device=tensor.device)
+
+
+# ------------------------------------------------------------------------------------------------ matrix products
+
+
+def _gemm(a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None) -> Tensor:
+    """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
+
+    With `order`, row r of the product takes row order[r] // top_k of `a`.
+    """
+    ext = extension()
+    X, K, N = b.shape
+    k_major = b.stride(1) == 1 or K == 1
+    out = a.new_empty(rows, N)
+    with _launches(a) as stream:
+        ext.grouped_gemm(
+            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+            b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
+            offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
+            aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], stream=stream,
+        )  # fmt: skip
+    return out
+
+
+def _wgrad(a, b, offs, *, order=None, top_k=1, sum_a=False) -> tuple[Tensor, Tensor | None]:
+    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n), and Σ_r a[r], (X, m); a and b have unit column strides."""
+    ext = extension()
+    X, m, n = offs.shape[0], a.shape[1], b.shape[1]
+    out = a.new_empty(X, m, n)
+    a_sum = a.new_empty(X, m) if sum_a else None
+    with _launches(a) as stream:
+        ext.grouped_wgrad(
+            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), b=_ptr(b),
+            ldb=b.stride(0), offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X, m=m, n=n, out=_ptr(out),
+            a_sum=_ptr(a_sum), stream=stream,
+        )  # fmt: skip
+    return out, a_sum
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    G = offs.shape[0]
+    _check(a.dtype, G, max(a.shape), offs=(offs, torch.int32, (G,)))
+    if b.dtype != a.dtype or b.device != a.device:
+        raise TypeError(f"b must be {a.dtype} on {a.device}, got {b.dtype} on {b.device}")
+    if b.dim() == 2:
+        if a.shape[1] != b.shape[0]:
+            raise ValueError(f"a (P, M) and b (M, N) must share M, got {tuple(a.shape)} and {tuple(b.shape)}")
+        # The kernel takes both operands with the summed rows outermost; anything else is copied.
+        return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs)[0], a.new_empty(0)
+    rows, (_, K, N) = a.shape[0], b.shape
+    _check(a.dtype, G, rows, a=(a, a.dtype, (rows, K)), bias=(bias, a.dtype, (G, N)))
+    if b.shape[0] != G:
+        raise ValueError(f"b must have {G} groups as offs, got {b.shape[0]}")
+    if b.stride(1) != 1 and b.stride(2) != 1 and 1 not in b.shape[1:]:
+        raise ValueError(f"b must have a unit stride along K or N, got strides {b.stride()}")
+    pre = a.new_empty(rows, N) if activation in ("gelu", "silu") else a.new_empty(0)
+    out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre)
+    ext = extension()
+    with _launches(a) as stream:
+        for t in (out, pre):
+            if t.numel():
+                dtype = ext.DTYPES[DTYPES[a.dtype]]
+                ext.zero_tail(dtype=dtype, out=_ptr(t), rows=rows, n=N, offs=_ptr(offs), experts=G, stream=stream)
+    return out, pre
+
+
+def _unit_columns(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ expert projection
+
+
+def expert_projection_fwd(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offs: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    (T, K), (X, O, _) = weights.shape, w2.shape
+    h, pre = _hidden(x, order, offs, K, w1, b1, activation)
+    z = _gemm(h, w2.transpose(1, 2), offs, T * K, bias=b2)
+    y = x.new_empty(T, O)
+    mean = weights.new_empty(T * K if ln_weight is not None else 0)
+    rstd = torch.empty_like(mean)
+    ext = extension()
+    with _launches(x) as stream:
+        ext.combine_fwd(
+            **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
+            inverse=_ptr(inverse), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), eps=eps, y=_ptr(y),
+            mean=_ptr(mean), rstd=_ptr(rstd), stream=stream,
+        )  # fmt: skip
+    return y, h, pre, z, mean, rstd
+
+
+def expert_projection_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offs: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    h: Tensor,
+    pre: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    eps: float,
+    need_dx: bool,
+    need_dweights: bool,
+    need_dparams: bool,
+) -> tuple[Tensor | None, ...]:
+    _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    (T, K), (X, O, _), D = weights.shape, w2.shape, x.shape[1]
+    rows = T * K
+    if h.numel() == 0:
+        h, pre = _hidden(x, order, offs, K, w1, b1, activation)
+    if z.numel() == 0:
+        z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2)
+    _check(
+        x.dtype, X, rows, dy=(dy, x.dtype, (T, O)), h=(h, x.dtype, (rows, w1.shape[1])), z=(z, x.dtype, (rows, O)),
+        mean=(mean, torch.float32, (rows if ln_weight is not None else 0,)), rstd=(rstd, torch.float32, mean.shape),
+    )  # fmt: skip
+
+    ext = extension()
+    ln_grads = need_dparams and ln_weight is not None
+    dz = torch.empty_like(z)
+    dweights = torch.zeros_like(weights) if need_dweights else None  # skipped choices keep the zero
+    dln_weight, dln_bias = (torch.empty_like(ln_weight), torch.empty_like(ln_bias)) if ln_grads else (None, None)
+    partial = weights.new_empty(ext.ln_partial_size(rows, X, O)) if ln_grads else None
+    with _launches(x) as stream:
+        ext.combine_bwd(
+            **_combine_sizes(ext, x, weights, w2, ln_weight), dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights),
+            order=_ptr(order), offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean),
+            rstd=_ptr(rstd), dz=_ptr(dz), dweights=_ptr(dweights), ln_partial=_ptr(partial),
+            dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), stream=stream,
+        )  # fmt: skip
+
+    dx = dw1 = db1 = dw2 = db2 = None
+    if need_dx or need_dparams:
+        aux = h if activation == "relu" else pre
+        dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad")
+    if need_dparams:
+        dw2, db2 = _wgrad(dz, h, offs, sum_a=b2 is not None)
+        dw1, db1 = _wgrad(dh, x, offs, order=order, top_k=K, sum_a=b1 is not None)
+    if need_dx:
+        dx_rows = _gemm(dh, w1, offs, rows)
+        dx = torch.empty_like(x)
+        with _launches(x) as stream:
+            ext.gather_sum(
+                dtype=ext.DTYPES[DTYPES[x.dtype]], tokens=T, top_k=K, dim=D, rows=_ptr(dx_rows), inverse=_ptr(inverse),
+                dx=_ptr(dx), stream=stream,
+            )  # fmt: skip
+    return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
+
+
+def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor, Tensor]:
+    """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
+    rows, H = order.shape[0], w1.shape[1]
+    pre = x.new_empty((0,) if activation == "relu" else (rows, H))
+    h = _gemm(x, w1.transpose(1, 2), offs, rows, order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre)
+    return h, pre
+
+
+def _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias) -> None:
+    (T, D), (X, H, _), O, K = x.shape, w1.shape, w2.shape[1], weights.shape[1]
+    dtype, f32, i32 = x.dtype, torch.float32, torch.int32
+    ln_dtype = dtype if ln_weight is None else ln_weight.dtype
+    if ln_dtype not in LN_DTYPES:
+        raise TypeError(f"ln_weight must be {dtype} or float32, got {ln_dtype}")
+    if ln_dtype not in (dtype, f32):
+        raise TypeError(f"ln_weight must be {dtype} or float32, got {ln_dtype}")
+    if not 1 <= K <= extension().MAX_EXPERTS:
+        raise ValueError(f"the CUDA backend takes 1 to {extension().MAX_EXPERTS} choices a token, got {K}")
+    _check(
+        dtype, X, T * K, x=(x, dtype, (T, D)), weights=(weights, f32, (T, K)), experts=(experts, i32, (T, K)),
+        order=(order, i32, (T * K,)), inverse=(inverse, i32, (T, K)), offs=(offs, i32, (X,)),
+        w1=(w1, dtype, (X, H, D)), b1=(b1, dtype, (X, H)), w2=(w2, dtype, (X, O, H)), b2=(b2, dtype, (X, O)),
+        ln_weight=(ln_weight, ln_dtype, (X, O)), ln_bias=(ln_bias, ln_dtype, (X, O)),
+    )  # fmt: skip
+
+
+def _combine_sizes(ext: ModuleType, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
+    (T, K), (X, O, _) = weights.shape, w2.shape
+    ln_dtype = x.dtype if ln_weight is None else ln_weight.dtype
+    codes = ext.DTYPES
+    return dict(
+        dtype=codes[DTYPES[x.dtype]], ln_dtype=codes[LN_DTYPES[ln_dtype]], tokens=T, top_k=K, experts=X, dim=O
+    )  # fmt: skip
