@@ -44,15 +44,15 @@ class LipFrontend(nn.Module):
         self.norm = _norm(config, C)
         self.act = nn.PReLU(C)
         self.pool = nn.MaxPool2d(3, 2, 1) if config.frontend_pool else nn.Identity()
-        stages, inner = [], C
+        stages, inner = {}, C
         for stage, (outer, blocks) in enumerate(zip(config.trunk_channels, config.trunk_blocks, strict=True)):
             strides = [2 if stage else 1] + [1] * (blocks - 1)
             widths = [inner] + [outer] * (blocks - 1)
-            stages.append(
-                nn.Sequential(*(ResidualBlock(config, w, outer, s) for w, s in zip(widths, strides, strict=True)))
+            stages[f"layer{stage + 1}"] = nn.Sequential(
+                *(ResidualBlock(config, w, outer, s) for w, s in zip(widths, strides, strict=True))
             )
             inner = outer
-        self.trunk = nn.ModuleList(stages)
+        self.trunk = nn.ModuleDict(stages)
 
     def forward(self, video: Tensor) -> Tensor:
         B, T = video.shape[:2]
@@ -60,7 +60,7 @@ class LipFrontend(nn.Module):
         # Frames join the batch here: all that follows sees one frame at a time.
         x = x.transpose(1, 2).flatten(0, 1)
         x = self.pool(self.act(self.norm(x)))
-        for stage in self.trunk:
+        for stage in self.trunk.values():
             x = stage(x)
         return x.mean(dim=(2, 3)).view(B, T, -1)
 

@@ -13,7 +13,10 @@ TARGETS = ("q_proj", "v_proj")
 
 
 def lora_settings(lora: str | dict) -> dict:
-    """{"r", "alpha", "targets"} of a preset's name or of such a dict (targets default to the q and v projections).
+    """{"r", "alpha", "targets", "init"} of a preset's name or of a dict with at least "r" and "alpha".
+
+    `targets` are the q and v projections by default. `init` is "zero", a delta of zero at the start, or "normal":
+    both factors N(0, 0.02²), which is how the published run started.
 
     Raises:
         ValueError: an unknown preset, a missing or unknown key, r below 1.
@@ -22,16 +25,26 @@ def lora_settings(lora: str | dict) -> dict:
         if lora.lower() not in PRESETS:
             raise ValueError(f"unknown LoRA preset {lora!r}; known: {', '.join(PRESETS)}")
         lora = PRESETS[lora.lower()]
-    unknown = set(lora) - {"r", "alpha", "targets"}
-    if unknown or not {"r", "alpha"} <= set(lora):
-        raise ValueError(f"LoRA settings are r, alpha and targets, got {sorted(lora)}")
+    if set(lora) - {"r", "alpha", "targets", "init"} or not {"r", "alpha"} <= set(lora):
+        raise ValueError(f"LoRA settings are r, alpha, targets and init, got {sorted(lora)}")
     if lora["r"] < 1:
         raise ValueError(f"LoRA r must be at least 1, got {lora['r']}")
-    return {"r": lora["r"], "alpha": lora["alpha"], "targets": list(lora.get("targets", TARGETS))}
+    if lora.get("init", "zero") not in ("zero", "normal"):
+        raise ValueError(f'LoRA init must be "zero" or "normal", got {lora["init"]!r}')
+    return {
+        "r": lora["r"],
+        "alpha": lora["alpha"],
+        "targets": list(lora.get("targets", TARGETS)),
+        "init": lora.get("init", "zero"),
+    }
 
 
 def inject_lora(module: nn.Module, lora: str | dict) -> None:
-    """Put LoRA into `module` in place: its own weights are frozen, the delta starts at zero (B = 0)."""
+    """Put LoRA into `module` in place; its own weights are frozen.
+
+    Raises:
+        ValueError: no module of the targets' names.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = lora_settings(lora)
@@ -43,3 +56,5 @@ def inject_lora(module: nn.Module, lora: str | dict) -> None:
     )
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name and lora["init"] == "normal":
+            nn.init.normal_(parameter, std=0.02)

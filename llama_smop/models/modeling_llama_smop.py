@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -10,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from llama_smop.functional import SMoPOutput
+from llama_smop.models import checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
@@ -41,7 +44,8 @@ class SpeechFeatures:
 
 @dataclass
 class LlamaSmopOutput(ModelOutput):
-    """loss = lm_loss + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss + ctc_weight · ctc_loss.
+    """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
+    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
 
     logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
     (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). Losses that do not apply
@@ -106,7 +110,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         self.post_init()
         for part, lora in config.lora.items():
             inject_lora(getattr(self, part), lora)
-        self._freeze()
+        self.freeze()
         self._refresh_generation_config()
 
     # -- towers ------------------------------------------------------------------------------------------------
@@ -115,11 +119,14 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
     def towers(self) -> dict[str, nn.Module]:
         return {m: getattr(self, f"{m}_tower") for m in self.config.modalities}
 
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
+        """Stop gradients to what the config does not train: frozen towers, and all but LoRA in parts that have it."""
+        frozen = set(self.config.lora)
         if self.config.freeze_towers:
-            for tower in self.towers.values():
-                for name, parameter in tower.named_parameters():
-                    parameter.requires_grad_("lora_" in name)
+            frozen |= {f"{m}_tower" for m in self.config.modalities}
+        for part in frozen:
+            for name, parameter in getattr(self, part).named_parameters():
+                parameter.requires_grad_("lora_" in name)
 
     def train(self, mode: bool = True):
         """Frozen towers stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
@@ -318,6 +325,41 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
                 for m, frames in speech.states.items()
             )
             result.loss = result.loss + config.ctc_weight * result.ctc_loss
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, *, complete: bool | None = None, state_dict=None, **kwargs) -> None:
+        """Save whole, or with `config.sources` (and not `complete`) only what cannot be fetched again: what is
+        trained, and the special tokens' embeddings. Written aside, then renamed: a full disk leaves the old files."""
+        state = self.state_dict() if state_dict is None else state_dict
+        rows = None
+        if self.config.sources and not complete:
+            rows = checkpoint.special_token_rows(self, state)
+            state = checkpoint.without_fetched_parts(self, state)
+        with checkpoint.written_aside(save_directory) as folder:
+            super().save_pretrained(folder, state_dict=state, **kwargs)
+            if rows is not None:
+                save_file(rows, folder / checkpoint.SPECIAL_TOKENS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """transformers' `from_pretrained`; parts that the checkpoint leaves out come from `config.sources`.
+
+        Raises:
+            ValueError: a checkpoint that is damaged, lacks weights, has others, or disagrees with its config.
+        """
+        kwargs["ignore_mismatched_sizes"] = True
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"
+            ) from None
+        checkpoint.complete(model, info, pretrained_model_name_or_path)
+        model.freeze()
+        return (model, info) if output_loading_info else model
 
     # -- generation --------------------------------------------------------------------------------------------
 

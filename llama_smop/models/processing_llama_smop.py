@@ -25,6 +25,10 @@ class LlamaSmopProcessor(ProcessorMixin):
         rate_audio, rate_video: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
         prompts: the text after the speech tokens for "audio", "video" and "audio_video".
+        published_padding: parity with the published run, where every clip counts as long as the longest of its
+            batch, and the language model attends to the padding.
+        published_audio_count: parity with its count of audio frames, computed in "float32" or "bfloat16", which
+            loses frames at some lengths; None counts in integers.
     """
 
     def __init__(
@@ -35,11 +39,18 @@ class LlamaSmopProcessor(ProcessorMixin):
         rate_video: int = 2,
         audio_window: int = 1500,
         prompts: dict[str, str] | None = None,
+        published_padding: bool = False,
+        published_audio_count: str | None = None,
         chat_template=None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
         self.prompts = {**PROMPTS, **(prompts or {})}
+        self.published_padding, self.published_audio_count = published_padding, published_audio_count
+        if published_audio_count not in (None, "float32", "bfloat16"):
+            raise ValueError(
+                f'published_audio_count must be None, "float32" or "bfloat16", got {published_audio_count!r}'
+            )
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if missing:
@@ -105,12 +116,13 @@ class LlamaSmopProcessor(ProcessorMixin):
             video = [_as_video(v) for v in video]
             if audio is not None:
                 audio = [fit(_as_audio(a), len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
-            counts["video"] = [self.video_tokens(len(v)) for v in video]
+            counts["video"] = self._together([self.video_tokens(len(v)) for v in video])
             batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
         if audio is not None:
             audio = [_as_audio(a) for a in audio]
-            counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
-            batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
+            samples = self._together([len(a) for a in audio])
+            counts["audio"] = [self.audio_tokens(n) for n in samples]
+            batch |= self._log_mel(audio, [self.audio_frames(n) for n in samples])
         given = "_".join(m for m, clip in (("audio", audio), ("video", video)) if clip is not None)
         prompt_ids = self.encode(self.prompts[given] if prompt is None else prompt)
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
@@ -127,13 +139,20 @@ class LlamaSmopProcessor(ProcessorMixin):
                 f"a clip of {samples / SAMPLING_RATE:.2f} s is longer than the audio window of "
                 f"{self.audio_window / 50:.2f} s; cut it, as llama_smop.decoding.cut_at_silences does"
             )
-        return min(max(samples * 50 // SAMPLING_RATE, MIN_AUDIO_FRAMES), self.audio_window)
+        frames = samples * 50 // SAMPLING_RATE
+        if self.published_audio_count:
+            dtype = getattr(torch, self.published_audio_count)
+            frames = int(torch.tensor(samples, dtype=dtype) / SAMPLING_RATE * 50)
+        return min(max(frames, MIN_AUDIO_FRAMES), self.audio_window)
 
     def audio_tokens(self, samples: int) -> int:
         return self._tokens(self.audio_frames(samples), self.rate_audio, "audio")
 
     def video_tokens(self, frames: int) -> int:
         return self._tokens(frames, self.rate_video, "video")
+
+    def _together(self, lengths: list[int]) -> list[int]:
+        return [max(lengths)] * len(lengths) if self.published_padding else lengths
 
     @staticmethod
     def _tokens(frames: int, rate: int, modality: str) -> int:
@@ -158,7 +177,7 @@ class LlamaSmopProcessor(ProcessorMixin):
     def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
         values = video[0].new_zeros(len(video), max(frames), *video[0].shape[1:])
         for i, (clip, n) in enumerate(zip(video, frames, strict=True)):
-            values[i, :n] = clip[:n]
+            values[i, : min(n, len(clip))] = clip[:n]
         return {"video_values": values, "video_mask": prefix_mask(frames)}
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -204,6 +223,8 @@ class LlamaSmopProcessor(ProcessorMixin):
             mask[i, begin : begin + n] = 1
             if target:
                 labels[i, begin + len(prefix) : begin + n] = torch.tensor(target)
+        if self.published_padding:
+            mask.fill_(1)
         return {"input_ids": ids, "attention_mask": mask} | ({} if texts is None else {"labels": labels})
 
     def decode_new(self, generated: Tensor, prompt_length: int) -> list[str]:
