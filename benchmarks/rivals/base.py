@@ -1,0 +1,150 @@
+"""What every rival shares: the interface, the router and the auxiliary losses as formulas, and the output check."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.floors import Work, smop_work
+from benchmarks.workloads import Problem, Workload
+
+BALANCE_COEF, Z_COEF = 0.01, 0.001  # the projector is trained with both losses, so a training pass includes them
+
+# ‖out − ref‖ / ‖ref‖ that an implementation in this dtype may show against float64. Rounding stays a few times below.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+class Layer(nn.Module):
+    """A rival built for a problem: a layer that holds copies of the problem's parameters.
+
+    `forward(x, losses)` returns y (T, O) and, with `losses`, the weighted sum of the auxiliary losses (else None).
+    """
+
+    def forward(self, x: Tensor, losses: bool) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def stacked(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of `named_parameters()` under the names and in the layout of `Problem`."""
+        return grads
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An implementation that can be timed.
+
+    family: "ours", "peer" (computes the same function) or "dense" (another, cheaper or costlier, projector).
+    modes: how it is run: "eager", "graph" (a captured CUDA graph), "compiled" (torch.compile).
+    exact: it computes the workload's own function and is checked against float64 before it is timed.
+    why_not: one line on why it cannot run a workload on a device, or None.
+    work: useful work of a pass; the sparse layer's unless it computes something else.
+    """
+
+    name: str
+    label: str
+    family: str
+    build: Callable[[Problem], Layer]
+    why_not: Callable[[Workload, torch.device], str | None] = lambda w, device: None
+    modes: tuple[str, ...] = ("eager",)
+    exact: bool = True
+    work: Callable[[Workload, str], Work] = field(default=smop_work)
+
+
+def leaf(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor.detach().clone())
+
+
+def router(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (T, E), weights (T, K), experts (T, K) of one router with gate (E, D); float32 softmax."""
+    logits = x @ gate.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    top, experts = logits.softmax(-1).topk(top_k)
+    return logits, top / top.sum(-1, keepdim=True), experts
+
+
+def router_losses(logits: Tensor, experts: Tensor) -> Tensor:
+    """Load balancing and router z-loss of one router, weighted as in training."""
+    T, E = logits.shape
+    share = (experts[..., None] == torch.arange(E, device=experts.device)).sum((0, 1)) / T
+    balance = E * (share * logits.softmax(-1).mean(0)).sum()
+    return BALANCE_COEF * balance + Z_COEF * logits.logsumexp(-1).square().mean()
+
+
+def route_blocks(x: Tensor, gate: Tensor, w: Workload, losses: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weights (T, K), experts (T, K) in [0, X) and the losses, each modality through its own router."""
+    weights, experts, total = [], [], []
+    for m, start, stop in w.blocks():
+        logits, p, e = router(x[start:stop], gate[m], w.top_k)
+        weights.append(p)
+        experts.append(e + (m * w.num_experts if w.sharing == "DEDR" else 0))
+        if losses:
+            total.append(router_losses(logits, e))
+    return torch.cat(weights), torch.cat(experts), sum(total) / len(total) if losses else None
+
+
+def activate(h: Tensor, w: Workload) -> Tensor:
+    """ReLU, or SiLU(gate) · up for the gated expert."""
+    if w.expert != "swiglu":
+        return h.relu()
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+# ------------------------------------------------------------------------------------------------------- the check
+
+
+class Mismatch(Exception):
+    """A rival that does not compute the function it would be timed for."""
+
+
+@dataclass
+class Reference:
+    """What the layer must return, in float64."""
+
+    y: Tensor
+    grads: dict[str, Tensor]
+
+
+def roots_and_grads(y: Tensor, loss: Tensor | None, dy: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What a training pass differentiates: y along dy, and the auxiliary losses."""
+    return ([y], [dy]) if loss is None else ([y, loss], [dy, torch.ones_like(loss)])
+
+
+def gradients(layer: Layer, problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """y and the gradients of every parameter, in the problem's layout; 0 where an expert got no token."""
+    y, loss = layer(problem.x, True)
+    named = dict(layer.named_parameters())
+    roots, grads = roots_and_grads(y, loss, problem.dy)
+    found = torch.autograd.grad(roots, list(named.values()), grads, allow_unused=True)
+    dense = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+    return y.detach(), layer.stacked(dense)
+
+
+def error(out: Tensor, reference: Tensor) -> float:
+    """‖out − ref‖ / ‖ref‖ in float64; infinite when anything is not finite."""
+    out = out.detach().double()
+    if out.shape != reference.shape or not bool(torch.isfinite(out).all()):
+        return float("inf")
+    return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def errors(layer: Layer, problem: Problem, reference: Reference) -> dict[str, float]:
+    """Error of y and of each gradient against the reference, by name."""
+    y, grads = gradients(layer, problem)
+    found = {"y": error(y, reference.y)}
+    for name, expected in reference.grads.items():
+        if float(expected.norm()) > 0:
+            found[name] = error(grads[name], expected)
+    return found
+
+
+def check(layer: Layer, problem: Problem, reference: Reference) -> float:
+    """The largest error of `errors`. Raises Mismatch when it lies beyond the dtype's tolerance."""
+    found = errors(layer, problem, reference)
+    worst = max(found, key=found.get)
+    if not found[worst] <= TOLERANCE[problem.workload.dtype]:
+        raise Mismatch(
+            f"{worst} is off by {found[worst]:.1e} against float64 (at most {TOLERANCE[problem.workload.dtype]:.0e})"
+        )
+    return found[worst]
