@@ -1,0 +1,154 @@
+"""Clips in the LRS3 layout.
+
+`root/labels/FILE.csv` has one clip a line, `dataset,relative/path.mp4,n_frames,unused,text`; the clip lies at
+`root/dataset/relative/path.mp4` with its sound beside it as .wav.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .media import MediaError, audio_path, read_audio, read_video
+from .noise import Noise
+from .transforms import ClipTransform, clip_rng
+
+MODALITIES = ("audio", "video", "audiovisual")
+
+
+class LabelError(ValueError):
+    """A label file cannot be used; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a label file. n_frames: video frames at 25 a second."""
+
+    dataset: str
+    path: str
+    n_frames: int
+    text: str
+
+    @property
+    def id(self) -> str:
+        """A name that is unique within the corpus, `dataset/relative/path` without its ending."""
+        return str(Path(self.dataset, self.path).with_suffix(""))
+
+    def video_path(self, root: str | os.PathLike) -> Path:
+        return Path(root, self.dataset, self.path)
+
+
+def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[Clip]:
+    """The clips of a label file: a path, or a name under `root/labels/`. Raises LabelError naming file and line."""
+    path = Path(label_file)
+    if not path.is_absolute() and not path.exists():
+        path = Path(root, "labels", label_file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise LabelError(f"{path}: no such label file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    clips, seen = [], {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        clip = _parse(line, f"{path}:{number}")
+        if clip.id in seen:
+            raise LabelError(f"{path}:{number}: {clip.id} is already on line {seen[clip.id]}")
+        seen[clip.id] = number
+        clips.append(clip)
+    if not clips:
+        raise LabelError(f"{path}: holds no clip")
+    return clips
+
+
+def _parse(line: str, where: str) -> Clip:
+    fields = line.split(",")
+    if len(fields) != 5:
+        raise LabelError(f"{where}: expected 5 fields (dataset,path,n_frames,unused,text), got {len(fields)}")
+    dataset, path, n_frames, _, text = (field.strip() for field in fields)
+    if not dataset or not path or not text:
+        raise LabelError(f"{where}: dataset, path and text must not be empty")
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise LabelError(f"{where}: expected a path below the dataset's folder, got {path!r}")
+    if not n_frames.isdecimal() or int(n_frames) == 0:
+        raise LabelError(f"{where}: expected a positive number of frames, got {n_frames!r}")
+    return Clip(dataset, path, int(n_frames), text)
+
+
+class Lrs3Dataset(Dataset):
+    """Decoded and transformed clips of one label file.
+
+    An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
+    `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
+    generator seeded by (seed, epoch, index): items do not depend on the order they are asked for, nor on the worker.
+    `lengths` are the labels' frame counts; nothing is decoded for them. Raises MediaError naming the file where a clip
+    cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        label_file: str | os.PathLike,
+        modality: str = "audiovisual",
+        transform: ClipTransform | None = None,
+        noise: Noise | None = None,
+        seed: int = 0,
+    ):
+        if modality not in MODALITIES:
+            raise ValueError(f"expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
+        self.root = Path(root)
+        self.clips = read_labels(root, label_file)
+        self.modality = modality
+        self.transform = transform or ClipTransform.testing()
+        self.noise = noise
+        self.seed = seed
+        # In shared memory, so that workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [clip.n_frames for clip in self.clips]
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the augmentation of an epoch; the Trainer calls it."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        clip = self.clips[index]
+        audio, video = load_clip(clip.video_path(self.root), self.modality)
+        rng = clip_rng(self.seed, self.epoch, index)
+        audio, video = self.transform(audio, video, rng, self.noise)
+        return {
+            "audio": audio,
+            "video": None if video is None else torch.from_numpy(video),
+            "text": clip.text,
+            "id": clip.id,
+        }
+
+
+def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
+
+    The sound comes from the .wav beside the clip, or from the clip itself where there is none.
+    """
+    audio = video = None
+    if modality != "audio":
+        video = read_video(path)
+    if modality != "video":
+        source = audio_path(path)
+        if not source.exists():
+            raise MediaError(source.with_suffix(".wav"), "no such file, and no mp4 beside it")
+        audio = read_audio(source)
+    return audio, video

@@ -1,0 +1,232 @@
+"""Reading and writing clips: video by PyAV, audio by soundfile.
+
+Whatever comes in, a clip leaves here as uint8 RGB frames at 25 a second and float32 mono at 16 kHz. Files are written
+aside and renamed, so an interrupted write leaves nothing that looks like a clip.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from math import gcd
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+from av.video.reformatter import VideoReformatter
+from scipy.signal import resample_poly
+
+AUDIO_RATE = 16000
+VIDEO_RATE = 25
+VIDEO_SIZE = 96
+SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE  # 640
+
+
+class MediaError(ValueError):
+    """A media file cannot be used: which one, and why."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self):  # so that it crosses from a data worker with both arguments
+        return type(self), (self.path, self.reason)
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise MediaError(path, "no such file") from None
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror})") from None
+    if os.path.isdir(path):
+        raise MediaError(path, "is a folder, not a media file")
+    if size == 0:
+        raise MediaError(path, "the file is empty")
+
+
+def _open(path: str | os.PathLike):
+    _check_file(path)
+    try:
+        return av.open(os.fspath(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or type(error).__name__
+        raise MediaError(path, f"cannot be opened, it is truncated or not a media file ({reason})") from None
+
+
+def read_video(path: str | os.PathLike, fps: int = VIDEO_RATE, size: int = VIDEO_SIZE) -> np.ndarray:
+    """Frames of a video, uint8 RGB (T, size, size, 3).
+
+    Another frame rate is resampled to `fps` (the nearest frame in time), another size is scaled so that the shorter
+    side fits and cropped around the centre. Raises MediaError where the file is missing, empty, truncated, or has no
+    video.
+    """
+    frames, times = [], []
+    with _open(path) as container:
+        if not container.streams.video:
+            raise MediaError(path, "has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # clips are short, and data workers already run side by side
+        scaler = VideoReformatter()
+        packets = 0
+        try:
+            for packet in container.demux(stream):
+                if packet.size and packet.is_corrupt:
+                    raise MediaError(path, f"is truncated: frame {packets} is incomplete")
+                packets += bool(packet.size)
+                for frame in packet.decode():
+                    frames.append(_square_rgb(frame, size, scaler))
+                    times.append(frame.time)
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(path, f"cannot be decoded after {len(frames)} frames ({error.strerror})") from None
+        if packets < stream.frames:
+            raise MediaError(path, f"is truncated: {packets} of {stream.frames} frames")
+        rate = float(stream.average_rate or stream.guessed_rate or fps)
+    if not frames:
+        raise MediaError(path, "holds no frame")
+    video = np.stack(frames)
+    if abs(rate - fps) < 1e-3:
+        return video
+    return video[_nearest_frames(times, rate, fps)]
+
+
+def _square_rgb(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
+    scale = size / min(frame.width, frame.height)
+    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
+    image = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def _nearest_frames(times: list[float | None], rate: float, fps: int) -> np.ndarray:
+    if any(t is None for t in times):
+        times = [i / rate for i in range(len(times))]
+    seen = np.asarray(times, dtype=np.float64) - times[0]
+    count = max(1, round((seen[-1] + 1 / rate) * fps))
+    wanted = np.arange(count) / fps
+    after = np.clip(np.searchsorted(seen, wanted), 1, max(len(seen) - 1, 1))
+    if len(seen) == 1:
+        return np.zeros(count, dtype=np.int64)
+    return np.where(wanted - seen[after - 1] <= seen[after] - wanted, after - 1, after)
+
+
+def read_audio(path: str | os.PathLike, rate: int = AUDIO_RATE) -> np.ndarray:
+    """Samples of an audio file, or of the audio stream of a video, float32 (samples,), mono at `rate` Hz.
+
+    Channels are averaged, another rate is resampled. Raises MediaError where the file is missing, empty, truncated or
+    silent of samples, or holds NaN or infinity.
+    """
+    if Path(path).suffix.lower() in (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".au"):
+        samples, source = _read_sound_file(path)
+    else:
+        samples, source = _read_audio_stream(path)
+    if not len(samples):
+        raise MediaError(path, "holds no sound")
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise MediaError(path, "holds samples that are not finite numbers")
+    if source != rate:
+        common = gcd(source, rate)
+        samples = resample_poly(samples, rate // common, source // common)
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _read_sound_file(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+    _check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    declared = int.from_bytes(head[4:], "little")
+    if head[:4] == b"RIFF" and 0 < declared < 0xFFFFFF00 and declared + 8 > os.stat(path).st_size + 1:
+        # libsndfile would silently return what is there; a declared size of 0 or all ones comes from a pipe
+        raise MediaError(path, f"is truncated: {os.stat(path).st_size} of {declared + 8} bytes")
+    try:
+        return soundfile.read(os.fspath(path), dtype="float32")
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise MediaError(path, f"cannot be read as sound ({str(error).rstrip('.').split(': ')[-1]})") from None
+
+
+def _read_audio_stream(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+    chunks = []
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "has no audio stream, and no .wav lies beside it")
+        stream = container.streams.audio[0]
+        rate = stream.rate
+        resampler = av.AudioResampler(format="fltp")
+        try:
+            for frame in container.decode(stream):
+                chunks += [out.to_ndarray() for out in resampler.resample(frame)]
+            chunks += [out.to_ndarray() for out in resampler.resample(None)]
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(path, f"its audio cannot be decoded ({error.strerror})") from None
+    if not chunks:
+        return np.zeros(0, dtype=np.float32), rate
+    return np.concatenate(chunks, axis=1).T, rate
+
+
+def audio_path(video_path: str | os.PathLike) -> Path:
+    """Where the sound of a clip lies: the .wav beside it, or the video itself where there is none."""
+    wav = Path(video_path).with_suffix(".wav")
+    return wav if wav.exists() else Path(video_path)
+
+
+def write_aside(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`; on any error the temporary file is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MediaError(path, "not written, the disk is full") from None
+        raise
+
+
+def write_audio(path: str | os.PathLike, samples: np.ndarray, rate: int = AUDIO_RATE) -> None:
+    """Writes float samples in [−1, 1], (samples,), as 16-bit PCM."""
+    write_aside(path, lambda aside: soundfile.write(os.fspath(aside), samples, rate, subtype="PCM_16"))
+
+
+def write_video(
+    path: str | os.PathLike,
+    frames: np.ndarray,
+    fps: int = VIDEO_RATE,
+    audio: np.ndarray | None = None,
+    rate: int = AUDIO_RATE,
+) -> None:
+    """Writes uint8 RGB frames (T, H, W, 3) as H.264 in mp4, with the sound as AAC where `audio` (samples,) is given.
+
+    The same input gives the same bytes.
+    """
+    write_aside(path, lambda aside: _encode(aside, frames, fps, audio, rate))
+
+
+def _encode(path: Path, frames: np.ndarray, fps: int, audio: np.ndarray | None, rate: int) -> None:
+    with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        picture = container.add_stream("libx264", rate=fps)
+        picture.height, picture.width = frames.shape[1:3]
+        picture.pix_fmt = "yuv420p"
+        picture.thread_count = 1
+        picture.options = {"preset": "veryfast", "crf": "21"}
+        if audio is not None:
+            sound = container.add_stream("aac", rate=rate, layout="mono", format="fltp")
+            sound.bit_rate = 48000
+            sound.codec_context.flags |= av.codec.context.Flags.bitexact
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, dtype=np.float32)[None], "fltp", "mono")
+            frame.rate = rate
+            frame.pts = 0
+            frame.time_base = Fraction(1, rate)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+        scaler = VideoReformatter()
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(picture.encode(scaler.reformat(frame, format="yuv420p", threads=1)))
+        container.mux(picture.encode(None))

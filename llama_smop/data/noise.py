@@ -1,0 +1,103 @@
+"""Noise at a given signal-to-noise ratio: from a file, or babble mixed of other clips."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .media import audio_path, read_audio
+
+RECIPE_SNRS = (-5, 0, 5, 10, 15, 20, None)
+
+
+def add_noise(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """audio + noise scaled so that Σ audio² / Σ noise² is `snr_db` decibels; both float (n,). 0 means 0 dB.
+
+    Silent audio or silent noise leaves the audio as it is: no scale would give the ratio.
+    """
+    if audio.shape != noise.shape:
+        raise ValueError(f"expected noise of the audio's shape {audio.shape}, got {noise.shape}")
+    signal, disturbance = (float(np.sum(np.square(x, dtype=np.float64))) for x in (audio, noise))
+    if signal == 0 or disturbance == 0:
+        return audio
+    scale = np.sqrt(signal / disturbance) * 10 ** (-snr_db / 20)
+    return (audio + scale * noise).astype(np.float32)
+
+
+def _stretch(noise: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """`samples` of `noise` from a random place; noise that is too short is repeated."""
+    if len(noise) < samples:
+        noise = np.tile(noise, -(-samples // len(noise)) + 1)
+    start = int(rng.integers(len(noise) - samples + 1))
+    return noise[start : start + samples]
+
+
+class NoiseSource(Protocol):
+    def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        """Noise of a given length, float32 (samples,), of any level."""
+
+
+class NoiseFile:
+    """Stretches of one recording, read once, resampled to 16 kHz."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.samples = read_audio(path)
+
+    def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        return _stretch(self.samples, samples, rng)
+
+
+class Babble:
+    """`speakers` clips of a corpus talking at once, each as loud as the others."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike], speakers: int = 6):
+        if not paths or speakers < 1:
+            raise ValueError(
+                f"babble needs clips and at least one speaker, got {len(paths)} clips, {speakers} speakers"
+            )
+        self.paths = [Path(path) for path in paths]
+        self.speakers = speakers
+
+    @classmethod
+    def from_labels(cls, root: str | os.PathLike, label_file: str, speakers: int = 6) -> "Babble":
+        """Babble of the clips in a label file; give the training labels, so that no test sentence leaks into its own
+        noise."""
+        from .lrs3 import read_labels
+
+        return cls([clip.video_path(root) for clip in read_labels(root, label_file)], speakers)
+
+    def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        total = np.zeros(samples, dtype=np.float32)
+        for i in rng.integers(len(self.paths), size=self.speakers):
+            voice = _babbler(self.paths[i])
+            level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))
+            if level > 0:
+                total += _stretch(voice, samples, rng) / np.float32(level)
+        return total
+
+
+@lru_cache(maxsize=256)
+def _babbler(path: Path) -> np.ndarray:
+    return read_audio(audio_path(path))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Adds noise from `source` at an SNR drawn from `snrs`, in decibels; None among them is clean speech."""
+
+    source: NoiseSource
+    snrs: tuple[float | None, ...] = RECIPE_SNRS
+
+    def __post_init__(self):
+        if not self.snrs:
+            raise ValueError("expected at least one SNR in decibels, or None for clean speech")
+
+    def __call__(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        snr = self.snrs[int(rng.integers(len(self.snrs)))]
+        if snr is None:
+            return audio
+        return add_noise(audio, self.source.sample(len(audio), rng), snr)
