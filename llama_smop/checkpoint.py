@@ -1,0 +1,114 @@
+"""Model folders and training checkpoints: written aside, sealed with hashes, read back only when whole."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from llama_smop import files
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+
+logger = logging.getLogger(__name__)
+
+SEAL = "sha256.json"
+STAGING = ".writing"
+
+
+def save(model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, folder: str | Path) -> Path:
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+
+    return files.write_aside(folder, write)
+
+
+def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
+    """Model (in eval mode) and processor of a folder that `save` or a training run wrote.
+
+    Raises:
+        ValueError: no such folder, no model in it, or weights that disagree with the configuration; one line.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model here (config.json is missing); give the folder a training run wrote")
+    try:
+        model, report = LlamaSmopForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    for kind, keys in report.items():
+        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            first = sorted(str(k[0] if isinstance(k, tuple) else k) for k in keys)
+            raise ValueError(
+                f"{folder}: weights and config.json disagree: {len(keys)} {kind.replace('_', ' ')}, such as {first[0]}"
+            )
+    return model.eval(), LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
+
+
+# ----------------------------------------------------------------------------------------- checkpoints of a training
+
+
+@contextmanager
+def publishing(trainer: Trainer) -> Iterator[None]:
+    """While open, the Trainer writes its checkpoint aside; on leaving it is sealed and appears under its name."""
+    run = Path(trainer.args.output_dir)
+    staging = run / STAGING
+    trainer._get_output_dir = lambda trial: str(staging)
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for folder in staging.glob("checkpoint-*"):
+            seal(folder)
+            target = run / folder.name
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder, target)
+        staging.rmdir()
+        rotate_checkpoints(output_dir=str(run), save_total_limit=trainer.args.save_total_limit, use_mtime=False)
+    trainer.accelerator.wait_for_everyone()
+
+
+def seal(folder: Path) -> None:
+    """Write down the SHA-256 of every file, last of all."""
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.write_json(folder / SEAL, hashes)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there with the hash it was sealed with."""
+    try:
+        hashes = json.loads((folder / SEAL).read_text())
+    except (OSError, ValueError):
+        return False
+    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in hashes.items())
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint under `run`; a damaged one is named in a warning and passed over."""
+    found = [(int(p.name.split("-")[1]), p) for p in run.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
+    for _, folder in sorted(found, reverse=True):
+        if is_whole(folder):
+            return folder
+        logger.warning("%s is damaged (its files disagree with %s); trying the checkpoint before it", folder, SEAL)
+    return None
+
+
+def discard_unfinished(run: Path) -> None:
+    """Remove what an interrupted save left."""
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

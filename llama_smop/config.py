@@ -1,0 +1,150 @@
+"""What a training file (YAML) may say. Unknown keys are errors; defaults are the recipe's where it has one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Modality = Literal["audio", "video", "audiovisual"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProjectorSection(Section):
+    """The projector between the towers and the language model."""
+
+    kind: Literal["smop", "dense"] = "smop"
+    sharing: Literal["JEJR", "JEDR", "DEDR"] = "DEDR"
+    num_experts: int = Field(4, ge=1)
+    top_k: int = Field(2, ge=1)
+    hidden_features: int = Field(2048, ge=1)
+    backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
+
+
+class TinySection(Section):
+    """A model from scratch, small enough for two CPU cores; its vocabulary is the words of the training labels."""
+
+    width: int = Field(128, ge=8)
+    audio_layers: int = Field(2, ge=1)
+    video_layers: int = Field(2, ge=1)
+    text_layers: int = Field(3, ge=1)
+    max_seconds: float = Field(3.0, gt=0)
+    ctc_weight: float = Field(0.5, ge=0)
+
+
+class ModelSection(Section):
+    """`tiny` trains from scratch; otherwise the three parts are named (a hub name or a folder each)."""
+
+    tiny: TinySection | None = None
+    language_model: str | None = None
+    audio_tower: str | None = None
+    video_tower: str | None = None
+    lora: str | dict | None = None
+    modalities: tuple[Literal["audio", "video"], ...] = ("audio", "video")
+    rate_audio: int = Field(4, ge=1)
+    rate_video: int = Field(2, ge=1)
+    compression: Literal["pool", "stack"] = "pool"
+    projector: ProjectorSection = ProjectorSection()
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.tiny is None) == (self.language_model is None):
+            raise ValueError("give either tiny (from scratch) or language_model with its towers")
+        return self
+
+
+class NoiseSection(Section):
+    """Noise in training audio. `source` is "babble" (other clips of the corpus) or a wav file."""
+
+    source: str = "babble"
+    snrs: tuple[float | None, ...] = (-5, 0, 5, 10, 15, 20, None)
+    start: Fraction = 0.0  # the share of the steps that stays clean first
+
+
+class DataSection(Section):
+    root: Path
+    train: str = "train.csv"
+    modalities: dict[Modality, Annotated[float, Field(gt=0)]] = {"audiovisual": 1.0}
+    max_frames: int = Field(1500, ge=1)  # video frames (25 a second) in a batch
+    max_clips: int | None = Field(None, ge=1)
+    buckets: int = Field(400, ge=1)
+    noise: NoiseSection | None = NoiseSection()
+    time_mask: bool = True
+    keep_decoded: bool = False  # hold decoded clips in memory; for small corpora
+    workers: int = Field(0, ge=0)
+
+
+class OptimizerSection(Section):
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    max_grad_norm: float = Field(10.0, gt=0)
+    warmup: Fraction = 0.0  # share of the steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    accumulate: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class RunSection(Section):
+    seed: int = 0
+    log_every: int = Field(20, ge=1)
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class TrainConfig(Section):
+    """A training run: `llama-smop train --config FILE.yaml --out DIR`."""
+
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    run: RunSection = RunSection()
+
+
+def read_config(path: str | Path, overrides: dict | None = None) -> TrainConfig:
+    """A checked TrainConfig from a YAML file; `overrides` are nested keys that replace the file's.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a value out of range; one line, naming file and key.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping with the keys model, data and optimizer")
+    try:
+        return TrainConfig.model_validate(_merge(content, overrides or {}))
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(map(_one_line, error.errors()))) from None
+
+
+def _merge(base: dict, overrides: dict) -> dict:
+    merged = dict(base)
+    for key, value in overrides.items():
+        deeper = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if deeper else value
+    return merged
+
+
+def _one_line(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "file"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,212 @@
+"""Training on transformers' Trainer: what the published recipe adds to it, and nothing of an engine of our own."""
+
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from llama_smop import checkpoint, files
+from llama_smop.config import TrainConfig
+from llama_smop.data.batching import FrameBatchSampler
+from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.data.noise import Babble, Noise, NoiseFile
+from llama_smop.data.plan import DrawnClips, TrainingPlan
+from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+
+LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
+
+
+def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Run a training and return the folder of its model, `out/model`.
+
+    `out/checkpoints` holds what a run needs to go on after an interruption; with `resume` it does, at the step it had
+    reached. `out/metrics.json` is the log: losses, expert load and learning rate by step.
+
+    Raises:
+        ValueError, MediaError: a corpus, a label or a clip that cannot be used, by name.
+    """
+    out = Path(out)
+    checkpoints = out / "checkpoints"
+    checkpoint.discard_unfinished(checkpoints)
+    set_seed(config.run.seed)
+    clips = training_clips(config)
+    model, processor = build(config, [clip.text for clip in clips.clips.clips])
+    plan = training_plan(config, clips.clips)
+    trainer = SmopTrainer(
+        model=model,
+        args=_arguments(config, checkpoints),
+        train_dataset=clips,
+        processing_class=processor,
+        data_collator=Collator(processor),
+        callbacks=list(callbacks),
+        plan=plan,
+    )
+    latest = checkpoint.latest(checkpoints) if resume else None
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+    if trainer.is_world_process_zero():
+        checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model")
+        files.write_json(out / "metrics.json", trainer.state.log_history)
+        files.write_text(out / "config.json", config.model_dump_json(indent=2) + "\n")
+    return out / "model"
+
+
+def build(config: TrainConfig, texts: Sequence[str]):
+    """The model and processor that a configuration describes; a tiny one learns the words of `texts`."""
+    section = config.model
+    projector = section.projector
+    common = {
+        "modalities": section.modalities,
+        "rate_audio": section.rate_audio,
+        "rate_video": section.rate_video,
+        "compression": section.compression,
+    }
+    if section.tiny is not None:
+        from llama_smop.models.tiny import build_tiny
+
+        words = sorted({word for text in texts for word in text.lower().split()})
+        return build_tiny(words, **section.tiny.model_dump(), **projector.model_dump(), **common)
+    from llama_smop.models.parts import assemble
+
+    return assemble(
+        language_model=section.language_model,
+        audio_tower=section.audio_tower,
+        video_tower=section.video_tower,
+        lora=section.lora,
+        projector=projector.model_dump(),
+        dtype=torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32,
+        **common,
+    )
+
+
+def training_clips(config: TrainConfig) -> DrawnClips:
+    data = config.data
+    masked = data.time_mask
+    transform = ClipTransform(
+        AudioTransform(train=True) if masked else AudioTransform(train=True, mask_window=1),
+        VideoTransform(train=True) if masked else VideoTransform(train=True, mask_window=1),
+    )
+    clips = Lrs3Dataset(data.root, data.train, transform=transform, noise=noise(config), seed=config.run.seed)
+    return DrawnClips(clips, keep_decoded=data.keep_decoded)
+
+
+def noise(config: TrainConfig) -> Noise | None:
+    section = config.data.noise
+    if section is None:
+        return None
+    if section.source == "babble":
+        source = Babble.from_labels(config.data.root, config.data.train)
+    else:
+        source = NoiseFile(section.source)
+    return Noise(source, section.snrs)
+
+
+def training_plan(config: TrainConfig, clips: Lrs3Dataset) -> TrainingPlan:
+    data, optimizer = config.data, config.optimizer
+    batches = FrameBatchSampler(
+        clips.lengths, data.max_frames, data.buckets, seed=config.run.seed, max_clips=data.max_clips
+    )
+    steps = optimizer.steps or max(1, math.ceil(optimizer.epochs * len(batches) / optimizer.accumulate))
+    start = data.noise.start if data.noise else 0.0
+    return TrainingPlan(
+        batches,
+        steps * optimizer.accumulate,
+        data.modalities,
+        clean_steps=round(start * steps) * optimizer.accumulate,
+        seed=config.run.seed,
+    )
+
+
+class Collator:
+    """Items of one modality to a batch of model inputs."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, items: list[dict]) -> dict:
+        streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
+        return dict(self.processor(text=[item["text"] for item in items], **streams))
+
+
+class SmopTrainer(Trainer):
+    """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside."""
+
+    def __init__(self, *args, plan: TrainingPlan, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        self._sums: dict[str, torch.Tensor] = defaultdict(float)
+        self._batches: dict[str, int] = defaultdict(int)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.plan,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        for name in LOSSES:
+            if outputs[name] is not None:
+                self._add(name, outputs[name])
+        if outputs.expert_counts is not None:
+            self._add("expert_counts", outputs.expert_counts)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + value.detach()  # stays on the device until it is logged
+        self._batches[name] += 1
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        for name, total in self._sums.items():
+            if name == "expert_counts":
+                load = (total / total.sum().clamp(min=1)).tolist()
+                logs |= {f"expert_load/{e}": round(share, 4) for e, share in enumerate(load)}
+            else:
+                logs[name] = round((total / self._batches[name]).item(), 5)
+        self._sums.clear()
+        self._batches.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with checkpoint.publishing(self):
+            super()._save_checkpoint(model, trial)
+
+
+def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    optimizer, run = config.optimizer, config.run
+    steps = optimizer.steps
+    return TrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=1,  # the plan is one pass over all the steps
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.schedule,
+        warmup_steps=optimizer.warmup,  # below 1: a share of the steps
+        gradient_accumulation_steps=optimizer.accumulate,
+        gradient_checkpointing=optimizer.gradient_checkpointing,
+        bf16=optimizer.precision == "bf16",
+        max_steps=-1 if steps is None else steps,
+        seed=run.seed,
+        data_seed=run.seed,
+        logging_steps=run.log_every,
+        save_steps=run.save_every,
+        save_total_limit=run.keep,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        dataloader_num_workers=config.data.workers,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=False,
+    )
