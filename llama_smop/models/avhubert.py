@@ -115,6 +115,15 @@ class AvHubertVideoEncoder(PreTrainedModel):
         x = self.layer_norm(torch.cat([torch.zeros_like(x), x], dim=-1))
         return self.encoder(self.post_extract_proj(x), attention_mask=video_mask)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.frontend.conv
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.frontend.conv = value
+
+    def get_output_embeddings(self) -> None:
+        return None
+
     def _encoder_attention(self) -> str:
         """The padding mask is lost under an implementation that has no mask function, so one is always named."""
         chosen = self.config._attn_implementation

@@ -1,5 +1,6 @@
 """What our checkpoints hold, and how they are written and read without half-done results."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,18 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def quiet_load_report() -> Iterator[None]:
+    """Without transformers' table of missing keys: `complete` judges them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def without_fetched_parts(model, state: dict[str, Tensor]) -> dict[str, Tensor]:

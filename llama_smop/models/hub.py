@@ -4,11 +4,15 @@ from pathlib import Path
 
 
 def fetch(kind, name: str | Path, **kwargs):
-    """`kind.from_pretrained(name)`, for any transformers class.
+    """`kind.from_pretrained(name)`, for any transformers class; `name` may also be a .gguf file.
 
     Raises:
         ValueError: a folder without the file asked for, or a hub name with neither network nor cache.
     """
+    if str(name).endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: no such file")
+        kwargs["gguf_file"], name = Path(name).name, Path(name).parent
     try:
         return kind.from_pretrained(str(name), **kwargs)
     except (OSError, ValueError) as error:

@@ -185,7 +185,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         tokens, token_masks, modality = [], [], []
         projector_width = self.multi_modal_projector.in_features
         for name, frames in states.items():
-            x, mask = self._compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
+            x, mask = self.compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
             # Zeros add nothing to a product: the narrower modality of separate experts is filled up with them.
             tokens.append(nn.functional.pad(x, (0, projector_width - x.shape[-1])))
             token_masks.append(mask)
@@ -209,7 +209,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         if mask is None:
             raise ValueError(f"{modality}_mask is required with {modality}: (B, frames) bool, True = real frame")
 
-    def _compress(self, frames: Tensor, mask: Tensor, rate: int) -> tuple[Tensor, Tensor]:
+    def compress(self, frames: Tensor, mask: Tensor, rate: int) -> tuple[Tensor, Tensor]:
         """(B, F, D) -> (B, F // rate, D or rate·D); a token is real when all its frames are, the tail is dropped."""
         B, F, D = frames.shape
         S = F // rate
@@ -350,9 +350,10 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         """
         kwargs["ignore_mismatched_sizes"] = True
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            with checkpoint.quiet_load_report():
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"

@@ -1,0 +1,82 @@
+"""A Llama-SMoP of real components: Whisper, AV-HuBERT and a language model by name or path, and a fresh projector."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
+
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
+from llama_smop.models.hub import fetch
+from llama_smop.models.lora import lora_settings
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.parts import load_part, part_weights
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.word_tokenizer import SPECIAL_TOKENS, add_special_tokens
+
+
+def assemble(
+    *,
+    language_model: str | Path,
+    audio_tower: str | Path | None = None,
+    video_tower: str | Path | None = None,
+    projector: dict | ProjectorConfig | None = None,
+    lora: dict[str, str | dict] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings,
+) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
+    """The model, its towers frozen, and its processor.
+
+    Args:
+        language_model: a causal language model with a tokenizer: hub name, folder, or .gguf file.
+        audio_tower: a Whisper model: hub name or folder. None = no audio.
+        video_tower: a fairseq AV-HuBERT .pt file. None = no video.
+        projector: settings of `ProjectorConfig`.
+        lora: by part ("language_model", "video_tower") a preset's name (`lora.PRESETS`) or {"r", "alpha"}.
+        settings: further fields of `LlamaSmopConfig` (rates, compression, …).
+
+    Raises:
+        ValueError: a part that cannot be had, or parts that do not fit together.
+    """
+    sources = {"language_model": language_model, "audio_tower": audio_tower, "video_tower": video_tower}
+    sources = {part: str(source) for part, source in sources.items() if source is not None}
+    modalities = [m for m in ("audio", "video") if f"{m}_tower" in sources]
+    if not modalities:
+        raise ValueError("expected an audio_tower, a video_tower or both, got neither")
+    parts = {}
+    feature_extractor = WhisperFeatureExtractor()
+    if audio_tower is not None:
+        parts["audio_config"] = fetch(WhisperConfig, audio_tower)
+        feature_extractor = fetch(WhisperFeatureExtractor, audio_tower)
+    if video_tower is not None:
+        from llama_smop.convert.fairseq import load_avhubert
+
+        tower, _ = load_avhubert(video_tower)
+        parts["video_config"], video_weights = tower.config, tower.state_dict()
+    tokenizer = fetch(AutoTokenizer, language_model)
+    add_special_tokens(tokenizer)
+    pad, audio, audio_end, video, video_end = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    text_config = fetch(AutoConfig, language_model)
+    # Some models have more rows than tokens; the new tokens then take the spare ones.
+    text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+    text_config.pad_token_id = pad
+    config = LlamaSmopConfig(
+        **parts,
+        text_config=text_config,
+        projector_config=projector,
+        modalities=modalities,
+        audio_token_id=audio,
+        audio_end_token_id=audio_end,
+        video_token_id=video,
+        video_end_token_id=video_end,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        lora={part: lora_settings(value) for part, value in (lora or {}).items()},
+        sources=sources,
+        **settings,
+    )
+    model = LlamaSmopForConditionalGeneration(config).to(dtype)
+    for part, source in sources.items():
+        weights = video_weights if part == "video_tower" else part_weights(part, source, dtype)
+        load_part(getattr(model, part), weights, source)
+    return model, LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer)
