@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_smop.models.parts import load_part, part_weights
+from llama_smop.models.part_weights import load_part, part_weights
 
 SPECIAL_TOKENS_FILE = "special_tokens.safetensors"
 
@@ -66,7 +66,11 @@ def special_token_rows(model, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def complete(model, info: dict, folder: str | Path) -> None:
-    """Fetch the parts that a checkpoint left out; ValueError when it disagrees with its config."""
+    """Fetch the parts that a checkpoint left out, and strike them off `info`'s missing keys.
+
+    Raises:
+        ValueError: the checkpoint disagrees with its config.
+    """
     missing = set(info["missing_keys"])
     fetched = [p for p in model.config.sources if any(k.startswith(f"{p}.") for k in missing)]
     lost = sorted(k for k in missing if not k.startswith(tuple(f"{p}." for p in fetched)) or "lora_" in k)
@@ -86,6 +90,7 @@ def complete(model, info: dict, folder: str | Path) -> None:
         own = {k: v.clone() for k, v in module.state_dict().items() if f"{part}.{k}" not in missing}
         load_part(module, part_weights(part, source, model.dtype), source)
         module.load_state_dict(own, strict=False)
+    info["missing_keys"] = set()
     if "language_model" in fetched:
         _put_special_token_rows(model, folder)
 

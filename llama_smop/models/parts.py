@@ -1,54 +1,92 @@
-"""Weights that are not in our checkpoints but with their makers: fetched by name or path, part by part."""
+"""A Llama-SMoP of real components: Whisper, AV-HuBERT and a language model by name or path, and a fresh projector."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, WhisperModel
+from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 
+from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
+from llama_smop.models.lora import lora_settings
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.part_weights import load_part, part_weights
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.word_tokenizer import SPECIAL_TOKENS, add_special_tokens
 
-PARTS = ("audio_tower", "video_tower", "language_model")
 
+def assemble(
+    *,
+    language_model: str | Path,
+    audio_tower: str | Path | None = None,
+    video_tower: str | Path | None = None,
+    modalities: Sequence[str] | None = None,
+    projector: dict | ProjectorConfig | None = None,
+    lora: str | dict | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings,
+) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
+    """The model, its towers frozen, and its processor.
 
-def part_weights(part: str, source: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """State dict of a part, under its names without LoRA: Whisper's encoder, a causal language model, or AV-HuBERT
-    from a fairseq file.
+    Args:
+        language_model: a causal language model with a tokenizer: hub name, folder, or .gguf file.
+        audio_tower: a Whisper model: hub name or folder. None = no audio.
+        video_tower: a fairseq AV-HuBERT .pt file. None = no video.
+        modalities: by default those of the towers given.
+        projector: settings of `ProjectorConfig`.
+        lora: a preset's name (`lora.PRESETS`) or {"r", "alpha"} for the language model; or a dict of such by part,
+            "language_model" and "video_tower".
+        settings: further fields of `LlamaSmopConfig` (rates, compression, …).
 
     Raises:
-        ValueError: a source that cannot be had or is of another kind.
+        ValueError: a part that cannot be had, or parts that do not fit together.
     """
-    if part == "audio_tower":
-        return fetch(WhisperModel, source, dtype=dtype).encoder.state_dict()
-    if part == "language_model":
-        return fetch(AutoModelForCausalLM, source, dtype=dtype).state_dict()
-    if part == "video_tower":
+    sources = {"language_model": language_model, "audio_tower": audio_tower, "video_tower": video_tower}
+    sources = {part: str(source) for part, source in sources.items() if source is not None}
+    lora = {} if lora is None else lora
+    if isinstance(lora, str) or "r" in lora:
+        lora = {"language_model": lora}
+    present = tuple(m for m in MODALITIES if f"{m}_tower" in sources)
+    if not present or set(modalities or present) != set(present):
+        raise ValueError(
+            f"modalities {list(modalities or ())} need a tower each, audio_tower and video_tower; got "
+            f"{[f'{m}_tower' for m in present]}"
+        )
+    parts = {}
+    feature_extractor = WhisperFeatureExtractor()
+    if audio_tower is not None:
+        parts["audio_config"] = fetch(WhisperConfig, audio_tower)
+        feature_extractor = fetch(WhisperFeatureExtractor, audio_tower)
+    if video_tower is not None:
         from llama_smop.convert.fairseq import load_avhubert
 
-        return load_avhubert(source)[0].to(dtype).state_dict()
-    raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
-
-
-@torch.no_grad()
-def load_part(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Put `weights` into a part that may have LoRA inside, and embeddings of more tokens than its source.
-
-    Raises:
-        ValueError: a tensor that is missing or of another shape.
-    """
-    embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
-    growing = {id(e.weight) for e in embeddings if e is not None}
-    for name, own in module.state_dict(keep_vars=True).items():
-        if "lora_" in name:
-            continue
-        name = name.replace(".base_layer.", ".")
-        value = weights.get(name)
-        if value is None:
-            raise ValueError(f"{source}: has no {name}; name the model this was made from")
-        if value.shape != own.shape and not (id(own) in growing and value.shape[1:] == own.shape[1:]):
-            raise ValueError(f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
-        if own.dim() == 0:
-            own.copy_(value)
-        else:
-            rows = min(len(value), len(own))
-            own[:rows].copy_(value[:rows])
+        tower, _ = load_avhubert(video_tower)
+        parts["video_config"], video_weights = tower.config, tower.state_dict()
+    tokenizer = fetch(AutoTokenizer, language_model)
+    add_special_tokens(tokenizer)
+    pad, audio, audio_end, video, video_end = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    text_config = fetch(AutoConfig, language_model)
+    # Some models have more rows than tokens; the new tokens then take the spare ones.
+    text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+    text_config.pad_token_id = pad
+    config = LlamaSmopConfig(
+        **parts,
+        text_config=text_config,
+        projector_config=projector,
+        modalities=present,
+        audio_token_id=audio,
+        audio_end_token_id=audio_end,
+        video_token_id=video,
+        video_end_token_id=video_end,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        lora={part: lora_settings(value) for part, value in lora.items()},
+        sources=sources,
+        **settings,
+    )
+    model = LlamaSmopForConditionalGeneration(config).to(dtype)
+    for part, source in sources.items():
+        weights = video_weights if part == "video_tower" else part_weights(part, source, dtype)
+        load_part(getattr(model, part), weights, source)
+    return model, LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer)

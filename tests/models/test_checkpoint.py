@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_smop import LlamaSmopConfig, LlamaSmopForConditionalGeneration
 from llama_smop.models import checkpoint
-from llama_smop.models.assemble import assemble
+from llama_smop.models.parts import assemble
 from tests.golden_files import GOLDEN
 from tests.models.conftest import chosen, clip
 

@@ -6,7 +6,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models.parts import load_part, part_weights
+from llama_smop.models.part_weights import load_part, part_weights
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.word_tokenizer import word_tokenizer
 from tests.golden_files import GOLDEN, golden, largest_difference

@@ -1,0 +1,54 @@
+"""Weights that are not in our checkpoints but with their makers: fetched by name or path, part by part."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, WhisperModel
+
+from llama_smop.models.hub import fetch
+
+PARTS = ("audio_tower", "video_tower", "language_model")
+
+
+def part_weights(part: str, source: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """State dict of a part, under its names without LoRA: Whisper's encoder, a causal language model, or AV-HuBERT
+    from a fairseq file.
+
+    Raises:
+        ValueError: a source that cannot be had or is of another kind.
+    """
+    if part == "audio_tower":
+        return fetch(WhisperModel, source, dtype=dtype).encoder.state_dict()
+    if part == "language_model":
+        return fetch(AutoModelForCausalLM, source, dtype=dtype).state_dict()
+    if part == "video_tower":
+        from llama_smop.convert.fairseq import load_avhubert
+
+        return load_avhubert(source)[0].to(dtype).state_dict()
+    raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+
+
+@torch.no_grad()
+def load_part(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Put `weights` into a part that may have LoRA inside, and embeddings of more tokens than its source.
+
+    Raises:
+        ValueError: a tensor that is missing or of another shape.
+    """
+    embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
+    growing = {id(e.weight) for e in embeddings if e is not None}
+    for name, own in module.state_dict(keep_vars=True).items():
+        if "lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        value = weights.get(name)
+        if value is None:
+            raise ValueError(f"{source}: has no {name}; name the model this was made from")
+        if value.shape != own.shape and not (id(own) in growing and value.shape[1:] == own.shape[1:]):
+            raise ValueError(f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
+        if own.dim() == 0:
+            own.copy_(value)
+        else:
+            rows = min(len(value), len(own))
+            own[:rows].copy_(value[:rows])
