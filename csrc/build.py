@@ -13,7 +13,8 @@ import sysconfig
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-CUDA_SOURCES = ("gemm.cu", "grouped_gemm_sm80.cu", "grouped_gemm_sm90.cu", "routing.cu", "combine.cu")
+CUDA_SOURCES = ("gemm.cu", "grouped_gemm_sm80.cu", "routing.cu", "combine.cu")
+SM90A_SOURCE = "grouped_gemm_sm90.cu"
 HOST_SOURCE = "bindings.cpp"
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 # sm_80 code serves sm_86, sm_87 and sm_89 too; sm_90a code serves sm_90 alone.
@@ -66,20 +67,21 @@ def build(
 def _ninja_file(nvcc: Path, outputs: dict[str, Path], archs: str, embed_ptx: bool, strict: bool) -> str:
     import pybind11
 
-    targets = []
-    for arch in archs.split(";"):
-        code = f"[sm_{arch},compute_{arch}]" if embed_ptx else f"sm_{arch}"
-        targets.append(f"-gencode arch=compute_{arch},code={code}")
+    targets = {arch: _target(arch, embed_ptx) for arch in archs.split(";")}
+    sm90a = "90a" in targets
+    files = {name: " ".join(targets.values()) for name in CUDA_SOURCES}
+    if sm90a:
+        files[SM90A_SOURCE] = targets["90a"]
     python_include = sysconfig.get_path("include")
     lines = [
         f"nvcc = {_escape(nvcc)}",
-        f"nvcc_flags = -std=c++17 -O3 {' '.join(targets)} -Xcompiler -fPIC"
+        f"nvcc_flags = -std=c++17 -O3 -DSMOP_HAS_SM90A={int(sm90a)} -Xcompiler -fPIC"
         + (" -Werror all-warnings -Xptxas -warn-spills -Xcompiler -Wall,-Wextra" if strict else ""),
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"cxx_flags = -std=c++17 -O2 -fPIC -fvisibility=hidden -isystem {_escape(pybind11.get_include())} "
         f"-isystem {_escape(python_include)} '-DSMOP_ARCHS=\"{archs}\"'" + (" -Wall -Wextra -Werror" if strict else ""),
         "rule cuda",
-        "  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out",
+        "  command = $nvcc $nvcc_flags $targets -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule cxx",
         "  command = $cxx $cxx_flags -DSMOP_CUDART='\"$cudart\"' -MD -MF $out.d -c $in -o $out",
@@ -87,15 +89,19 @@ def _ninja_file(nvcc: Path, outputs: dict[str, Path], archs: str, embed_ptx: boo
         "rule link",
         "  command = $nvcc -shared -cudart $cudart -Xcompiler -fPIC $in -o $out.tmp && mv $out.tmp $out",
     ]
-    objects = []
-    for name in CUDA_SOURCES:
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: cuda {_escape(CSRC / name)}")
+    objects = [f"{name}.o" for name in files]
+    for name, gencode in files.items():
+        lines += [f"build {name}.o: cuda {_escape(CSRC / name)}", f"  targets = {gencode}"]
     for cudart, path in outputs.items():
         host = f"{HOST_SOURCE}.{cudart}.o"
         lines += [f"build {host}: cxx {_escape(CSRC / HOST_SOURCE)}", f"  cudart = {cudart}"]
         lines += [f"build {_escape(path)}: link {host} {' '.join(objects)}", f"  cudart = {cudart}"]
     return "\n".join(lines) + "\n"
+
+
+def _target(arch: str, embed_ptx: bool) -> str:
+    code = f"[sm_{arch},compute_{arch}]" if embed_ptx else f"sm_{arch}"
+    return f"-gencode arch=compute_{arch},code={code}"
 
 
 def _escape(path: Path | str) -> str:

@@ -268,7 +268,7 @@ extern "C" int smop_combine_bwd(const SmopCombineBwd* p, uint64_t stream) {
       kernel<<<static_cast<unsigned>(chunks), kThreads, shared, as_stream(stream)>>>(*p, per_chunk, in_shared);
       if (auto e = cudaGetLastError()) return e;
     }
-    if (p->ln_partial) {
+    if (p->dln_weight) {  // without tokens too: idle experts get zeros
       const dim3 grid(static_cast<unsigned>(ceil_div(p->dim, kWarp)), p->experts);
       sum_ln_partials<decltype(ln)><<<grid, kThreads, 0, as_stream(stream)>>>(*p, per_chunk);
     }

@@ -33,17 +33,18 @@ __device__ __forceinline__ float transcendental(int kind, float v, float aux) {
   return kind == SMOP_SILU ? x * s : v * s * (1.f + x * (1.f - s));
 }
 
-// One 16×32 piece of a warp's accumulators: acc[kBase + 4j + i] is element i of its column block j. `row` is the piece's first
-// row within the tile, `col` its first column in the matrix. The stage is the warp's own.
-template <int kBase, class T, int N>
-__device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], float* stage, int row, int col) {
+// One 16×32 piece of a warp's accumulators: acc[base + 4j + i] is element i of its column block j. `row` is the piece's first
+// row within the tile, `col` its first column in the matrix. The stage is the warp's own. `base` must be a constant once inlined.
+template <class T, int N>
+__device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, float* stage,
+                                            int row, int col) {
   const int lane = threadIdx.x % kWarp;
   __syncwarp();  // the piece before has been read
 #pragma unroll
   for (int j = 0; j < kStageCols / 8; ++j) {
     float* at = stage + (lane / 4) * kStageStride + j * 8 + (lane % 4) * 2;
-    *reinterpret_cast<float2*>(at) = make_float2(acc[kBase + 4 * j], acc[kBase + 4 * j + 1]);
-    *reinterpret_cast<float2*>(at + 8 * kStageStride) = make_float2(acc[kBase + 4 * j + 2], acc[kBase + 4 * j + 3]);
+    *reinterpret_cast<float2*>(at) = make_float2(acc[base + 4 * j], acc[base + 4 * j + 1]);
+    *reinterpret_cast<float2*>(at + 8 * kStageStride) = make_float2(acc[base + 4 * j + 2], acc[base + 4 * j + 3]);
   }
   __syncwarp();
   const int my_col = col + (lane % 4) * 8;

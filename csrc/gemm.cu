@@ -18,7 +18,7 @@ cudaError_t device_arch(int& arch) {
   return cudaSuccess;
 }
 
-// Whether to take the sm_90 family; `family` 90 insists and fails where it cannot serve.
+// Whether the sm_90 family is to run; `family` 90 insists, and fails where it cannot.
 cudaError_t choose_hopper(int family, bool serves, bool& hopper) {
   int arch = 0;
   hopper = false;
@@ -29,6 +29,14 @@ cudaError_t choose_hopper(int family, bool serves, bool& hopper) {
 }
 
 }  // namespace
+
+#if !SMOP_HAS_SM90A
+bool gemm_sm90_serves(const SmopGemm&) { return false; }
+bool wgrad_sm90_serves(const SmopWgrad&) { return false; }
+cudaError_t launch_gemm_sm90(const SmopGemm&, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t launch_wgrad_sm90(const SmopWgrad&, cudaStream_t) { return cudaErrorNotSupported; }
+#endif
+
 }  // namespace smop
 
 extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream) {

@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
   float* stage = reinterpret_cast<float*>(ring) + warp * kStageFloats;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    store_piece<0>(to, acc[i], stage, warp / 4 * kWarpM + i * 16, first_col + warp % 4 * kWarpN);
+    store_piece(to, acc[i], 0, stage, warp / 4 * kWarpM + i * 16, first_col + warp % 4 * kWarpN);
 }
 
 struct SameRow {

@@ -53,4 +53,53 @@ inline constexpr uint32_t kTwoOnes<bf16> = 0x3f803f80u;
 template <>
 inline constexpr uint32_t kTwoOnes<fp16> = 0x3c003c00u;
 
+// ------------------------------------------------------------------------------------------ sm_90a: mbarrier, TMA, register counts
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes the initialised barriers visible to the copy engine; then a __syncthreads() for the threads.
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// One arrival; the phase also waits for `bytes` of bulk copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Returns once the phase of this parity has completed. A fresh barrier counts as having completed parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT_%=;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of the tensor map from global to shared memory; its bytes count towards the barrier. Coordinates innermost first; what lies
+// outside the tensor arrives as zero.
+__device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
+               "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+               : "memory");
+}
+__device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+               "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
+
+// Orders this thread's ordinary and cp.async writes to shared memory before reads by the tensor cores.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Hand registers from the producers to the consumers; every warp of a warpgroup executes it.
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
 }  // namespace smop::ptx
