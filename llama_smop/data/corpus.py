@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil, prod
 from pathlib import Path
@@ -103,16 +103,16 @@ class Voice:
 
 
 VOICES = (
-    Voice("amir", "gmw/en-US+m3", mouth.draw_face(4, bearded=True)),
+    Voice("amir", "gmw/en-US+m3", mouth.draw_face(2, bearded=True)),
     Voice("beth", "gmw/en-US+f1", mouth.draw_face(0)),
-    Voice("carl", "gmw/en-US+m7", mouth.draw_face(7), pitch=(34, 50)),
-    Voice("dina", "gmw/en-US+f4", mouth.draw_face(2)),
-    Voice("eric", "gmw/en-GB-x-rp+m1", mouth.draw_face(3, bearded=True)),
-    Voice("fola", "gmw/en-US+linda", mouth.draw_face(10)),
+    Voice("carl", "gmw/en-US+m7", mouth.draw_face(5), pitch=(34, 50)),
+    Voice("dina", "gmw/en-US+f4", mouth.draw_face(3)),
+    Voice("eric", "gmw/en-GB-x-rp+m1", mouth.draw_face(7, bearded=True)),
+    Voice("fola", "gmw/en-US+linda", mouth.draw_face(4)),
 )
 UNSEEN_VOICES = (
-    Voice("gita", "gmw/en-US+Annie", mouth.draw_face(11)),
-    Voice("hugh", "gmw/en-US+m4", mouth.draw_face(5, bearded=True)),
+    Voice("gita", "gmw/en-US+Annie", mouth.draw_face(8)),
+    Voice("hugh", "gmw/en-US+m4", mouth.draw_face(9, bearded=True)),
 )
 
 
@@ -200,8 +200,13 @@ def make_clip(words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int,
     samples[start : start + len(voiced)] += voiced * (loudness / np.sqrt(np.mean(voiced**2)))
     samples = np.clip(samples, -1, 1).astype(np.float32)
 
+    face = replace(  # the lamp is not where it was in the last clip
+        voice.face,
+        light=voice.face.light + rng.uniform(-0.25, 0.25),
+        brightness=voice.face.brightness * rng.uniform(0.92, 1.06),
+    )
     parameters = mouth.articulation(speech.phonemes, n_frames, offset=lead)
-    frames = mouth.render(parameters, voice.face, seed=int(rng.integers(2**31)))
+    frames = mouth.render(parameters, face, seed=int(rng.integers(2**31)))
     times = [
         (word, round(lead + segment.start, 3), round(lead + segment.end, 3))
         for word, segment in zip(words, speech.words, strict=True)

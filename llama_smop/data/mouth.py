@@ -30,7 +30,7 @@ _VISEMES = {
     "postalveolar": (0.08, 0.28, 0.00, 0.70, 1.00, 0.10, 0.0, 0.0),
     "velar": (0.20, 0.30, _ANY, _ANY, 0.40, 0.15, 0.0, 0.0),
     "rhotic": (0.15, 0.24, 0.00, 0.50, 0.40, 0.45, 0.0, 0.0),
-    "glide_w": (0.08, 0.09, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
+    "glide_w": (0.08, 0.14, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
     "glide_j": (0.10, 0.22, 0.60, _ANY, 0.80, 0.50, 0.0, 0.0),
     "i": (0.12, 0.28, 1.00, 0.00, 0.90, 0.45, 0.0, 0.0),
     "ih": (0.22, 0.34, 0.55, 0.00, 0.70, 0.30, 0.0, 0.0),
@@ -40,7 +40,7 @@ _VISEMES = {
     "uh": (0.50, 0.58, 0.00, 0.10, 0.40, 0.15, 0.0, 0.0),
     "aw": (0.60, 0.66, 0.00, 0.60, 0.10, 0.05, 0.0, 0.0),
     "oh": (0.35, 0.44, 0.00, 0.80, 0.00, 0.05, 0.0, 0.0),
-    "u": (0.12, 0.13, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
+    "u": (0.12, 0.20, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
     "hook": (0.20, 0.26, 0.00, 0.65, 0.10, 0.10, 0.0, 0.0),
     "schwa": (0.25, 0.34, 0.05, 0.05, 0.40, 0.20, 0.0, 0.0),
     "er": (0.28, 0.34, 0.00, 0.45, 0.30, 0.30, 0.0, 0.0),
@@ -153,15 +153,14 @@ _SKINS = (
     (172, 119, 83),
     (131, 86, 59),
     (96, 62, 45),
-    (238, 196, 172),
 )
 _WALLS = ((112, 128, 138), (150, 142, 128), (88, 98, 92), (168, 170, 176), (120, 104, 110), (74, 84, 104))
 
 
 def draw_face(seed: int, bearded: bool = False) -> Face:
-    """A face drawn at random from a seed."""
+    """A face drawn at random from a seed; neighbouring seeds differ in skin."""
     rng = np.random.default_rng([seed, 0xFACE])
-    skin = np.array(_SKINS[rng.integers(len(_SKINS))], dtype=np.float64)
+    skin = np.array(_SKINS[seed % len(_SKINS)], dtype=np.float64)
     rose = np.array((176, 76, 82), dtype=np.float64)
     lips = (0.50 * skin + 0.50 * rose) * rng.uniform(0.86, 0.98)
     return Face(
@@ -192,7 +191,7 @@ def _skin_texture(face: Face, rng: np.random.Generator) -> np.ndarray:
     dx, dy = (x - _CENTRE_X) / face.face_width, y - _CENTRE_Y
 
     def blob(cx, cy, rx, ry):
-        return np.exp(-(((x - cx) / rx) ** 2) - ((y - cy) / ry) ** 2)
+        return np.exp(-(((y[:, :1] - cy) / ry) ** 2)) * np.exp(-(((x[:1] - cx) / rx) ** 2))
 
     def both_sides(cx, cy, rx, ry):
         return blob(_CENTRE_X - cx, cy, rx, ry) + blob(_CENTRE_X + cx, cy, rx, ry)
@@ -248,8 +247,8 @@ def _lip_contours(a: np.ndarray, face: Face) -> dict[str, np.ndarray]:
     u = np.linspace(-1, 1, 33)[None, :]
     arch = 1 - u * u
 
-    half = (16.5 + 4.2 * spread - 7.0 * rounding - 0.8 * press - 1.2 * gap) * face.mouth_width
-    upper = (4.6 + 0.9 * rounding - 2.0 * press - 0.6 * spread) * face.lip_thickness
+    half = (17.8 + 4.4 * spread - 7.6 * rounding - 0.8 * press - 1.2 * gap) * face.mouth_width
+    upper = (5.0 + 0.9 * rounding - 2.0 * press - 0.6 * spread) * face.lip_thickness
     lower = (6.2 + 1.2 * rounding - 2.6 * press - 0.8 * spread - 2.4 * tuck) * face.lip_thickness
     rise = 3.4 * gap + 1.9 * tuck + 0.5 * spread * gap
     drop = 13.0 * gap + 0.8 * jaw - 2.2 * tuck
@@ -261,7 +260,7 @@ def _lip_contours(a: np.ndarray, face: Face) -> dict[str, np.ndarray]:
     x_outer = _CENTRE_X + half * u
     x_inner = _CENTRE_X + inner_half * u
     # A rounded opening is an ellipse, a spread one a flat lens.
-    lens = arch ** (1.05 - 0.45 * rounding)
+    lens = arch ** (1.05 - 0.4 * rounding - 0.25 * gap)
     inner_top = corner - rise * lens + middle * (1 - np.clip(3 * gap, 0, 1))
     inner_bottom = corner + drop * lens + middle * (1 - np.clip(3 * gap, 0, 1))
     inner_bottom = np.maximum(inner_bottom, inner_top)
@@ -306,8 +305,9 @@ def render(parameters: np.ndarray, face: Face, seed: int = 0) -> np.ndarray:
     light = float(np.mean(face.skin)) / 255 * face.brightness
     dim = 0.55 + 0.45 * light
 
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32)
-    below = np.clip((y / _SCALE - _CENTRE_Y - 4) / 30, 0, 1)
+    still = int(_CENTRE_Y + 4) * _SCALE  # rows above do not move with the jaw
+    y, x = np.mgrid[still:n, 0:n].astype(np.float32)
+    below = np.clip((y - still) / (30 * _SCALE), 0, 1)
     fall = below * below * (3 - 2 * below) * (1 - 0.5 * ((x / _SCALE - _CENTRE_X) / 48) ** 2) * (7.5 * _SCALE)
 
     def fill(image, polygon, colour):
@@ -316,7 +316,8 @@ def render(parameters: np.ndarray, face: Face, seed: int = 0) -> np.ndarray:
     frames = np.empty((n_frames, SIZE, SIZE, 3), dtype=np.uint8)
     for t in range(n_frames):
         jaw, gap, _, _, teeth, tongue, tuck, press = (float(v) for v in parameters[t])
-        canvas = cv2.remap(texture, x, y - jaw * fall, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        canvas = texture.copy()
+        canvas[still:] = cv2.remap(texture, x, y - jaw * fall, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         top, bottom = lines["outer_top"][t], lines["outer_bottom"][t]
         inner_top, inner_bottom = lines["inner_top"][t], lines["inner_bottom"][t]
 
