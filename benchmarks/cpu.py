@@ -1,0 +1,91 @@
+"""`python -m benchmarks cpu`: the CPU product against its peers, in under five minutes on two cores."""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment, results
+from benchmarks.compare import Contest
+from benchmarks.floors import measure_ceilings
+from benchmarks.workloads import PASSES, TRAINING_TOKENS, UTTERANCE_TOKENS, Workload
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    workload: Workload
+    budget_s: float  # for all its passes
+    passes: tuple[str, ...] = ("forward", "both")
+    modes: tuple[str, ...] = ("eager",)
+    memory: bool = False
+
+
+def cases() -> list[Case]:
+    """Most telling first."""
+    listed = []
+    for dtype, scale in zip(DTYPES, (1.0, 0.7), strict=True):
+        budgets = {64: 7, UTTERANCE_TOKENS: 9, 512: 14, TRAINING_TOKENS: 26}
+        listed += [
+            Case(Workload(T, dtype), budget * scale, PASSES if T == 512 else ("forward", "both"), memory=True)
+            for T, budget in budgets.items()
+        ]
+    base = Workload(UTTERANCE_TOKENS, "float32")
+    listed += [
+        Case(replace(base, sharing="DEDR"), 8),
+        Case(replace(base, routing="zipf"), 8),
+        Case(replace(base, routing="one"), 8),
+        Case(replace(base, num_experts=8, top_k=2), 9),
+        Case(replace(base, out_features=1024, expert="mlp"), 9),
+        Case(replace(base, out_features=1024, expert="swiglu"), 9),
+    ]
+    return listed
+
+
+def quick_cases() -> list[Case]:
+    """Every kind of case once, small: shows that all of it runs, measures nothing worth keeping."""
+    base = Workload(48, "float32", in_features=64, hidden_features=128, out_features=96)
+    return [
+        Case(base, 0.2, PASSES, memory=True),
+        Case(replace(base, sharing="DEDR", dtype="bfloat16"), 0.1),
+        Case(replace(base, out_features=64, expert="swiglu"), 0.1),
+    ]
+
+
+def run(path: Path | None = None, quick: bool = False, model: bool = True, say=partial(print, flush=True)) -> dict:
+    """Measure and save after every case; `path` defaults to the device's file under benchmarks/results/."""
+    began = time.perf_counter()
+    device = torch.device("cpu")
+    found = results.new("cpu")
+    found["environment"] = environment.describe(device)
+    if path is None:
+        path = results.FOLDER / f"{results.slug('cpu', found['environment'])}.json"
+    ceilings = measure_ceilings(device, DTYPES, quick)
+    found["ceilings"] = {
+        "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 2),
+        "tflops": {d: round(f / 1e12, 4) for d, f in ceilings.flops.items()},
+    }
+    say(f"{found['environment']['device']}: copy {found['ceilings']['copy_gb_per_s']} GB/s, "
+        f"matrix product {found['ceilings']['tflops']} TFLOP/s, load {found['environment']['load_average']}")  # fmt: skip
+    for case in quick_cases() if quick else cases():
+        contest = Contest(case.workload, device, modes=case.modes)
+        for which in case.passes:
+            contest.time(which, ceilings, case.budget_s / len(case.passes), min_rounds=3 if quick else 5)
+        if case.memory:
+            contest.measure_memory()
+        results.add(found, contest.result.json(), case.workload)
+        contest.close()
+        results.save(found, path)
+        say(f"{time.perf_counter() - began:5.0f} s  {case.workload.key}")
+    if model:
+        from benchmarks import model_level
+
+        results.add(found, {"model": model_level.tiny(device, quick)})
+    found["stages"]["cpu"] = {"status": "done", "seconds": round(time.perf_counter() - began, 1)}
+    found["environment"]["load_average_after"] = environment.describe(device)["load_average"]
+    results.save(found, path)
+    say(f"{time.perf_counter() - began:5.0f} s  saved {path}")
+    return found

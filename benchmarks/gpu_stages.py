@@ -1,0 +1,273 @@
+"""The stages of `python -m benchmarks gpu`, in order of worth. Each is a list of cases; a case returns lists of records.
+
+The same stages walk over tiny shapes on a CPU in a dry run, which proves the path and measures nothing.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment, rivals, workloads
+from benchmarks.compare import Contest, describe, raise_if_device_is_lost
+from benchmarks.floors import Ceilings, measure_ceilings
+from benchmarks.rivals import eager
+from benchmarks.workloads import Workload
+
+BACKENDS = ("torch", "triton", "cuda")
+
+
+@dataclass
+class Context:
+    """What a case may look at: the device, the results so far, where to leave files, seconds it should take."""
+
+    device: torch.device
+    dry: bool
+    results: dict
+    out: Path
+    budget_s: float
+    excluded: dict[str, str]  # rival → why not to touch it in this case
+    starting: Callable[[str], None]  # told what runs next, so that a crash has a name
+
+    @property
+    def ceilings(self) -> Ceilings:
+        found = self.results["ceilings"]
+        if not found:
+            return Ceilings(float("nan"), {})
+        return Ceilings(found["copy_gb_per_s"] * 1e9, {d: f * 1e12 for d, f in found["tflops"].items()})
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    run: Callable[[Context], dict]
+    workload: Workload | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """share: of the budget, at most; what a stage leaves over goes to those after it."""
+
+    name: str
+    share: float
+    cases: Callable[[bool], list[Case]]
+
+
+def stages() -> list[Stage]:
+    return [
+        Stage("environment", 0.1, _environment),
+        Stage("build", 0.3, _build),
+        Stage("correctness", 0.25, _correctness),
+        Stage("headline", 0.3, lambda dry: _timed(_sizes(workloads.headline(), dry), ("forward", "both"))),
+        Stage("memory", 0.1, _memory),
+        Stage("tune", 0.25, _tune),
+        Stage("tests", 0.2, _tests),
+        Stage("model", 0.2, _model),
+        Stage("libraries", 0.2, lambda dry: _timed(_sizes(workloads.library_shapes(), dry), ("forward", "both"))),
+        Stage("real", 0.15, lambda dry: _timed(_sizes(workloads.real_counts(), dry), ("forward", "both"))),
+        Stage("backward", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("backward",), key="backward")),
+        Stage("variations", 0.5, lambda dry: _timed(_sizes(workloads.variations(), dry), ("forward", "both"))),
+        Stage("hot", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("forward",), key="hot", cold=False)),
+        Stage("compiled", 0.5, lambda dry: [] if dry else _compiled()),
+    ]
+
+
+def _sizes(declared: list[Workload], dry: bool) -> list[Workload]:
+    """In a dry run the first three, tiny."""
+    return [workloads.tiny(w) for w in declared[:3]] if dry else declared
+
+
+# ----------------------------------------------------------------------------------------------- environment, build
+
+
+def _environment(dry: bool) -> list[Case]:
+    def run(c: Context) -> dict:
+        dtypes = ("float32",) if dry else ("bfloat16", "float16", "float32")
+        ceilings = measure_ceilings(c.device, dtypes, quick=dry)
+        return {
+            "environment": environment.describe(c.device),
+            "ceilings": {
+                "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 2),
+                "tflops": {d: round(f / 1e12, 4) for d, f in ceilings.flops.items()},
+            },
+        }
+
+    return [Case("device and ceilings", run)]
+
+
+def _build(dry: bool) -> list[Case]:
+    return [Case("CUDA extension", lambda c: {"note": "a dry run builds nothing"} if c.dry else _build_extension(c))]
+
+
+def _build_extension(c: Context) -> dict:
+    """In a process of its own: setup.py's recipe, the module beside the package's sources."""
+    built = "import llama_smop._C as ext; print(ext.build_info())"
+    run = {"cwd": environment.ROOT, "capture_output": True, "text": True}
+    there = subprocess.run([sys.executable, "-c", built], **run)
+    if there.returncode == 0:
+        return {"note": f"found built: {there.stdout.strip()[:200]}"}
+    c.starting("nvcc")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env={**os.environ, "LLAMA_SMOP_BUILD_CUDA": "1"},
+        timeout=c.budget_s,
+        **run,
+    )
+    if done.returncode:
+        print(done.stdout, done.stderr)
+        raise RuntimeError(f"setup.py build_ext failed: {done.stderr.strip()[-300:]}")
+    return {"note": "built with setup.py build_ext --inplace"}
+
+
+# ------------------------------------------------------------------------------------------------------ correctness
+
+
+def correctness_workloads() -> list[Workload]:
+    """Real sizes; every sharing, routing, dtype, and ragged token counts."""
+    base = Workload(1024)
+    return [
+        base,
+        Workload(4096),
+        replace(base, tokens=77, sharing="DEDR"),
+        replace(base, tokens=1),
+        replace(base, tokens=1500, sharing="DEDR", out_features=3072),
+        replace(base, sharing="JEDR", routing="zipf"),
+        replace(base, routing="one"),
+        replace(base, dtype="float16"),
+        replace(base, dtype="float32"),
+        replace(base, num_experts=16, top_k=4, out_features=4096),
+        replace(base, num_experts=8, top_k=1),
+        Workload(16384),
+    ]
+
+
+def _correctness(dry: bool) -> list[Case]:
+    """Backend by backend, so that one that brings the device down takes only its own cases along."""
+    return [
+        Case(f"{backend}: {w.key}", lambda c, w=w, backend=backend: check_backend(w, backend, c), w)
+        for w in _sizes(correctness_workloads(), dry)
+        for backend in BACKENDS
+    ]
+
+
+def check_backend(w: Workload, backend: str, c: Context) -> dict:
+    """Errors of y and every gradient against float64, and whether they stay within twice PyTorch's own (+ 1e-5)."""
+    rival = rivals.BY_NAME[f"ours_{backend}"]
+    reason = c.excluded.get(rival.name) or rival.why_not(w, c.device)
+    if reason:
+        return {"skipped": [{"workload": w.key, "rival": rival.name, "reason": reason}]}
+    c.starting("reference")
+    problem = workloads.make(w, c.device, seed=1)
+    known = eager.reference(problem)
+    plain = rivals.errors(eager.EagerLoop(problem), problem, known)
+    c.starting(rival.name)
+    record = {"workload": w.key, "backend": backend}
+    try:
+        found = rivals.errors(rival.build(problem), problem, known)
+    except Exception as error:
+        raise_if_device_is_lost(c.device, error)
+        return {"correctness": [{**record, "within": False, "failure": describe(error)}]}
+    within = all(e <= 2 * plain[n] + 1e-5 for n, e in found.items())
+    short = {n: [float(f"{e:.2e}"), float(f"{plain[n]:.2e}")] for n, e in found.items()}
+    return {"correctness": [{**record, "within": within, "errors_ours_and_torch": short}]}
+
+
+# ------------------------------------------------------------------------------------------------- timings, memory
+
+
+def _timed(
+    declared: list[Workload], passes: tuple[str, ...], key: str = "", cold: bool = True, names=None
+) -> list[Case]:
+    def run(c: Context, w: Workload) -> dict:
+        contest = Contest(w, c.device, names, excluded=c.excluded, starting=c.starting)
+        for which in passes:
+            contest.time(which, c.ceilings, c.budget_s / len(passes) / 2, cold, min_rounds=3 if c.dry else 10)
+        contest.close()
+        return contest.result.json()
+
+    return [Case(f"{key} {w.key}".strip(), lambda c, w=w: run(c, w), w) for w in declared]
+
+
+def _compiled() -> list[Case]:
+    """torch.compile of what it can compile, last: each compilation takes long."""
+
+    def run(c: Context, w: Workload) -> dict:
+        names = [r.name for r in rivals.ALL if "compiled" in r.modes]
+        contest = Contest(w, c.device, names, ("compiled",), c.excluded, c.starting)
+        for which in ("forward", "both"):
+            contest.time(which, c.ceilings, 3.0)
+        contest.close()
+        return contest.result.json()
+
+    return [Case(f"compiled {w.key}", lambda c, w=w: run(c, w), w) for w in workloads.headline()[2:]]
+
+
+def _memory(dry: bool) -> list[Case]:
+    def run(c: Context, w: Workload) -> dict:
+        found: dict[str, list] = {"memory": [], "skipped": []}
+        for name in rivals.BY_NAME:  # one at a time: the peak is that of the only layer there
+            contest = Contest(w, c.device, [name], ("eager",), c.excluded, c.starting)
+            contest.measure_memory()
+            contest.close()
+            found["memory"] += contest.result.memory
+            found["skipped"] += [s for s in contest.result.skipped if s["reason"].startswith("memory")]
+        return found
+
+    declared = _sizes([w for w in workloads.headline() if w.tokens != 256], dry)
+    return [Case(f"memory {w.key}", lambda c, w=w: run(c, w), w) for w in declared]
+
+
+# ------------------------------------------------------------------------------------------- tuner, tests, the model
+
+
+def furthest_from_floor(results: dict, backend: str = "triton", count: int = 2) -> list[Workload]:
+    """The headline workloads whose training pass on `backend` keeps the smallest share of the floor."""
+    best: dict[str, float] = {}
+    for t in results["timings"]:
+        if t["rival"] == f"ours_{backend}" and t["pass"] == "both" and t["share_of_floor"]:
+            best[t["workload"]] = max(best.get(t["workload"], 0.0), t["share_of_floor"])
+    worst = sorted(best, key=best.get)[:count]
+    return [Workload(**results["workloads"][key]) for key in worst]
+
+
+def _tune(dry: bool) -> list[Case]:
+    def run(c: Context) -> dict:
+        from benchmarks import tune
+
+        return {"note": tune.stage(furthest_from_floor(c.results), c.out / "tuned.json", c.budget_s, c.dry)}
+
+    return [Case("Triton tile configurations", run)]
+
+
+def _tests(dry: bool) -> list[Case]:
+    def run(c: Context) -> dict:
+        log = c.out / "pytest.txt"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", "--maxfail=20", "tests"]
+        if c.dry:
+            command = [sys.executable, "-c", "print('a dry run starts no tests')"]
+        c.starting("pytest -m gpu")
+        with log.open("w") as stream:
+            try:
+                done = subprocess.run(
+                    command, cwd=environment.ROOT, stdout=stream, stderr=subprocess.STDOUT, timeout=c.budget_s
+                )
+            except subprocess.TimeoutExpired:
+                return {"note": f"stopped after {c.budget_s:.0f} s; see {log.name}"}
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return {"note": f"exit {done.returncode}: {lines[-1][:200] if lines else 'no output'}"}
+
+    return [Case("pytest -m gpu", run)]
+
+
+def _model(dry: bool) -> list[Case]:
+    def run(c: Context) -> dict:
+        from benchmarks import model_level
+
+        measure = model_level.tiny if c.dry else model_level.llama_1b
+        return {"model": measure(c.device, quick=c.dry)}
+
+    return [Case("Llama-SMoP step and generation", run)]

@@ -1,0 +1,95 @@
+"""The process that touches the GPU: runs the cases it is given and says what it does, one JSON line an event.
+
+`python -m benchmarks.worker EVENTS_FD`, the job as JSON on stdin. It ends with status 3 when the device is lost to it;
+whatever else happens to it, the parent (benchmarks/gpu.py) knows which case and which rival was at work.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.compare import DeviceLost, describe, raise_if_device_is_lost
+from benchmarks.gpu_stages import Case, Context, stages
+
+DEVICE_LOST = 3
+
+
+def main(events_fd: int) -> int:
+    job = json.load(sys.stdin)
+    found, stage_ends = job["results"], job["stage_ends"]
+    device = torch.device("cpu" if job["dry"] else "cuda")
+
+    def tell(event: str, **details) -> None:
+        os.write(events_fd, (json.dumps({"event": event, **details}) + "\n").encode())
+
+    for stage in stages():
+        if stage.name not in job["stages"]:
+            continue
+        cases = [c for c in stage.cases(job["dry"]) if c.key not in job["finished"].get(stage.name, ())]
+        tell("stage", stage=stage.name, cases=len(cases))
+        end = stage_ends[stage.name]
+        for position, case in enumerate(cases):
+            left = end - time.time()
+            if left <= 0:
+                tell("cut", stage=stage.name, left=len(cases) - position)
+                break
+            where = {"stage": stage.name, "case": case.key}
+            tell("begin", **where)
+            context = Context(
+                device=device,
+                dry=job["dry"],
+                results=found,
+                out=Path(job["out"]),
+                budget_s=0.1 if job["dry"] else max(2.0, left / (len(cases) - position)),
+                excluded=job["excluded"].get("*", {}) | job["excluded"].get(case.key, {}),
+                starting=lambda what: tell("running", what=what),
+            )
+            began = time.time()
+            try:
+                record = run(case, context)
+            except DeviceLost as error:
+                tell("lost", error=str(error), **where)
+                return DEVICE_LOST
+            except Exception as error:
+                traceback.print_exc()
+                tell("failed", error=describe(error), seconds=round(time.time() - began, 1), **where)
+                try:
+                    raise_if_device_is_lost(device, error)
+                except DeviceLost:
+                    return DEVICE_LOST
+            else:
+                merge(found, record, case)
+                tell("end", found=record, seconds=round(time.time() - began, 1), workload=workload_json(case), **where)
+        else:
+            tell("stage_done", stage=stage.name)
+    return 0
+
+
+def run(case: Case, context: Context) -> dict:
+    torch.manual_seed(0)
+    return case.run(context)
+
+
+def workload_json(case: Case) -> list | None:
+    if case.workload is None:
+        return None
+    scratch = results.new("gpu")
+    results.add(scratch, {}, case.workload)
+    return [case.workload.key, scratch["workloads"][case.workload.key]]
+
+
+def merge(found: dict, record: dict, case: Case) -> None:
+    """The worker's own copy of the results: later cases look at earlier ones."""
+    results.add(found, record, case.workload)
+    for name in ("environment", "ceilings"):
+        found[name].update(record.get(name, {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
