@@ -6,6 +6,7 @@ Needs nvcc, g++, pybind11 and ninja; no GPU, no driver, no torch.
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,11 @@ DEFAULT_ARCHS = "80;90a"
 
 
 def requested_archs() -> str:
-    return os.environ.get("LLAMA_SMOP_CUDA_ARCHS", "").replace(",", ";").replace(" ", "") or DEFAULT_ARCHS
+    """LLAMA_SMOP_CUDA_ARCHS, or the default. Raises ValueError when it is not a list such as "80;90a"."""
+    archs = os.environ.get("LLAMA_SMOP_CUDA_ARCHS") or DEFAULT_ARCHS
+    if not re.fullmatch(r"\d+a?(;\d+a?)*", archs):
+        raise ValueError(f'LLAMA_SMOP_CUDA_ARCHS must look like "80;90a", got {archs!r}')
+    return archs
 
 
 def find_nvcc() -> Path | None:
@@ -50,7 +55,8 @@ def build(
 ) -> None:
     """Compile the sources once and link `outputs`: cudart linkage ("static" or "shared") → where the module goes.
 
-    strict: warnings and register spills are errors. Raises RuntimeError with the compilers' output when a command fails.
+    strict: warnings and register spills are errors.
+    Raises RuntimeError with the compilers' output when a command fails.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     for path in outputs.values():
@@ -75,7 +81,7 @@ def _ninja_file(nvcc: Path, outputs: dict[str, Path], archs: str, embed_ptx: boo
     python_include = sysconfig.get_path("include")
     lines = [
         f"nvcc = {_escape(nvcc)}",
-        f"nvcc_flags = -std=c++17 -O3 -DSMOP_HAS_SM90A={int(sm90a)} -Xcompiler -fPIC"
+        f"nvcc_flags = -std=c++17 -O3 -DSMOP_HAS_SM90A={int(sm90a)} -Xcompiler -fPIC,-fvisibility=hidden"
         + (" -Werror all-warnings -Xptxas -warn-spills -Xcompiler -Wall,-Wextra" if strict else ""),
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"cxx_flags = -std=c++17 -O2 -fPIC -fvisibility=hidden -isystem {_escape(pybind11.get_include())} "
