@@ -1,0 +1,72 @@
+"""The operators on Triton: the functions of `backend_torch`, computed by the kernels of `llama_smop.triton_kernels`.
+
+float32 (IEEE or TF32, following `torch.set_float32_matmul_precision`), bfloat16 and float16. The device is whichever
+Triton drives. No host synchronisation; gradients are bitwise the same from run to run.
+"""
+
+from contextlib import nullcontext
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+try:
+    from llama_smop.triton_kernels import launch, projection
+except ImportError as error:
+    raise ImportError(f"the Triton backend needs triton ({error}); pip install 'llama-smop[gpu]'") from error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_EXPERTS = 128
+OLDEST_ARCH = 80
+
+
+def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"the Triton backend computes in float32, bfloat16 and float16, got {dtype}"
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        return f"the Triton backend takes 1 to {MAX_EXPERTS} experts, got {num_experts}"
+    try:
+        driven, arch = launch.device_type(), launch.target_arch()
+    except RuntimeError as error:
+        return f"Triton finds no GPU to drive ({error})"
+    if torch.device(device).type != driven:
+        return f"Triton drives {driven!r} devices here, got {device}"
+    if not isinstance(arch, int):
+        return f"the Triton backend is tuned for NVIDIA GPUs, got {arch}"
+    if arch < OLDEST_ARCH:
+        return f"the Triton backend needs compute capability 8.0 or newer, got {arch / 10}"
+    return None
+
+
+def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
+    return projection.intermediate_rows(tokens, top_k, num_experts)
+
+
+def _on_device_of_first_tensor(function):
+    """Triton launches on the current device: make it the tensors'."""
+
+    @wraps(function)
+    def on_device(first: Tensor, *args):
+        elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+        with torch.cuda.device(first.device) if elsewhere else nullcontext():
+            return function(first, *args)
+
+    return on_device
+
+
+def _absent(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: an absent one is empty."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+@_on_device_of_first_tensor
+def expert_projection_fwd(x: Tensor, weights: Tensor, *args) -> tuple[Tensor, ...]:
+    y, h, pre, z, mean, rstd = projection.expert_projection_fwd(x, weights, *args)
+    return y, h, *_absent((pre,), x), z, *_absent((mean, rstd), weights)
+
+
+route_fwd = _on_device_of_first_tensor(projection.route_fwd)
+route_bwd = _on_device_of_first_tensor(projection.route_bwd)
+schedule = _on_device_of_first_tensor(projection.schedule)
+expert_projection_bwd = _on_device_of_first_tensor(projection.expert_projection_bwd)
+grouped_mm = _on_device_of_first_tensor(projection.grouped_mm)

@@ -1,0 +1,170 @@
+"""Grouped GEMM: every expert's rows times that expert's matrix, one launch, epilogue in float32.
+
+forward    out = act(A · B_e + bias_e)                 A's rows may be gathered from the tokens in the load
+gradient   out = (A · B_e) ⊙ act'(saved)               saved: the ReLU's output, or gelu's and silu's pre-activation
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, derivative
+from .configs import TileConfig, gemm_config
+from .launch import Launch, dot_precision, target_arch
+from .segments import block_of, max_tiles, tile_segment
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "num_experts"])
+def grouped_gemm_kernel(
+    a_ptr,  # (rows, K); gathered: (T, K)
+    b_ptr,  # (X, K, N), any strides
+    bias_ptr,  # (X, N) or None
+    out_ptr,  # (rows, N)
+    pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient; or None
+    order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
+    offs_ptr,  # (X,) int32, or None in the dense-all order
+    rows,
+    tokens,
+    num_experts,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bx,
+    stride_bk,
+    stride_bn,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    DENSE: tl.constexpr,
+    ZERO_TAIL: tl.constexpr,  # write zeros to the rows past the last offset
+    ACTIVATION: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # GROUP_M tiles of rows go through all columns together: an expert's weights stay in L2 while they do.
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.num_programs(0) // tiles_n
+    group = pid // (GROUP_M * tiles_n)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    tile_m = group * GROUP_M + within % group_size
+    tile_n = within // group_size
+
+    tail_end = rows if ZERO_TAIL else 0
+    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tokens, tail_end, BLOCK_M, BLOCK_X, DENSE)
+    if expert > num_experts:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_mask = (m < end)[:, None] & (n < N)[None, :]
+    out_offset = m.to(tl.int64)[:, None] * N + n[None, :]
+    if expert == num_experts:
+        if ZERO_TAIL:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_offset, zeros, mask=out_mask)
+            if pre_ptr is not None:
+                tl.store(pre_ptr + out_offset, zeros, mask=out_mask)
+        return
+
+    # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
+    row = tl.minimum(m, end - 1)
+    if GATHER:
+        row = row - expert * tokens if DENSE else tl.load(order_ptr + row) // TOP_K
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
+    b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx + k.to(tl.int64)[:, None] * stride_bk + n[None, :] * stride_bn
+    n_mask = (n < N)[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs, mask=n_mask, other=0.0)
+        else:
+            a = tl.load(a_ptrs, mask=(k < K - k0)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < K - k0)[:, None] & n_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GRADIENT:
+        saved = tl.load(pre_ptr + out_offset, mask=out_mask, other=0.0).to(tl.float32)
+        acc *= derivative(saved, ACTIVATION)
+    else:
+        if pre_ptr is not None:
+            tl.store(pre_ptr + out_offset, acc, mask=out_mask)
+        acc = activate(acc, ACTIVATION)
+    tl.store(out_ptr + out_offset, acc, mask=out_mask)
+
+
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    pre: Tensor | None = None,
+    gradient: bool = False,
+    gather: bool = False,
+    order: Tensor | None = None,
+    top_k: int = 1,
+    tokens: int = 0,
+    zero_tail: bool = False,
+    config: TileConfig | None = None,
+) -> Launch:
+    """One launch of out = epilogue(A · B_e).
+
+    Args:
+        a: (rows, K); with `gather`, (T, K), read through `order`.
+        b: (X, K, N), any strides.
+        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens.
+        out: (rows, N), contiguous.
+        pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from.
+    """
+    (rows, N), (X, K, _) = out.shape, b.shape
+    dense = offs is None
+    cfg = config or gemm_config(target_arch(), a.dtype, dot_precision(a.dtype), rows, X, N, K)
+    tiles_m = X * triton.cdiv(tokens, cfg.block_m) if dense else max_tiles(rows, X + zero_tail, cfg.block_m)
+    return Launch(
+        grouped_gemm_kernel,
+        (tiles_m * triton.cdiv(N, cfg.block_n),),
+        (a, b, bias, out, pre, order, offs, rows, tokens, X, N, K, *a.stride(), *b.stride()),
+        {
+            "TOP_K": top_k,
+            "GATHER": gather,
+            "DENSE": dense,
+            "ZERO_TAIL": zero_tail,
+            "ACTIVATION": activation,
+            "GRADIENT": gradient,
+            "PRECISION": dot_precision(a.dtype),
+            "EVEN_K": K % cfg.block_k == 0,
+            "BLOCK_X": block_of(X + 1),
+            "BLOCK_M": cfg.block_m,
+            "BLOCK_N": cfg.block_n,
+            "BLOCK_K": cfg.block_k,
+            "GROUP_M": cfg.group_m,
+        },
+        cfg.num_warps,
+        cfg.num_stages,
+    )
+
+
+def keeps_pre(activation: str | None) -> bool:
+    """Whether act' needs the pre-activation; the ReLU's own output tells its derivative."""
+    return activation in ("gelu", "silu")
+
+
+def pre_like(out: Tensor, activation: str | None) -> Tensor:
+    return torch.empty_like(out) if keeps_pre(activation) else out.new_empty(0)

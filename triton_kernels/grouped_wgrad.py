@@ -1,0 +1,118 @@
+"""Weight gradients of a grouped GEMM: dB_e = Σ over the expert's rows of a_rᵀ · b_r, and the bias gradient Σ a_r.
+
+One program owns one tile of one expert's gradient and walks all of that expert's rows, so an expert without rows gets
+zeros, and nothing is summed across programs: the result is the same from run to run.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import TileConfig, wgrad_config
+from .launch import Launch, dot_precision, target_arch
+from .segments import expert_segment
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def grouped_wgrad_kernel(
+    a_ptr,  # (rows, M), any strides
+    b_ptr,  # (rows, N), any strides; gathered: (T, N)
+    out_ptr,  # (X, M, N)
+    bias_grad_ptr,  # (X, M) or None
+    order_ptr,  # (rows,) int32 or None
+    offs_ptr,  # (X,) int32, or None in the dense-all order
+    tokens,
+    M,
+    N,
+    stride_ar,
+    stride_am,
+    stride_br,
+    stride_bn,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    DENSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (tiles_m * tiles_n)
+    pid = tl.program_id(0) % (tiles_m * tiles_n)
+    group = pid // (GROUP_M * tiles_n)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    tile_m = group * GROUP_M + within % group_size
+    tile_n = within // group_size
+
+    begin, end = expert_segment(expert, offs_ptr, tokens, DENSE)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_mask, n_mask = (m < M)[None, :], (n < N)[None, :]
+    a_cols = a_ptr + m.to(tl.int64)[None, :] * stride_am
+    b_cols = b_ptr + n.to(tl.int64)[None, :] * stride_bn
+
+    if bias_grad_ptr is not None:  # noqa: SIM102
+        # A pass of its own, by the first column of programs only: the main loop keeps A in shared memory.
+        if tile_n == 0:
+            total = tl.zeros([BLOCK_M], tl.float32)
+            for r0 in range(begin, end, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                a = tl.load(a_cols + r.to(tl.int64)[:, None] * stride_ar, mask=(r < end)[:, None] & m_mask, other=0.0)
+                total += tl.sum(a.to(tl.float32), 0)
+            tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m < M)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for r0 in range(begin, end, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        r_mask = (r < end)[:, None]
+        a = tl.load(a_cols + r.to(tl.int64)[:, None] * stride_ar, mask=r_mask & m_mask, other=0.0)
+        if GATHER:
+            r = r - begin if DENSE else tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
+        b = tl.load(b_cols + r.to(tl.int64)[:, None] * stride_br, mask=r_mask & n_mask, other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+
+    out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+    tl.store(out_ptr + out_offset, acc, mask=(m < M)[:, None] & n_mask)
+
+
+def grouped_wgrad(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None,
+    out: Tensor,
+    *,
+    bias_grad: Tensor | None = None,
+    gather: bool = False,
+    order: Tensor | None = None,
+    top_k: int = 1,
+    tokens: int = 0,
+    config: TileConfig | None = None,
+) -> Launch:
+    """One launch of out[e] = Σ_r a[r]ᵀ · b[r] over the rows of expert e, and bias_grad[e] = Σ_r a[r].
+
+    Args:
+        a: (rows, M), any strides.  b: (rows, N), any strides; with `gather`, (T, N), read through `order`.
+        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens.
+        out: (X, M, N), contiguous.  bias_grad: (X, M).
+    """
+    X, M, N = out.shape
+    cfg = config or wgrad_config(target_arch(), a.dtype, dot_precision(a.dtype), a.shape[0], X, M, N)
+    return Launch(
+        grouped_wgrad_kernel,
+        (X * triton.cdiv(M, cfg.block_m) * triton.cdiv(N, cfg.block_n),),
+        (a, b, out, bias_grad, order, offs, tokens, M, N, *a.stride(), *b.stride()),
+        {
+            "TOP_K": top_k,
+            "GATHER": gather,
+            "DENSE": offs is None,
+            "PRECISION": dot_precision(a.dtype),
+            "BLOCK_M": cfg.block_m,
+            "BLOCK_N": cfg.block_n,
+            "BLOCK_R": cfg.block_k,
+            "GROUP_M": cfg.group_m,
+        },
+        cfg.num_warps,
+        cfg.num_stages,
+    )

@@ -1,0 +1,84 @@
+"""One kernel launch as a value: built by the file that holds the kernel, run by `projection`, watched by the tests.
+
+Building is apart from running, so that what a test compiles for another architecture is what an operator launches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+
+class Launch(NamedTuple):
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple  # run-time arguments, in the kernel's order; None for an absent tensor
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def run(self) -> None:
+        for recorder in _recorders:
+            recorder.launches.append(self)
+        if _held_back or 0 in self.grid:
+            return
+        self.kernel[self.grid](*self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def compile(self):
+        """Compile for the driver's target without launching; tensors may be on the meta device."""
+        return self.kernel.warmup(
+            *self.args, grid=self.grid, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+class Recorder:
+    def __init__(self, execute: bool):
+        self.execute = execute
+        self.launches: list[Launch] = []
+
+    def names(self) -> list[str]:
+        return [launch.name for launch in self.launches]
+
+
+_recorders: list[Recorder] = []
+_held_back = 0
+
+
+@contextmanager
+def recording(execute: bool = True) -> Iterator[Recorder]:
+    """Record every launch made inside; with `execute=False` none of them reaches the driver."""
+    global _held_back
+    recorder = Recorder(execute)
+    _recorders.append(recorder)
+    _held_back += not execute
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
+        _held_back -= not execute
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+def target_arch() -> int:
+    """Compute capability × 10 of the device Triton drives, e.g. 90."""
+    return 80 if interpreted() else triton.runtime.driver.active.get_current_target().arch
+
+
+def device_type() -> str:
+    """Where tensors must live for a launch: "cuda" on a GPU; the driver decides."""
+    return "cpu" if interpreted() else triton.runtime.driver.active.get_active_torch_device().type
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of float32 products, following `torch.set_float32_matmul_precision`."""
+    tf32 = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
