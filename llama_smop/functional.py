@@ -1,14 +1,15 @@
 """The public functions: `smop`, `route`, `expert_projection`, `grouped_mm`.
 
 All of them work in eager mode, under autograd, autocast, `torch.compile(fullgraph=True)`, activation checkpointing and
-CUDA graphs, and take `backend="auto" | "torch" | "triton" | "cuda"`. Double backward and vmap are refused.
+CUDA graphs, and take `backend="auto" | "torch" | "triton" | "cuda"`. vmap is refused, and so are second derivatives
+(`grouped_mm` has them without activation and with "relu").
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_smop.ops import dispatch
+from llama_smop.ops import autocast, dispatch
 from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
 from llama_smop.ops import route as _route
@@ -73,7 +74,7 @@ def route(
     dispatch.check_shape("gate_weight", gate_weight, ("R", "E", "D"))
     X = gate_weight.shape[1] if num_experts is None else num_experts
     _route.check(x, gate_weight, modality, mask, top_k, X)
-    backend = dispatch.resolve(backend, x.dtype, x.device, top_k, X)
+    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, X)
     return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
 
 
@@ -119,10 +120,12 @@ def expert_projection(
         IndexError: an expert id outside [0, X] (on a GPU only with LLAMA_SMOP_DEBUG=1).
         RuntimeError: the backend asked for cannot run here.
     """
-    _projection.check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
-    backend = dispatch.resolve(backend, x.dtype, x.device, weights.shape[1], w1.shape[0])
+    _projection.check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    _projection.check_choices(x, weights, experts)
+    X = w1.shape[0]
+    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, weights.shape[1], X)
     if schedule is None:
-        schedule = _projection.schedule(experts, w1.shape[0], backend)
+        schedule = _projection.schedule(experts, X, backend)
     y, *_ = _projection.expert_projection(
         x, weights, experts, *schedule, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
     )
@@ -157,11 +160,13 @@ def smop(
 
     See `route` and `expert_projection` for the formulas, dtypes and errors.
     """
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., D), got a scalar")
     dispatch.check_shape("gate_weight", gate_weight, ("R", "E", x.shape[-1]))
     routers, total = layout(sharing, gate_weight.shape[1])
     if gate_weight.shape[0] != routers:
         raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
-    if w1.shape[0] != total:
+    if w1.dim() and w1.shape[0] != total:
         raise ValueError(f"w1 must hold {total} experts for {sharing}, got {w1.shape[0]}")
     lead = x.shape[:-1]
     for name, ids in (("modality", modality), ("mask", mask)):
@@ -169,7 +174,9 @@ def smop(
             raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
     flat = x.reshape(-1, x.shape[-1])
     flat_ids = [None if t is None else t.reshape(-1) for t in (modality, mask)]
-    backend = dispatch.resolve(backend, x.dtype, x.device, top_k, total)
+    _route.check(flat, gate_weight, *flat_ids, top_k, total)
+    _projection.check_parameters(flat, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, total)
     r = Routing(*_route.route(flat, gate_weight, *flat_ids, top_k, total, backend))
     y, *_ = _projection.expert_projection(
         flat, r.weights, r.experts, r.order, r.inverse, r.offs, w1, b1, w2, b2, ln_weight, ln_bias,
@@ -211,5 +218,5 @@ def grouped_mm(
         (M, N) or (G, M, N) in a's dtype.
     """
     _grouped_mm.check(a, b, offs, bias, activation)
-    backend = dispatch.resolve(backend, a.dtype, a.device, 1, offs.shape[0])
+    backend = dispatch.resolve(backend, autocast.dtype_used(a), a.device, 1, offs.shape[0])
     return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]

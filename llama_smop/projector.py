@@ -145,6 +145,8 @@ class DenseProjector(nn.Module):
         elif modality is None:
             raise ValueError(f"modality is required with {self.modalities} projectors: an integer for each token")
         else:
+            if not torch.compiler.is_compiling():
+                dispatch.check_in_range("modality", modality, 0, self.modalities - 1)
             experts = modality.to(torch.int32)
         if mask is not None:
             experts = torch.where(mask, experts, self.modalities)
@@ -200,5 +202,5 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _check_width(x: Tensor, in_features: int) -> None:
-    if x.shape[-1] != in_features:
+    if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")

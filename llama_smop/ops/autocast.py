@@ -33,6 +33,14 @@ def register(op: torch.library.CustomOpDef, lowered: Collection[str]) -> torch.l
     return library  # the registration lives as long as this object
 
 
+def dtype_used(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an operator computes `tensor`: autocast's where it is on, else the tensor's own."""
+    device_type = tensor.device.type
+    if device_type in DEVICES and torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
 def _lower(value, dtype: torch.dtype):
     eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if eligible else value

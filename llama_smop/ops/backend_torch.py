@@ -13,6 +13,8 @@ from llama_smop.ops import cpu_memory
 
 VERIFIED_ON_GPU = True
 
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+
 
 def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
     return None
@@ -96,8 +98,9 @@ def route_bwd(
             grad += probs * (dprobs - (probs * dprobs).sum(-1, keepdim=True))
         if dz is not None:
             grad += (dz * 2 / active / tokens)[router, None] * logits.logsumexp(-1, keepdim=True) * probs
-    if mask is not None:
-        grad = grad * mask[:, None]
+    if mask is not None:  # padding may hold anything, NaN too: it is replaced, never multiplied by zero
+        grad = grad.masked_fill(~mask[:, None], 0.0)
+        x = x.masked_fill(~mask[:, None], 0.0)
     spread = torch.zeros(T, R, E, dtype=acc, device=x.device)
     spread.scatter_(1, router[:, None, None].expand(T, 1, E), grad[:, None])
     spread = spread.view(T, R * E)
@@ -157,10 +160,9 @@ def expert_projection_fwd(
     normed = z
     if ln_weight is not None:
         normed = cpu_memory.empty(z.shape, z)
+        gamma, beta = _in_acc_dtype(ln_weight, ln_bias, x.dtype)
         for e, rows in segments:
-            n, m, r = torch.native_layer_norm(
-                z[rows], (O,), ln_weight[e].to(mean.dtype), ln_bias[e].to(mean.dtype), eps
-            )
+            n, m, r = torch.native_layer_norm(z[rows], (O,), gamma[e], beta[e], eps)
             normed[rows], mean[rows], rstd[rows] = n, m[:, 0], r[:, 0]
     y = _gather_sum(normed, inverse, weights, int(segments[-1][1].stop) if segments else 0)
     return y, h, pre, z, mean, rstd
@@ -199,12 +201,11 @@ def expert_projection_bwd(
     if z.numel() == 0:
         z = _expert_output(h, segments, w2, b2)
 
-    row_token = order[:rows].long() // K
-    row_weight = weights.reshape(-1)[order[:rows].long()][:, None].to(dy.dtype)
-    x_rows = x.index_select(0, row_token) if need_dparams else None
-    dy_rows = dy.index_select(0, row_token)
-    dweight_rows = torch.zeros(rows, dtype=weights.dtype, device=x.device)
-    dx_rows = x.new_empty(rows, D) if need_dx else None
+    choice = order[:rows].long()
+    row_token = choice // K
+    row_weight = weights.reshape(-1)[choice][:, None].to(dy.dtype)
+    dweight_rows = weights.new_empty(rows) if need_dweights else None
+    dx_rows = cpu_memory.empty((rows, D), x) if need_dx else None
 
     dw1 = cpu_memory.empty(w1.shape, w1) if need_dparams else None
     dw2 = cpu_memory.empty(w2.shape, w2) if need_dparams else None
@@ -212,37 +213,32 @@ def expert_projection_bwd(
     db2 = torch.zeros_like(b2) if need_dparams and b2 is not None else None
     dln_weight = torch.zeros_like(ln_weight) if need_dparams and ln_weight is not None else None
     dln_bias = torch.zeros_like(ln_bias) if need_dparams and ln_bias is not None else None
+    gamma, beta = _in_acc_dtype(ln_weight, ln_bias, x.dtype)
 
-    busy = set()
+    idle = set(range(X))
     for e, s in segments:
-        busy.add(e)
-        dnormed = dy_rows[s] * row_weight[s]
+        idle.remove(e)
+        # Rows are gathered an expert at a time: small blocks stay in cache for the products that follow.
+        tokens = row_token[s]
+        dy_rows = dy.index_select(0, tokens)
+        dz = dy_rows * row_weight[s]
         if ln_weight is None:
             if need_dweights:
-                dweight_rows[s] = torch.linalg.vecdot(dy_rows[s], z[s]).to(weights.dtype)
-            dz = dnormed
+                dweight_rows[s] = torch.linalg.vecdot(dy_rows, z[s])
         else:
-            gamma, beta = ln_weight[e].to(mean.dtype), ln_bias[e].to(mean.dtype)
             if need_dweights:
-                normed = torch.native_layer_norm(z[s], (O,), gamma, beta, eps)[0]
-                dweight_rows[s] = torch.linalg.vecdot(dy_rows[s], normed).to(weights.dtype)
-            dz, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
-                dnormed,
-                z[s],
-                (O,),
-                mean[s, None],
-                rstd[s, None],
-                gamma,
-                beta,
-                [True, need_dparams, need_dparams],
-            )
+                normed = torch.native_layer_norm(z[s], (O,), gamma[e], beta[e], eps)[0]
+                dweight_rows[s] = torch.linalg.vecdot(dy_rows, normed)
+            stats = mean[s, None], rstd[s, None]
+            wanted = [True, need_dparams, need_dparams]
+            dz, dgamma, dbeta = _layer_norm_backward(dz, z[s], (O,), *stats, gamma[e], beta[e], wanted)
             if need_dparams:
                 dln_weight[e], dln_bias[e] = dgamma, dbeta
         dh = dz @ w2[e]
         dh = _activation_backward(dh, h[s], pre[s] if pre.numel() else pre, activation)
         if need_dparams:
             torch.mm(dz.t(), h[s], out=dw2[e])
-            torch.mm(dh.t(), x_rows[s], out=dw1[e])
+            torch.mm(dh.t(), x.index_select(0, tokens), out=dw1[e])
             if db2 is not None:
                 torch.sum(dz, 0, out=db2[e])
             if db1 is not None:
@@ -250,7 +246,7 @@ def expert_projection_bwd(
         if need_dx:
             torch.mm(dh, w1[e], out=dx_rows[s])
     if need_dparams:
-        for e in set(range(X)) - busy:
+        for e in idle:
             dw1[e].zero_()
             dw2[e].zero_()
 
@@ -258,9 +254,13 @@ def expert_projection_bwd(
     dweights = None
     if need_dweights:
         dweights = torch.zeros(T * K, dtype=weights.dtype, device=x.device)
-        dweights[order[:rows].long()] = dweight_rows
+        dweights[choice] = dweight_rows
         dweights = dweights.view(T, K)
     return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
+
+
+def _in_acc_dtype(ln_weight: Tensor | None, ln_bias: Tensor | None, dtype: torch.dtype):
+    return (None, None) if ln_weight is None else (ln_weight.to(acc_dtype(dtype)), ln_bias.to(acc_dtype(dtype)))
 
 
 def _segments(offs: Tensor) -> list[tuple[int, slice]]:

@@ -42,6 +42,7 @@ def _auto_candidates(device: torch.device) -> tuple[str, ...]:
     return ("cuda", "triton", "torch") if verified else ("triton", "torch")
 
 
+@torch.compiler.assume_constant_result  # under torch.compile the choice is made once, while tracing
 def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int = 1, num_experts: int = 1) -> str:
     """The name of the backend that will run.
 
@@ -90,6 +91,11 @@ def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
 def check_float(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
 
 
 def check_like(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:

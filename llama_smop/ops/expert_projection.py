@@ -7,7 +7,7 @@ weights themselves. `recompute` drops h or z and pays one grouped GEMM in backwa
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch
+from llama_smop.ops import autocast, dispatch, refusals
 from llama_smop.ops.backend_torch import acc_dtype
 
 RECOMPUTE = ("none", "h", "z", "hz")
@@ -16,6 +16,7 @@ RECOMPUTE = ("none", "h", "z", "hz")
 @torch.library.custom_op("smop::schedule", mutates_args=())
 def schedule(experts: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     dispatch.check_shape("experts", experts, ("T", "K"))
+    dispatch.check_integer("experts", experts)
     dispatch.check_in_range("experts (num_experts itself skips a choice)", experts, 0, num_experts)
     return dispatch.module(backend).schedule(experts.to(torch.int32).contiguous(), num_experts)
 
@@ -31,32 +32,50 @@ def _(experts, num_experts, backend):
     )
 
 
-def check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute) -> None:
-    """Everything that can be known without reading a value, one line each."""
+def check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation: str, recompute: str) -> None:
+    """All that is known of the parameters without reading a value, except dtypes, which autocast may change yet."""
     dispatch.check_shape("x", x, ("T", "D"))
-    dispatch.check_float("x", x)
-    T, D = x.shape
-    dispatch.check_shape("w1", w1, ("X", "H", D))
+    dispatch.check_shape("w1", w1, ("X", "H", x.shape[1]))
     X, H, _ = w1.shape
     dispatch.check_shape("w2", w2, (X, "O", H))
     O = w2.shape[1]
-    dispatch.check_shape("weights", weights, (T, "K"))
-    dispatch.check_shape("experts", experts, tuple(weights.shape))
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight and ln_bias go together: pass both, or neither for no LayerNorm")
-    for name, tensor, shape in (
-        ("b1", b1, (X, H)),
-        ("b2", b2, (X, O)),
-        ("ln_weight", ln_weight, (X, O)),
-        ("ln_bias", ln_bias, (X, O)),
-    ):
+    for name, tensor, width in (("b1", b1, H), ("b2", b2, O), ("ln_weight", ln_weight, O), ("ln_bias", ln_bias, O)):
         if tensor is not None:
-            dispatch.check_shape(name, tensor, shape)
-    dispatch.check_like("x", x, w1=w1, b1=b1, w2=w2, b2=b2)
-    dispatch.check_device("x", x, weights=weights, experts=experts, ln_weight=ln_weight, ln_bias=ln_bias)
+            dispatch.check_shape(name, tensor, (X, width))
+    dispatch.check_device("x", x, w1=w1, b1=b1, w2=w2, b2=b2, ln_weight=ln_weight, ln_bias=ln_bias)
     dispatch.check_activation(activation)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+
+
+def check_choices(x: Tensor, weights: Tensor, experts: Tensor) -> None:
+    dispatch.check_shape("weights", weights, (x.shape[0], "K"))
+    dispatch.check_float("weights", weights)
+    dispatch.check_shape("experts", experts, tuple(weights.shape))
+    dispatch.check_integer("experts", experts)
+    dispatch.check_device("x", x, weights=weights, experts=experts)
+
+
+def check_dtypes(x: Tensor, w1, b1, w2, b2, ln_weight, ln_bias) -> None:
+    dispatch.check_float("x", x)
+    dispatch.check_like("x", x, w1=w1, b1=b1, w2=w2, b2=b2)
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if tensor is not None:
+            dispatch.check_float(name, tensor)
+
+
+def check_schedule(experts: Tensor, num_experts: int, order: Tensor, inverse: Tensor, offs: Tensor) -> None:
+    for name, tensor, shape in (
+        ("order", order, (experts.numel(),)),
+        ("inverse", inverse, tuple(experts.shape)),
+        ("offs", offs, (num_experts,)),
+    ):
+        dispatch.check_shape(name, tensor, shape)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, as `route` returns it, got {tensor.dtype}")
+        dispatch.check_device("experts", experts, **{name: tensor})
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -82,7 +101,10 @@ def expert_projection(
     recompute: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    check_choices(x, weights, experts)
+    check_dtypes(x, w1, b1, w2, b2, ln_weight, ln_bias)
+    check_schedule(experts, w1.shape[0], order, inverse, offs)
     weights = weights.to(acc_dtype(x.dtype))
     tensors = _contiguous(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
     return dispatch.module(backend).expert_projection_fwd(*tensors, activation, eps)
@@ -92,7 +114,10 @@ def expert_projection(
 def _(
     x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
 ):
-    check(x, weights, experts, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    check_choices(x, weights, experts)
+    check_dtypes(x, w1, b1, w2, b2, ln_weight, ln_bias)
+    check_schedule(experts, w1.shape[0], order, inverse, offs)
     (T, K), (X, H, _), O = weights.shape, w1.shape, w2.shape[1]
     M = dispatch.module(backend).intermediate_rows(T, K, X)
     stats = (M if ln_weight is not None else 0,)
@@ -185,4 +210,7 @@ def _backward(ctx, dy, *_):
 
 
 expert_projection.register_autograd(_backward, setup_context=_setup_context)
+refusals.refuse_double_backward(expert_projection_bwd)
+refusals.refuse_vmap(expert_projection)
+refusals.refuse_vmap(schedule)
 _AUTOCAST = autocast.register(expert_projection, {"x", "w1", "b1", "w2", "b2"})

@@ -5,12 +5,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch
+from llama_smop.ops import autocast, dispatch, refusals
 
 
 def check(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    """Everything that can be known without reading a value, one line each."""
-    dispatch.check_float("a", a)
+    """Everything that can be known without reading a value, except dtypes, which autocast may change yet."""
     dispatch.check_shape("a", a, ("M", "K"))
     dispatch.check_shape("offs", offs, ("G",))
     if offs.dtype != torch.int32:
@@ -26,10 +25,14 @@ def check(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: s
             raise ValueError("bias and activation belong to the 2d x 3d form; a 2d x 2d product takes neither")
     else:
         raise ValueError(f"b must be (G, K, N) or (K, N), got {tuple(b.shape)}")
-    dispatch.check_like("a", a, b=b, bias=bias)
-    dispatch.check_device("a", a, offs=offs)
+    dispatch.check_device("a", a, b=b, bias=bias, offs=offs)
     if activation is not None:
         dispatch.check_activation(activation)
+
+
+def check_dtypes(a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    dispatch.check_float("a", a)
+    dispatch.check_like("a", a, b=b, bias=bias)
 
 
 def check_offsets(offs: Tensor, rows: int) -> None:
@@ -44,6 +47,7 @@ def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     check(a, b, offs, bias, activation)
+    check_dtypes(a, b, bias)
     check_offsets(offs, a.shape[0] if b.dim() == 3 else a.shape[1])
     if 1 not in b.stride()[-2:]:
         b = b.contiguous()
@@ -56,6 +60,7 @@ def grouped_mm(
 @grouped_mm.register_fake
 def _(a, b, offs, bias, activation, backend):
     check(a, b, offs, bias, activation)
+    check_dtypes(a, b, bias)
     if b.dim() == 2:
         return a.new_empty(offs.shape[0], a.shape[0], b.shape[1]), a.new_empty(0)
     out = a.new_empty(a.shape[0], b.shape[2])
@@ -73,6 +78,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 6
+    if torch.is_grad_enabled() and ctx.activation in ("gelu", "silu"):  # the kept pre-activation carries no graph
+        raise RuntimeError(
+            f'smop::grouped_mm with activation="{ctx.activation}" cannot be differentiated twice: '
+            "apply the activation outside, or do not ask for create_graph"
+        )
     a, b, offs, _, kept = ctx.saved_tensors
     need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
 
@@ -98,4 +108,5 @@ def _backward(ctx, grad, _):
 
 
 grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+refusals.refuse_vmap(grouped_mm)
 _AUTOCAST = autocast.register(grouped_mm, {"a", "b", "bias"})

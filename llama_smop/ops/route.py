@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch
+from llama_smop.ops import autocast, dispatch, refusals
 from llama_smop.ops.backend_torch import acc_dtype
 
 
@@ -24,11 +24,9 @@ class Routing(NamedTuple):
 
 
 def check(x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, X: int) -> None:
-    """Everything that can be known without reading a value, one line each."""
+    """Everything that can be known without reading a value, except dtypes, which autocast may change yet."""
     dispatch.check_shape("x", x, ("T", "D"))
     dispatch.check_shape("gate_weight", gate_weight, ("R", "E", x.shape[1]))
-    dispatch.check_float("x", x)
-    dispatch.check_like("x", x, gate_weight=gate_weight)
     R, E, _ = gate_weight.shape
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k must lie in [1, num_experts] = [1, {E}], got {top_k}")
@@ -40,13 +38,17 @@ def check(x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor 
         raise ValueError("modality is required with two routers: a (T,) integer tensor, 0 audio, 1 video")
     if modality is not None:
         dispatch.check_shape("modality", modality, (x.shape[0],))
-        if modality.dtype.is_floating_point or modality.dtype.is_complex or modality.dtype == torch.bool:
-            raise TypeError(f"modality must be an integer tensor, got {modality.dtype}")
+        dispatch.check_integer("modality", modality)
     if mask is not None:
         dispatch.check_shape("mask", mask, (x.shape[0],))
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, True = real token, got {mask.dtype}")
-    dispatch.check_device("x", x, modality=modality, mask=mask)
+    dispatch.check_device("x", x, gate_weight=gate_weight, modality=modality, mask=mask)
+
+
+def check_dtypes(x: Tensor, gate_weight: Tensor) -> None:
+    dispatch.check_float("x", x)
+    dispatch.check_like("x", x, gate_weight=gate_weight)
 
 
 @torch.library.custom_op("smop::route", mutates_args=())
@@ -60,6 +62,7 @@ def route(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(x, gate_weight, modality, mask, top_k, num_experts)
+    check_dtypes(x, gate_weight)
     R = gate_weight.shape[0]
     if modality is not None:
         dispatch.check_in_range("modality", modality, 0, 1)
@@ -73,6 +76,7 @@ def route(
 @route.register_fake
 def _(x, gate_weight, modality, mask, top_k, num_experts, backend):
     check(x, gate_weight, modality, mask, top_k, num_experts)
+    check_dtypes(x, gate_weight)
     T, (R, E, _) = x.shape[0], gate_weight.shape
     acc = acc_dtype(x.dtype)
     integer = {"dtype": torch.int32}
@@ -153,4 +157,6 @@ def _backward(ctx, dlogits, dweights, _experts, _counts, dbalance, dz, *_schedul
 
 
 route.register_autograd(_backward, setup_context=_setup_context)
+refusals.refuse_double_backward(route_bwd)
+refusals.refuse_vmap(route)
 _AUTOCAST = autocast.register(route, {"x", "gate_weight"})
