@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 from llama_smop.convert.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
 from llama_smop.convert.key_map import KeyReport, Rule, load_rules, match_keys, rename
 from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
+from llama_smop.models.checkpoint import written_aside
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
@@ -138,11 +139,12 @@ def convert_authors(
     report.check(source, partial)
     model = model.to(config.dtype)
     model.load_state_dict(tensors, strict=False)
-    model.save_pretrained(to)
     feature_extractor = fetch(WhisperFeatureExtractor, audio_tower) if audio_tower else WhisperFeatureExtractor()
-    LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer).save_pretrained(to)
     account = {"source": str(source), "language_model": str(language_model), "keys": report.to_dict()}
-    (Path(to) / "conversion.json").write_text(json.dumps(account, indent=1))
+    with written_aside(to) as folder:
+        model.save_pretrained(folder)
+        LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer).save_pretrained(folder)
+        (folder / "conversion.json").write_text(json.dumps(account, indent=1))
     return report
 
 
