@@ -45,7 +45,8 @@ class FrameBatchSampler(Sampler[list[int]]):
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = rank, world
         self.epoch = 0
-        self._start = 0
+        self._given = 0  # batches of this epoch
+        self._resume = False
 
         by_length = np.argsort(self.lengths, kind="stable")
         self._buckets = [b for b in np.array_split(by_length, min(num_buckets, len(by_length))) if len(b)]
@@ -74,23 +75,26 @@ class FrameBatchSampler(Sampler[list[int]]):
         return len(self._sizes) // self.world
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses an epoch's order and starts at its beginning, unless that epoch is under way already."""
+        """Chooses an epoch's order; a position loaded for that same epoch is kept."""
         if epoch != self.epoch:
             self.epoch = epoch
-            self._start = 0
+            self._given, self._resume = 0, False
 
     def state_dict(self) -> dict:
         """Where iteration stands: `epoch`, and `batch`, how many batches of it this rank has been given."""
-        return {"epoch": self.epoch, "batch": self._start, "seed": self.seed, "clips": len(self.lengths)}
+        return {"epoch": self.epoch, "batch": self._given, "seed": self.seed, "clips": len(self.lengths)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken. A loader that reads ahead should store its own count as `batch`."""
+        """The next iteration goes on where `state_dict` was taken, later ones are whole epochs again.
+
+        A loader that reads ahead has been given more than it has used: store the number used as `batch`.
+        """
         for name, value in (("seed", self.seed), ("clips", len(self.lengths))):
             if state[name] != value:
                 raise ValueError(f"the stored sampler had {name} {state[name]}, this one has {value}: cannot resume")
         if not 0 <= state["batch"] <= len(self):
             raise ValueError(f"the stored sampler stood at batch {state['batch']}, this one has {len(self)}")
-        self.epoch, self._start = state["epoch"], state["batch"]
+        self.epoch, self._given, self._resume = state["epoch"], state["batch"], True
 
     def _epoch_batches(self) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -103,9 +107,8 @@ class FrameBatchSampler(Sampler[list[int]]):
         return [batches[step * self.world + self.rank] for step in steps]
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._epoch_batches()
-        while self._start < len(batches):
-            batch = batches[self._start]
-            self._start += 1
+        start = self._given if self._resume else 0
+        self._resume = False
+        for number, batch in enumerate(self._epoch_batches()[start:], start=start + 1):
+            self._given = number
             yield batch.tolist()
-        self._start = 0

@@ -1,5 +1,6 @@
 """A picture of a corpus: clips as strips of frames over time, with their words and their sound below."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .lrs3 import Clip, LabelError, load_clip, read_labels
-from .media import AUDIO_RATE, VIDEO_RATE, write_aside
+from .media import AUDIO_RATE, VIDEO_RATE, write_bytes
 
 _FRAMES = 16  # columns of the strip
 
@@ -111,7 +112,9 @@ def contact_sheet(root: str | os.PathLike, out_png: str | os.PathLike, n: int = 
             below.text((start + end) / 2, 1.06, word, ha="center", va="bottom", fontsize=11, clip_on=False)
         below.set_axis_off()
         below.text(-0.006, 0.5, f"{duration:.1f} s", transform=below.transAxes, ha="right", va="center", fontsize=8.5)
-    write_aside(out, lambda aside: figure.savefig(aside, format="png"))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(out, picture.getvalue())
     return out
 
 

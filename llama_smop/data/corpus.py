@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil, prod
@@ -29,8 +30,10 @@ import numpy as np
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
+from llama_smop import files
+
 from . import mouth
-from .media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_aside, write_audio, write_video
+from .media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
 from .speech import speak
 
 DATASET = "generated"
@@ -235,12 +238,23 @@ def _make(task: _Task, root: Path, grammar: Grammar, seed: int) -> dict:
     }
 
 
+@contextmanager
+def _deaf_to_ctrl_c():
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's affair; a worker whose parent was killed ends itself."""
+    """A worker uses one core, and ends itself when its parent has been killed."""
     import cv2
 
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:
@@ -260,11 +274,15 @@ def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
-        jobs = [pool.submit(_make, task, root, settings.grammar, settings.seed) for task in tasks]
+        with _deaf_to_ctrl_c():  # the workers inherit it and start in silence
+            jobs = [pool.submit(_make, task, root, settings.grammar, settings.seed) for task in tasks]
         for job in as_completed(jobs):
             yield job.result()
     except BrokenProcessPool:
-        raise CorpusError("a worker was killed (out of memory?); run again to go on, with fewer workers") from None
+        raise CorpusError(
+            "a worker process ended (out of memory? a script without `if __name__ == '__main__':`?); "
+            "run again to go on, or with workers=1"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -306,13 +324,9 @@ def _claim(root: Path, settings: Settings) -> None:
     elif root.exists() and any(root.iterdir()):
         raise CorpusError(f"{root} is not empty and holds no generated corpus: choose another folder")
     else:
-        _write_text(note, json.dumps(wanted, indent=1) + "\n")
-    for leftover in root.glob(f"{DATASET}/*/.*.part.*"):
+        files.write_text(note, json.dumps(wanted, indent=1) + "\n")
+    for leftover in root.glob(f"{DATASET}/*/.*.writing-*"):
         leftover.unlink()
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _version(package: str) -> str:
@@ -349,23 +363,26 @@ def make_corpus(
         workers = min(cores, ceil(len(missing) / 24))  # a process takes seconds to start, a clip 0.1 s
 
     bar = tqdm(total=len(tasks), initial=len(records), desc="corpus", unit="clip", disable=not progress)
-    with bar, open(root / "clips.jsonl", "a", encoding="utf-8") as journal:
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        journal = stack.enter_context(open(root / "clips.jsonl", "a", encoding="utf-8"))
         if records:
             journal.write("\n")  # ends a line that a kill may have cut
-        for record in _records(missing, root, settings, workers):
+        made = stack.enter_context(closing(_records(missing, root, settings, workers)))
+        for record in made:
             records[record["index"]] = record
             journal.write(json.dumps(record) + "\n")
             journal.flush()
             bar.update()
 
     ordered = [records[task.index] for task in tasks]
-    _write_text(root / "clips.jsonl", "".join(json.dumps(record) + "\n" for record in ordered))
+    files.write_text(root / "clips.jsonl", "".join(json.dumps(record) + "\n" for record in ordered))
     counts, hashes = {}, {}
     for split in SPLITS:
         own = [r for r in ordered if r["split"] == split]
         lines = [f"{DATASET},{r['path']},{r['n_frames']},0,{r['text']}\n" for r in own]
         path = root / "labels" / f"{split}.csv"
-        _write_text(path, "".join(lines))
+        files.write_text(path, "".join(lines))
         seconds = round(sum(r["n_frames"] for r in own) / VIDEO_RATE, 2)
         counts[split] = {"clips": len(own), "sentences": len({r["text"] for r in own}), "seconds": seconds}
         hashes[f"labels/{split}.csv"] = _sha256(path)
@@ -377,5 +394,5 @@ def make_corpus(
         "versions": {name: _version(name) for name in packages},
         "sha256": hashes,
     }
-    _write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    files.write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return root

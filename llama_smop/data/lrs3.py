@@ -35,7 +35,7 @@ class Clip:
     @property
     def id(self) -> str:
         """A name that is unique within the corpus, `dataset/relative/path` without its ending."""
-        return str(Path(self.dataset, self.path).with_suffix(""))
+        return Path(self.dataset, self.path).with_suffix("").as_posix()
 
     def video_path(self, root: str | os.PathLike) -> Path:
         return Path(root, self.dataset, self.path)

@@ -4,9 +4,8 @@ Whatever comes in, a clip leaves here as uint8 RGB frames at 25 a second and flo
 aside and renamed, so an interrupted write leaves nothing that looks like a clip.
 """
 
-import errno
+import io
 import os
-from collections.abc import Callable
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
@@ -17,16 +16,23 @@ import soundfile
 from av.video.reformatter import VideoReformatter
 from scipy.signal import resample_poly
 
+from llama_smop import files
+
 AUDIO_RATE = 16000
 VIDEO_RATE = 25
 VIDEO_SIZE = 96
 SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE  # 640
 
 
+_QUALIFIED_NAME = f"{__name__}.MediaError: "
+
+
 class MediaError(ValueError):
     """A media file cannot be used: which one, and why."""
 
-    def __init__(self, path: str | os.PathLike, reason: str):
+    def __init__(self, path: str | os.PathLike, reason: str | None = None):
+        if reason is None:  # a torch data worker hands over its whole traceback as one text: keep the last line
+            path, _, reason = str(path).strip().splitlines()[-1].removeprefix(_QUALIFIED_NAME).partition(": ")
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
@@ -174,24 +180,19 @@ def audio_path(video_path: str | os.PathLike) -> Path:
     return wav if wav.exists() else Path(video_path)
 
 
-def write_aside(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`; on any error the temporary file is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file aside and renames it; where that fails (MediaError), an earlier file of that name is untouched."""
     try:
-        write(aside)
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MediaError(path, "not written, the disk is full") from None
-        raise
+        files.write_aside(path, lambda aside: aside.write_bytes(content))
+    except OSError as error:
+        raise MediaError(path, f"cannot be written ({error.strerror})") from None
 
 
 def write_audio(path: str | os.PathLike, samples: np.ndarray, rate: int = AUDIO_RATE) -> None:
     """Writes float samples in [−1, 1], (samples,), as 16-bit PCM."""
-    write_aside(path, lambda aside: soundfile.write(os.fspath(aside), samples, rate, subtype="PCM_16"))
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
+    write_bytes(path, buffer.getvalue())
 
 
 def write_video(
@@ -205,11 +206,13 @@ def write_video(
 
     The same input gives the same bytes.
     """
-    write_aside(path, lambda aside: _encode(aside, frames, fps, audio, rate))
-
-
-def _encode(path: Path, frames: np.ndarray, fps: int, audio: np.ndarray | None, rate: int) -> None:
-    with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"expected uint8 frames (T, H, W, 3), got {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"expected an even height and width for H.264, got {frames.shape[1]}×{frames.shape[2]}")
+    # In memory first: the codecs' libraries would not say that a disk is full.
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         picture = container.add_stream("libx264", rate=fps)
         picture.height, picture.width = frames.shape[1:3]
         picture.pix_fmt = "yuv420p"
@@ -230,3 +233,4 @@ def _encode(path: Path, frames: np.ndarray, fps: int, audio: np.ndarray | None, 
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(picture.encode(scaler.reformat(frame, format="yuv420p", threads=1)))
         container.mux(picture.encode(None))
+    write_bytes(path, buffer.getvalue())

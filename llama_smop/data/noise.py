@@ -80,7 +80,7 @@ class Babble:
         return total
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _babbler(path: Path) -> np.ndarray:
     return read_audio(audio_path(path))
 

@@ -1,0 +1,17 @@
+import shutil
+
+import pytest
+
+from llama_smop.data.corpus import make_corpus
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """Twelve generated clips; read only."""
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "twelve", clips=12, seed=3, progress=False, workers=1)
+
+
+@pytest.fixture
+def corpus_copy(small_corpus, tmp_path):
+    """The same clips, to be damaged."""
+    return shutil.copytree(small_corpus, tmp_path / "copy")

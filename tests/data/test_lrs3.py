@@ -1,0 +1,147 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from llama_smop.data.lrs3 import LabelError, Lrs3Dataset, read_labels
+from llama_smop.data.media import MediaError
+from llama_smop.data.noise import Babble, Noise
+from llama_smop.data.transforms import ClipTransform
+
+GOOD = "lrs3,test/a/00001.mp4,50,0,so this is it\n"
+
+
+def labels(root, text):
+    folder = root / "labels"
+    folder.mkdir(exist_ok=True)
+    path = folder / "x.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_labels_are_read_by_name_and_by_path(tmp_path):
+    path = labels(tmp_path, GOOD + "\n" + "vox, b/00002.mp4 ,25,7, Grüße \n")
+    first, second = read_labels(tmp_path, "x.csv")
+    assert read_labels("elsewhere", path) == [first, second]
+    assert (first.dataset, first.path, first.n_frames, first.text) == ("lrs3", "test/a/00001.mp4", 50, "so this is it")
+    assert first.id == "lrs3/test/a/00001" and second.text == "Grüße"
+    assert first.video_path(tmp_path) == tmp_path / "lrs3" / "test" / "a" / "00001.mp4"
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("lrs3,b.mp4,50,0", "expected 5 fields .* got 4"),
+        ("lrs3,b.mp4,50,0,well, yes", "expected 5 fields .* got 6"),
+        ("lrs3,b.mp4,fifty,0,well", "positive number of frames, got 'fifty'"),
+        ("lrs3,b.mp4,0,0,well", "positive number of frames, got '0'"),
+        ("lrs3,b.mp4,-3,0,well", "positive number of frames"),
+        ("lrs3,,50,0,well", "must not be empty"),
+        ("lrs3,b.mp4,50,0,", "must not be empty"),
+        ("lrs3,../../etc/b.mp4,50,0,well", "below the dataset's folder"),
+        ("lrs3,/etc/b.mp4,50,0,well", "below the dataset's folder"),
+        ("lrs3,test/a/00001.mp4,50,0,again", "already on line 1"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, reason):
+    path = labels(tmp_path, GOOD + line + "\n")
+    with pytest.raises(LabelError, match=rf"x\.csv:2: .*{reason}") as caught:
+        read_labels(tmp_path, "x.csv")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_label_files_that_are_missing_empty_or_not_text(tmp_path):
+    with pytest.raises(LabelError, match="no such label file"):
+        read_labels(tmp_path, "train.csv")
+    path = labels(tmp_path, "\n\n")
+    with pytest.raises(LabelError, match="holds no clip"):
+        read_labels(tmp_path, path)
+    path.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(LabelError, match="UTF-8"):
+        read_labels(tmp_path, path)
+
+
+@pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
+def test_items(small_corpus, modality):
+    data = Lrs3Dataset(small_corpus, "train.csv", modality)
+    assert len(data) == len(data.lengths) == 9
+    for item, clip, length in zip(data, data.clips, data.lengths, strict=False):
+        assert item["text"] == clip.text and item["id"] == clip.id
+        if modality == "audio":
+            assert item["video"] is None
+        else:
+            assert item["video"].shape == (length, 1, 88, 88) and item["video"].dtype == torch.float32
+        if modality == "video":
+            assert item["audio"] is None
+        else:
+            assert item["audio"].shape == (length * 640,) and item["audio"].dtype == np.float32
+    with pytest.raises(ValueError, match="expected a modality"):
+        Lrs3Dataset(small_corpus, "train.csv", "smell")
+
+
+def training_data(root, seed=0):
+    noise = Noise(Babble.from_labels(root, "train.csv", speakers=2))
+    return Lrs3Dataset(root, "train.csv", transform=ClipTransform.training(), noise=noise, seed=seed)
+
+
+def same(a, b):
+    return np.array_equal(a["audio"], b["audio"]) and torch.equal(a["video"], b["video"])
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(small_corpus):
+    data = training_data(small_corpus)
+    forwards = [data[i] for i in range(3)]
+    backwards = [training_data(small_corpus)[i] for i in (2, 1, 0)][::-1]
+    assert all(map(same, forwards, backwards))
+    data.set_epoch(1)
+    assert not any(map(same, forwards, [data[i] for i in range(3)]))
+    assert not same(forwards[0], training_data(small_corpus, seed=1)[0])
+
+
+def test_workers_that_outlive_an_epoch_see_the_next_one(small_corpus):
+    data = training_data(small_corpus)
+    loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True, sampler=[0, 1])
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        assert all(map(same, loader, [data[0], data[1]])), f"worker and caller differ in epoch {epoch}"
+
+
+def test_a_dataset_can_be_sent_to_another_process(small_corpus):
+    data = training_data(small_corpus)
+    data.set_epoch(4)
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy.epoch == 4 and same(copy[0], data[0])
+
+
+def test_a_clip_without_wav_is_heard_from_its_mp4(corpus_copy):
+    data = Lrs3Dataset(corpus_copy, "test.csv")
+    before = data[0]["audio"]
+    data.clips[0].video_path(corpus_copy).with_suffix(".wav").unlink()
+    after = data[0]["audio"]
+    assert after.shape == before.shape
+    assert np.corrcoef(before, after)[0, 1] > 0.9
+
+
+def test_unusable_clips_are_named(corpus_copy):
+    data = Lrs3Dataset(corpus_copy, "test.csv")
+    mp4 = data.clips[0].video_path(corpus_copy)
+    mp4.write_bytes(mp4.read_bytes()[:3000])
+    with pytest.raises(MediaError, match=mp4.name):
+        data[0]
+    mp4.unlink()
+    with pytest.raises(MediaError, match=f"{mp4.name}: no such file"):
+        data[0]
+    mp4.with_suffix(".wav").unlink()
+    with pytest.raises(MediaError, match="no such file"):
+        Lrs3Dataset(corpus_copy, "test.csv", "audio")[0]
+
+
+def test_an_unusable_clip_in_a_worker_is_named_in_the_caller(corpus_copy):
+    data = Lrs3Dataset(corpus_copy, "test.csv")
+    mp4 = data.clips[0].video_path(corpus_copy)
+    mp4.write_bytes(b"")
+    with pytest.raises(MediaError) as caught:
+        next(iter(DataLoader(data, batch_size=None, num_workers=1)))
+    assert str(caught.value) == f"{mp4}: the file is empty", "expected one line, without the worker's traceback"
