@@ -2,3 +2,8 @@
 
 `python -m benchmarks --help` lists what can be run; `benchmarks/results/` holds what was measured, one JSON a device.
 """
+
+
+def say(line: str) -> None:
+    """Progress, seen at once even in a pipe."""
+    print(line, flush=True)

@@ -1,13 +1,13 @@
 """`python -m benchmarks cpu`: the CPU product against its peers, in under five minutes on two cores."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import environment, results
+from benchmarks import environment, results, say
 from benchmarks.compare import Contest
 from benchmarks.floors import measure_ceilings
 from benchmarks.workloads import PASSES, TRAINING_TOKENS, UTTERANCE_TOKENS, Workload
@@ -55,7 +55,7 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def run(path: Path | None = None, quick: bool = False, model: bool = True, say=partial(print, flush=True)) -> dict:
+def run(path: Path | None = None, quick: bool = False, model: bool = True, say: Callable[[str], None] = say) -> dict:
     """Measure and save after every case; `path` defaults to the device's file under benchmarks/results/."""
     began = time.perf_counter()
     device = torch.device("cpu")
@@ -68,8 +68,9 @@ def run(path: Path | None = None, quick: bool = False, model: bool = True, say=p
         "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 2),
         "tflops": {d: round(f / 1e12, 4) for d, f in ceilings.flops.items()},
     }
-    say(f"{found['environment']['device']}: copy {found['ceilings']['copy_gb_per_s']} GB/s, "
-        f"matrix product {found['ceilings']['tflops']} TFLOP/s, load {found['environment']['load_average']}")  # fmt: skip
+    where, limits = found["environment"], found["ceilings"]
+    rates = f"copy {limits['copy_gb_per_s']} GB/s, matrix product {limits['tflops']} TFLOP/s"
+    say(f"{where['device']}: {rates}, load {where['load_average']}")
     for case in quick_cases() if quick else cases():
         contest = Contest(case.workload, device, modes=case.modes)
         for which in case.passes:

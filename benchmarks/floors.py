@@ -2,9 +2,9 @@
 
     floor = max(FLOPs / matrix-product rate, bytes / copy bandwidth)
 
-Operations are the useful ones: what a token's K experts must compute. Bytes are the fewest: every input read once, every
-result written once, nothing between two fused steps; backward without a gradient for x (the encoders are frozen), from
-h and z as forward left them.
+Operations are the useful ones: what a token's K experts must compute. Bytes are the fewest: every input read once,
+every result written once, nothing between two fused steps; backward without a gradient for x (the encoders are
+frozen), from h and z as forward left them.
 """
 
 import time
@@ -70,9 +70,7 @@ def dense_work(w: Workload, hidden: int, which: str) -> Work:
     weights = w.routers * hidden * (D + O)
     forward = Work(2 * T * hidden * (D + O), size * (T * D + weights + T * O))
     kept = T * hidden
-    backward = Work(
-        2 * T * hidden * (2 * O + D), size * (T * D + T * O + w.routers * hidden * O + kept + weights)
-    )
+    backward = Work(2 * T * hidden * (2 * O + D), size * (T * D + T * O + w.routers * hidden * O + kept + weights))
     training = Work(forward.flops, forward.bytes + size * kept)
     return {"forward": forward, "backward": backward, "both": training + backward}[which]
 

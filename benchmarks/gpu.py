@@ -5,18 +5,18 @@ device, the rival at work is noted, left out, and a new child goes on with the s
 are saved. Files in DIR: results.json, log.txt, summary.md, pytest.txt, tuned.json.
 """
 
+import contextlib
 import json
 import os
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import results, say
 from benchmarks.gpu_stages import Stage, stages
 from benchmarks.rivals import BY_NAME
 
@@ -112,7 +112,7 @@ def run(
     only: Iterable[str] | None = None,
     command: list[str] | None = None,
     silence_s: float = SILENCE_S,
-    say=partial(print, flush=True),
+    say: Callable[[str], None] = say,
 ) -> dict:
     """Run the stages within the budget; the results are also in `out`/results.json.
 
@@ -230,7 +230,9 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
     while True:
         wait = min(silence_s, deadline + 5 - time.time())
         if wait <= 0 or not selector.select(wait):
-            return "was stopped at the end of the budget" if time.time() >= deadline else f"was silent {silence_s:.0f} s"
+            return (
+                "was stopped at the end of the budget" if time.time() >= deadline else f"was silent {silence_s:.0f} s"
+            )
         chunk = os.read(reading, 1 << 16)
         if not chunk:
             results.save(progress.found, path)
@@ -246,10 +248,8 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
 
 def _kill(child: subprocess.Popen) -> None:
     """The worker and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, 9)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 

@@ -1,4 +1,4 @@
-"""The stages of `python -m benchmarks gpu`, in order of worth. Each is a list of cases; a case returns lists of records.
+"""The stages of `python -m benchmarks gpu`, in order of worth; each is a list of cases, and a case returns records.
 
 The same stages walk over tiny shapes on a CPU in a dry run, which proves the path and measures nothing.
 """

@@ -1,7 +1,7 @@
 """The JSON a run leaves: one file a device.
 
-    schema, kind ("cpu", "gpu", "peers"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
-    correctness [], timings [], memory [], kernels [], model [], skipped []
+schema, kind ("cpu", "gpu", "peers"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
+correctness [], timings [], memory [], kernels [], model [], skipped []
 """
 
 import json
@@ -41,10 +41,14 @@ def load(path: Path) -> dict:
 
 def save(results: dict, path: Path) -> None:
     """Written aside, then renamed: a reader never sees half a file."""
+    write_text(path, _dump(results) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(_dump(results) + "\n")
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
     os.replace(aside, path)
 
 

@@ -134,7 +134,8 @@ def make(workload: Workload, device: torch.device | str, seed: int = 0) -> Probl
     for router, start, stop in w.blocks():
         g = gate[router].float()
         logits = uniform(-0.5, 0.5, stop - start, E)
-        logits.scatter_add_(1, _choices(w, stop - start, generator, device), torch.full((stop - start, w.top_k), 2.0, device=device))
+        chosen = _choices(w, stop - start, generator, device)
+        logits.scatter_add_(1, chosen, torch.full(chosen.shape, 2.0, device=device))
         x[start:stop] += (logits - x[start:stop] @ g.t()) @ torch.linalg.solve(g @ g.t(), g)
     modality = None
     if w.routers == 2:

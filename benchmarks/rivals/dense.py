@@ -76,7 +76,5 @@ def _dense(kind: str, meaning: str) -> Rival:
     )
 
 
-ALL_EXPERTS = Rival(
-    "dense_all", "all experts on all tokens", "peer", AllExperts, modes=("eager", "graph", "compiled")
-)
+ALL_EXPERTS = Rival("dense_all", "all experts on all tokens", "peer", AllExperts, modes=("eager", "graph", "compiled"))
 PROJECTORS = (_dense("KH", "same active FLOPs"), _dense("EH", "same parameters"), _dense("H", "one expert's width"))

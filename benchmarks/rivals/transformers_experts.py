@@ -1,4 +1,4 @@
-"""transformers' experts implementations on the same weights: eager, grouped_mm, batched_mm, and sonic-moe through it."""
+"""transformers' experts on the same weights: eager, grouped_mm, batched_mm, and sonic-moe through it."""
 
 import importlib.util
 from types import SimpleNamespace

@@ -1,0 +1,96 @@
+"""`python -m benchmarks`: cpu, gpu, kernels, tune, report.
+
+argparse, because a GPU machine may have nothing beyond torch, triton, numpy and pytest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the projector and its peers.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    cpu = commands.add_parser("cpu", help="the CPU suite, under five minutes on two cores")
+    cpu.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
+    cpu.add_argument("--quick", action="store_true", help="tiny shapes: shows that all of it runs (needs --out)")
+
+    gpu = commands.add_parser("gpu", help="one command for a machine with one NVIDIA GPU: stages in order of worth")
+    gpu.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="stop by itself within this time")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="at most 8 small files are left here")
+    gpu.add_argument("--resume", action="store_true", help="go on with what DIR holds")
+    gpu.add_argument("--dry-run", action="store_true", help="the same stages on the CPU with tiny shapes")
+    gpu.add_argument("--stages", help="only these, separated by commas")
+
+    kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
+    kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
+
+    commands.add_parser("tune", help="search Triton tile configurations on this GPU", add_help=False)
+
+    report = commands.add_parser("report", help="tables, pictures, one HTML page and the README section from the JSON")
+    report.add_argument("--results", type=Path, help="folder of JSON files; by default benchmarks/results/")
+    report.add_argument("--no-readme", action="store_true", help="leave the repository's README alone")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, rest = parser().parse_known_args(arguments)
+    if rest and options.command != "tune":
+        parser().error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        return {"cpu": _cpu, "gpu": _gpu, "kernels": _kernels, "tune": _tune, "report": _report}[options.command](
+            options, rest
+        )
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _cpu(options, _) -> int:
+    from benchmarks import cpu
+
+    if options.quick and options.out is None:
+        raise ValueError("--quick measures nothing worth keeping: give --out a file outside benchmarks/results/")
+    cpu.run(options.out, options.quick)
+    return 0
+
+
+def _gpu(options, _) -> int:
+    import torch
+
+    from benchmarks import gpu
+
+    if not options.dry_run and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here; --dry-run walks the stages on the CPU")
+    only = options.stages.split(",") if options.stages else None
+    gpu.run(options.out, options.budget, options.resume, options.dry_run, only)
+    return 0
+
+
+def _kernels(options, _) -> int:
+    from benchmarks import kernels
+
+    kernels.run(options.out)
+    return 0
+
+
+def _tune(_, rest: list[str]) -> int:
+    from benchmarks import tune
+
+    return tune.main(rest)
+
+
+def _report(options, _) -> int:
+    from benchmarks import report, results
+
+    folder = options.results or results.FOLDER
+    if options.no_readme:
+        report.run(folder, readme=None)
+    else:
+        report.run(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""Results as tables: chosen, compared and formatted once, written as Markdown or HTML."""
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from benchmarks.measure import tie
+from benchmarks.rivals import BY_NAME
+from benchmarks.workloads import Workload
+
+PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+MODE_NAMES = {"eager": "", "graph": ", CUDA graph", "compiled": ", torch.compile"}  # in the order of rows
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self, level: int = 3) -> str:
+        lines = [f"{'#' * level} {self.title}", ""] if self.title else []
+        lines += ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+
+    def html(self) -> str:
+        def cells(row: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{_html(cell)}</{tag}>" for cell in row) + "</tr>"
+
+        body = "\n".join(cells(row, "td") for row in self.rows)
+        note = f"<p class=note>{_html(self.note)}</p>" if self.note else ""
+        return (
+            f"<h3>{_html(self.title)}</h3><div class=scroll><table><thead>{cells(self.header, 'th')}</thead>"
+            f"<tbody>{body}</tbody></table></div>{note}"
+        )
+
+
+def _html(text: str) -> str:
+    """Escaped, with Markdown's **bold** kept."""
+    parts = html.escape(text).split("**")
+    return "".join(f"<b>{p}</b>" if i % 2 else p for i, p in enumerate(parts))
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+def workload(results: dict, key: str) -> Workload:
+    return Workload(**results["workloads"][key])
+
+
+def label(rival: str, mode: str = "eager") -> str:
+    return BY_NAME[rival].label + MODE_NAMES[mode]
+
+
+def is_ours(rival: str) -> bool:
+    return rival.startswith("ours_")
+
+
+def timings(results: dict, which: str, cache: str = "cold") -> list[dict]:
+    """Timings of a pass; on a GPU with the L2 as named."""
+    return [t for t in results["timings"] if t["pass"] == which and t.get("cache", cache) == cache]
+
+
+def family(results: dict, of: Workload, which: str, cache: str = "cold") -> dict[int, list[dict]]:
+    """Timings of the workloads that differ from `of` in their tokens only, by tokens."""
+    found: dict[int, list[dict]] = {}
+    for t in timings(results, which, cache):
+        w = workload(results, t["workload"])
+        if replace(w, tokens=of.tokens) == of:
+            found.setdefault(w.tokens, []).append(t)
+    return dict(sorted(found.items()))
+
+
+def best(records: Iterable[dict]) -> dict[str, dict]:
+    """The quickest mode of each rival."""
+    quickest: dict[str, dict] = {}
+    for t in records:
+        if t["rival"] not in quickest or t["median_us"] < quickest[t["rival"]]["median_us"]:
+            quickest[t["rival"]] = t
+    return quickest
+
+
+def quickest_ours(records: Iterable[dict]) -> dict | None:
+    ours = [t for t in records if is_ours(t["rival"])]
+    return min(ours, key=lambda t: t["median_us"]) if ours else None
+
+
+def series(results: dict) -> list[Workload]:
+    """What was measured over several token counts: one representative each (its tokens do not matter)."""
+    found = []
+    for sizes in results["workloads"].values():
+        w = replace(Workload(**sizes), tokens=1)
+        if w not in found:
+            found.append(w)
+    return [w for w in found if len(family(results, w, "both")) > 1]
+
+
+def describe(w: Workload, tokens: bool = True) -> str:
+    """Only what differs from the paper's 1B projector."""
+    parts = [f"T {w.tokens}"] if tokens else []
+    base = Workload(w.tokens, w.dtype)
+    if (w.in_features, w.hidden_features, w.out_features) != (1024, 2048, 2048):
+        parts.append(f"{w.in_features}→{w.hidden_features}→{w.out_features}")
+    if w.num_experts != base.num_experts:
+        parts.append(f"E {w.num_experts}")
+    if w.top_k != base.top_k:
+        parts.append(f"K {w.top_k}")
+    if w.sharing != base.sharing:
+        parts.append(w.sharing)
+    if w.routing != base.routing:
+        parts.append({"zipf": "skewed routing", "one": "all to one"}[w.routing])
+    if w.expert != base.expert:
+        parts.append({"mlp": "no bias, no LayerNorm", "swiglu": "gated experts"}[w.expert])
+    return ", ".join([*parts, w.dtype])
+
+
+# -------------------------------------------------------------------------------------------------------- formatting
+
+
+def unit(results: dict) -> tuple[str, float]:
+    """CPU times in milliseconds, GPU times in microseconds."""
+    return ("ms", 1e3) if results["kind"] == "cpu" else ("µs", 1.0)
+
+
+def number(value: float) -> str:
+    """Three significant digits, never scientific."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def time_cell(t: dict, scale: float) -> str:
+    """Median ± half the interquartile range, where it was recorded."""
+    text = number(t["median_us"] / scale)
+    if t.get("q3_us") is not None:
+        text += f" ± {number((t['q3_us'] - t['q1_us']) / 2 / scale)}"
+    return text
+
+
+def ratio(t: dict, ours: dict | None) -> str:
+    """How many times ours' time it took; "tie" below the noise."""
+    if ours is None:
+        return ""
+    if t.get("noise") is not None and tie(t["median_us"], ours["median_us"], max(t["noise"], ours["noise"])):
+        return "tie"
+    return f"{number(t['median_us'] / ours['median_us'])}×"
+
+
+def compared_cell(t: dict | None, ours: dict | None, scale: float) -> str:
+    if t is None:
+        return "–"
+    if t is ours:
+        return f"**{time_cell(t, scale)}**"
+    compared = ratio(t, ours)
+    return time_cell(t, scale) + (f" ({compared})" if compared else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def over_tokens(results: dict, of: Workload, which: str, best_modes: bool = False) -> Table | None:
+    """Rows: rivals (and modes). Columns: tokens. Cells: time, and its ratio to our quickest."""
+    by_tokens = family(results, of, which)
+    if not by_tokens:
+        return None
+    name, scale = unit(results)
+    chosen = {T: list(best(ts).values()) if best_modes else ts for T, ts in by_tokens.items()}
+    rows_of = sorted(
+        {(t["rival"], "best" if best_modes else t["mode"]) for ts in chosen.values() for t in ts},
+        key=lambda row: (list(BY_NAME).index(row[0]), list(MODE_NAMES).index(row[1]) if row[1] in MODE_NAMES else 0),
+    )
+    rows = []
+    for rival, mode in rows_of:
+        row = [label(rival, "eager" if best_modes else mode)]
+        for records in chosen.values():
+            t = next((t for t in records if t["rival"] == rival and mode in ("best", t["mode"])), None)
+            row.append(compared_cell(t, quickest_ours(records), scale))
+        rows.append(row)
+    floors = [next((t["floor_us"] for t in ts if BY_NAME[t["rival"]].exact), None) for ts in chosen.values()]
+    rows.append(["roofline floor", *("–" if f is None else number(f / scale) for f in floors)])
+    return Table(
+        f"{PASS_NAMES[which]}, {describe(of, tokens=False)} ({name})",
+        ["", *(f"T {T}" for T in chosen)],
+        rows,
+    )
+
+
+def single_workloads(results: dict, which: str = "both") -> Table | None:
+    """One row for each workload that is not part of a series; the rivals that ran there as columns."""
+    in_series = series(results)
+    rows_of: dict[str, dict[str, dict]] = {}
+    for t in timings(results, which):
+        w = workload(results, t["workload"])
+        if replace(w, tokens=1) not in in_series:
+            rows_of.setdefault(t["workload"], {})
+    if not rows_of:
+        return None
+    for key in rows_of:
+        rows_of[key] = best(t for t in timings(results, which) if t["workload"] == key)
+    name, scale = unit(results)
+    columns = [r for r in BY_NAME if any(r in found for found in rows_of.values())]
+    rows = [
+        [
+            describe(workload(results, key)),
+            *(compared_cell(found.get(r), quickest_ours(found.values()), scale) for r in columns),
+        ]
+        for key, found in rows_of.items()
+    ]
+    return Table(f"{PASS_NAMES[which]}, one thing changed at a time ({name})", ["", *(label(c) for c in columns)], rows)
+
+
+def memory(results: dict, of: Workload) -> Table | None:
+    """Megabytes kept for backward (y included), and on a GPU the peak of a training pass and the launches."""
+    by_tokens: dict[int, dict[str, dict]] = {}
+    for m in results["memory"]:
+        w = workload(results, m["workload"])
+        if replace(w, tokens=of.tokens) == of:
+            by_tokens.setdefault(w.tokens, {})[m["rival"]] = m
+    if not by_tokens:
+        return None
+    rivals = [r for r in BY_NAME if any(r in found for found in by_tokens.values())]
+    on_gpu = any(m.get("peak_bytes") is not None for found in by_tokens.values() for m in found.values())
+    rows = []
+    for rival in rivals:
+        row = [label(rival)]
+        for T in sorted(by_tokens):
+            m = by_tokens[T].get(rival)
+            cell = "–" if m is None else number(m["kept_bytes"] / 1e6)
+            if m is not None and m.get("peak_bytes") is not None:
+                cell += f" / {number(m['peak_bytes'] / 1e6)}"
+            row.append(cell)
+        if on_gpu:
+            known = [by_tokens[T][rival] for T in sorted(by_tokens) if rival in by_tokens[T]][-1]
+            row += ["–" if known.get(k) is None else str(known[k]) for k in ("launches_both", "host_syncs")]
+        rows.append(row)
+    kept = "kept for backward, y included" + (" / peak of a training pass" if on_gpu else "")
+    header = ["", *(f"T {T}" for T in sorted(by_tokens)), *(["launches", "host syncs"] if on_gpu else [])]
+    return Table(f"memory, {describe(of, tokens=False)} (MB {kept})", header, rows)
+
+
+def correctness(results: dict) -> Table | None:
+    """Backend by backend: shapes within twice PyTorch's own error against float64, and the worst tensor."""
+    if not results["correctness"]:
+        return None
+    rows = []
+    for backend in dict.fromkeys(c["backend"] for c in results["correctness"]):
+        mine = [c for c in results["correctness"] if c["backend"] == backend]
+        pairs = [
+            (ours, plain, f"{name} at {describe(workload(results, c['workload']))}")
+            for c in mine
+            for name, (ours, plain) in c.get("errors_ours_and_torch", {}).items()
+        ]
+        worst = max(pairs, key=lambda p: p[0] / max(p[1], 1e-12)) if pairs else None
+        broken = [c for c in mine if not c["within"]]
+        failures = "; ".join(
+            f"{describe(workload(results, c['workload']))}: {c.get('failure', 'beyond the bound')}" for c in broken
+        )
+        shown = "–" if worst is None else f"{worst[0]:.1e} against {worst[1]:.1e}, {worst[2]}"
+        rows.append([backend, f"{len(mine) - len(broken)} of {len(mine)}", shown, failures or "none"])
+    return Table(
+        "correctness against float64, forward and every gradient",
+        ["backend", "workloads within the bound", "worst against plain PyTorch of the same dtype", "failures"],
+        rows,
+        "Bound: twice the error of plain PyTorch in the same dtype, + 1e-5.",
+    )
+
+
+def model(results: dict) -> Table | None:
+    if not results["model"]:
+        return None
+    ours = {r["model"]: r for r in results["model"] if r["projector"] == "smop"}
+    names = {"smop": "ours", "eager": "eager loop over experts", "dense": "dense, same active FLOPs"}
+    rows = []
+    for r in results["model"]:
+        reference = ours[r["model"]]
+        step, generate = dict(r["step"], noise=r["step_noise"]), dict(r["generate"], noise=r["generate_noise"])
+        mine = r["projector"] == "smop"
+        step_ratio = "" if mine else ratio(step, dict(reference["step"], noise=reference["step_noise"]))
+        new_ratio = "" if mine else ratio(generate, dict(reference["generate"], noise=reference["generate_noise"]))
+        rows.append(
+            [
+                f"{r['model']}, {names[r['projector']]}",
+                time_cell(step, 1e3) + (f" ({step_ratio})" if step_ratio else ""),
+                number(r["speech_tokens_per_s"]),
+                time_cell(r["projector_alone"], 1e3),
+                f"{100 * r['projector_share']:.1f} %",
+                number(r["new_tokens_per_s"]) + (f" ({new_ratio})" if new_ratio else ""),
+                "–" if r["peak_bytes"] is None else number(r["peak_bytes"] / 1e6),
+            ]
+        )
+    header = ["model, projector", "training step (ms)", "speech tokens/s", "projector alone (ms)", "its share",
+              "new tokens/s", "peak (MB)"]  # fmt: skip
+    return Table("whole model, random weights, synthetic inputs", header, rows)
+
+
+def skipped(results: dict) -> Table | None:
+    """Why a rival has no number; identical reasons once."""
+    reasons = dict.fromkeys((label(s["rival"], s.get("mode", "eager")), s["reason"]) for s in results["skipped"])
+    rows = [[who, why.replace("|", "/")] for who, why in reasons]
+    return Table("not timed, and why", ["", "reason"], rows) if rows else None
+
+
+def stages(results: dict) -> Table | None:
+    known = {n: s for n, s in results["stages"].items() if "finished" in s}
+    if not known:
+        return None
+    rows = [
+        [
+            name,
+            s["status"],
+            str(len(s["finished"]) - len(s["failed"])),
+            "; ".join(f"{c}: {e}" for c, e in s["failed"].items()).replace("|", "/") or s.get("note", ""),
+            f"{s['seconds']:.0f}",
+        ]
+        for name, s in known.items()
+    ]
+    return Table("stages of the run", ["", "status", "cases", "failures, notes", "s"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
+
+
+def heading(results: dict) -> str:
+    e = results["environment"]
+    return e.get("device", "unknown device") + (f", {e['cores']} cores" if results["kind"] == "cpu" else "")
+
+
+def conditions(results: dict) -> str:
+    """One paragraph: on what, with what, when, and what to be careful about."""
+    e, c = results["environment"], results["ceilings"]
+    parts = [", ".join(f"{n} {v}" for n, v in e.get("versions", {}).items())]
+    if c:
+        rates = ", ".join(f"{dtype} {_rate(tflops)}" for dtype, tflops in c["tflops"].items())
+        copy = f"copy {number(c['copy_gb_per_s'])} GB/s"
+        parts.append(f"ceilings measured in the same run: {copy}, matrix product {rates}")
+    if e.get("date"):
+        parts.append(f"measured {e['date']}")
+    if e.get("commit"):
+        parts.append(f"at commit {e['commit'][:10]}" + (" with local changes" if e.get("modified") else ""))
+    if e.get("load_average") is not None:
+        parts.append(f"load average {e['load_average']} before, {e.get('load_average_after', '–')} after")
+    text = "; ".join(p for p in parts if p) + "."
+    return f"{results['note']} {text}" if results.get("note") else text
+
+
+def _rate(tflops: float) -> str:
+    return f"{number(tflops)} TFLOP/s" if tflops >= 10 else f"{number(1e3 * tflops)} GFLOP/s"
+
+
+def all_tables(results: dict) -> list[Table]:
+    found = []
+    for of in series(results):
+        found += [over_tokens(results, of, which) for which in ("both", "forward", "backward")]
+        found.append(memory(results, of))
+    found += [single_workloads(results, which) for which in ("both", "forward")]
+    found += [model(results), correctness(results), stages(results), skipped(results)]
+    return [t for t in found if t is not None]
+
+
+def document(devices: list[dict]) -> str:
+    """Every table of every device, as Markdown."""
+    parts = ["# Benchmark results\n", "Generated by `python -m benchmarks report` from the JSON files beside it.\n"]
+    for results in devices:
+        parts += [f"## {heading(results)}\n", conditions(results) + "\n", LEGEND + "\n"]
+        parts += [t.markdown() for t in all_tables(results)]
+    return "\n".join(parts)
+
+
+LEGEND = (
+    "Cells: median ± half the interquartile range (where recorded), then how many times our quickest time it is; a "
+    "“tie” is closer than the same thing timed twice. Bold: our quickest."
+)
