@@ -184,7 +184,7 @@ def smop(
     )  # fmt: skip
     return SMoPOutput(
         hidden_states=y.reshape(*lead, y.shape[-1]),
-        router_logits=r.logits.reshape(*lead, -1),
+        router_logits=r.logits.reshape(*lead, r.logits.shape[-1]),
         expert_indices=r.experts.reshape(*lead, top_k),
         expert_weights=r.weights.reshape(*lead, top_k),
         load_balancing_loss=r.load_balancing_loss,
