@@ -10,10 +10,10 @@ from tqdm import tqdm
 from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise, NoiseFile
-from llama_smop.decoding import max_new_tokens
 from llama_smop.score import word_errors
 
 MODALITIES = ("audio", "video", "audiovisual")
+MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def transcribe_dataset(model, processor, data, *, num_beams: int = 1, max_frames
     """The model's text for every clip, in the data's order."""
     texts = [""] * len(data)
     for batch in FrameBatchSampler(data.lengths, max_frames, shuffle=False):
-        for index, text in zip(batch, transcribe_items(model, processor, [data[i] for i in batch], num_beams), strict=True):
+        for index, text in zip(
+            batch, transcribe_items(model, processor, [data[i] for i in batch], num_beams), strict=True
+        ):
             texts[index] = text
         if bar is not None:
             bar.update(len(batch))
@@ -107,7 +109,7 @@ def transcribe_items(model, processor, items: Sequence[dict], num_beams: int = 1
     """The model's text for transformed clips that share their modality."""
     streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0].get(name) is not None}
     inputs = processor(**streams).to(model.device)
-    generated = model.generate(**inputs, num_beams=num_beams, max_new_tokens=max_new_tokens(inputs))
+    generated = model.generate(**inputs, num_beams=num_beams, max_new_tokens=MAX_NEW_TOKENS)
     return processor.decode_new(generated, inputs["input_ids"].shape[1])
 
 

@@ -36,6 +36,10 @@ def write_json(target: str | Path, content) -> Path:
     return write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

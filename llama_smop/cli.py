@@ -1,0 +1,169 @@
+"""The command line: `llama-smop demo | corpus | train | evaluate | transcribe | report`.
+
+Commands import what they need when they run, so that `--help` is quick. A user's mistake ends in one line on stderr
+and exit status 1; LLAMA_SMOP_DEBUG=1 shows where it came from.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Speech recognition that listens and reads lips, with a fast sparse mixture of projectors.",
+)
+corpus_app = typer.Typer(no_args_is_help=True, help="The generated talking corpus, in the LRS3 layout.")
+app.add_typer(corpus_app, name="corpus")
+
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Model = Annotated[Path, typer.Option(help="Model folder that training or convert wrote.")]
+Beams = Annotated[int, typer.Option(min=1, help="Beam width; 1 is greedy.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    clips: Annotated[int | None, typer.Option(min=8, help="Clips in the corpus.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    seed: int = 0,
+) -> None:
+    """Make a corpus, train a small Llama-SMoP on it, score it, transcribe, write a report. Resumes when run again."""
+    from llama_smop import demo as module
+
+    module.demo(out, clips=clips or module.CLIPS, steps=steps, seed=seed)
+
+
+@corpus_app.command("make")
+def corpus_make(
+    out: Path,
+    clips: Annotated[int, typer.Option(min=8)] = 600,
+    seed: int = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+) -> None:
+    """Write a corpus of synthetic talking faces into OUT; one seed, one set of bytes. Resumes when run again."""
+    from llama_smop.data.corpus import make_corpus
+
+    print(make_corpus(out, clips=clips, seed=seed, workers=workers))
+
+
+@corpus_app.command("show")
+def corpus_show(
+    root: Path,
+    png: Annotated[Path | None, typer.Option(help="Default: contact_sheet.png in the corpus.")] = None,
+    clips: Annotated[int, typer.Option(min=1)] = 6,
+) -> None:
+    """Draw a contact sheet of a corpus."""
+    from llama_smop.data.corpus import contact_sheet
+
+    png = png or root / "contact_sheet.png"
+    contact_sheet(root, png, n=clips)
+    print(png)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file; llama_smop/configs has examples.")],
+    out: Out,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint in OUT.")] = True,
+) -> None:
+    """Train a model as CONFIG says. Run again after an interruption, it goes on where it was."""
+    from llama_smop.config import read_config
+    from llama_smop.train import train as run
+
+    print(run(read_config(config), out, resume=resume))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    root: Annotated[Path, typer.Option(help="Corpus in the LRS3 layout.")],
+    labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "test.csv",
+    modality: Annotated[list[str] | None, typer.Option(help="audio, video, audiovisual; may be repeated.")] = None,
+    snr: Annotated[list[str] | None, typer.Option(help='Decibels or "clean"; may be repeated.')] = None,
+    noise: Annotated[str, typer.Option(help='"babble" or a sound file.')] = "babble",
+    beams: Beams = 1,
+    json: Annotated[Path | None, typer.Option(help="Write rows and transcripts here too.")] = None,
+) -> None:
+    """Word error rate by modality and SNR, as a table."""
+    from dataclasses import asdict
+
+    from llama_smop import checkpoint, files
+    from llama_smop import evaluate as module
+
+    unknown = set(modality or ()) - set(module.MODALITIES)
+    if unknown:
+        raise ValueError(f"--modality takes {', '.join(module.MODALITIES)}, got {', '.join(sorted(unknown))}")
+    loaded, processor = checkpoint.load(model)
+    rows, transcripts = module.evaluate(
+        loaded,
+        processor,
+        root,
+        labels,
+        modalities=modality,
+        snrs=[_snr(text) for text in snr or ["clean"]],
+        noise=noise,
+        num_beams=beams,
+    )
+    print(module.table(rows))
+    if json is not None:
+        records = [asdict(row) | {"transcripts": texts} for row, texts in zip(rows, transcripts, strict=True)]
+        files.write_json(json, records)
+
+
+def _snr(text: str) -> float | None:
+    try:
+        return None if text == "clean" else float(text)
+    except ValueError:
+        raise ValueError(f'--snr takes decibels or "clean", got {text!r}') from None
+
+
+@app.command()
+def transcribe(
+    clips: Annotated[list[Path], typer.Argument(help="mp4 or sound files.")],
+    model: Model,
+    modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all there is.")] = None,
+    beams: Beams = 1,
+) -> None:
+    """Print what is said in each clip."""
+    from llama_smop.transcribe import transcribe as run
+
+    for path, text in run(clips, model, modality=modality, num_beams=beams):
+        print(f"{path}\t{text}" if len(clips) > 1 else text, flush=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a demo.")]) -> None:
+    """Write the HTML report of a finished demo again."""
+    from llama_smop.report import write_report
+
+    print(write_report(run))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; `arguments` default to the command line's."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit("interrupted; run the same command again to go on")
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        from llama_smop.ops.dispatch import debug
+
+        usage = getattr(error, "exit_code", None)
+        if usage is not None:  # typer's own: a wrong option or argument
+            error.show()
+            sys.exit(usage)
+        if debug() or not isinstance(error, ValueError | OSError | RuntimeError | IndexError | TypeError):
+            raise
+        sys.exit(f"llama-smop: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The whole of it on one machine: make a corpus, train, score, transcribe, measure, report.
+
+Every stage leaves its result in the folder; run again after an interruption, the demo goes on where it was.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.resources import files as resources
+from pathlib import Path
+
+import torch
+
+from llama_smop import checkpoint, files, projector_cost
+from llama_smop.config import TrainConfig, read_config
+from llama_smop.data.corpus import GRID, make_corpus
+from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.data.noise import Babble, Noise
+from llama_smop.evaluate import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.report import write_report
+from llama_smop.score import word_errors
+from llama_smop.train import train
+
+CLIPS = 1400
+SNRS = (None, 5, 0, -5)
+
+
+def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: int = 0) -> Path:
+    """Run every stage that `out` does not hold yet and return the report's path.
+
+    clips, steps: a smaller corpus or a shorter training than the demo's own, for a first look; the word error rate is
+    then worse.
+
+    Raises:
+        ValueError: `out` holds a demo of another size or seed.
+    """
+    out = Path(out)
+    config = demo_config(out, steps, seed)
+    _claim(out, config, clips)
+    corpus, run = out / "corpus", out / "run"
+
+    _stage(1, "a talking corpus", lambda: make_corpus(corpus, clips=clips, seed=seed))
+    _stage(2, "training", lambda: _timed(out, "training", lambda: train(config, run)), done=run / "model")
+    if not (out / "metrics.json").exists():
+        files.write_text(out / "metrics.json", (run / "metrics.json").read_text())
+    model, processor = checkpoint.load(run / "model")
+    _stage(3, "scoring", lambda: _score(out, model, processor, seed), done=out / "evaluation.json")
+    _stage(4, "three transcripts", lambda: _transcripts(out, model, processor, seed), done=out / "transcripts.json")
+    _stage(5, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")
+    _facts(out, config, clips)
+    report = write_report(out)
+    print(f"\nreport: {report}")
+    return report
+
+
+def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConfig:
+    overrides: dict = {"data": {"root": str(out / "corpus")}, "run": {"seed": seed}}
+    if steps is not None:
+        overrides["optimizer"] = {"steps": steps}
+    return read_config(resources("llama_smop") / "configs" / "demo.yaml", overrides)
+
+
+def _claim(out: Path, config: TrainConfig, clips: int) -> None:
+    asked = {"clips": clips, "config": config.model_dump(mode="json", exclude={"data": {"root"}})}
+    note = out / "asked.json"
+    if note.exists():
+        if files.read_json(note) != asked:
+            raise ValueError(f"{out} holds a demo of another size or seed; choose another --out or delete it")
+    else:
+        files.write_json(note, asked)
+
+
+def _stage(number: int, name: str, work: Callable[[], object], done: Path | None = None) -> None:
+    if done is not None and done.exists():
+        print(f"[{number}/5] {name}: done before")
+        return
+    print(f"[{number}/5] {name}")
+    start = time.perf_counter()
+    work()
+    print(f"      {time.perf_counter() - start:.0f} s")
+
+
+def _timed(out: Path, name: str, work: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    work()
+    files.write_json(out / f"{name}_seconds.json", round(time.perf_counter() - start, 1))
+
+
+def _score(out: Path, model, processor, seed: int) -> None:
+    corpus = out / "corpus"
+    rows, _ = evaluate(model, processor, corpus, "test.csv", snrs=SNRS, seed=seed)
+    unseen, _ = evaluate(model, processor, corpus, "test_unseen_voice.csv", snrs=(None, 0), seed=seed)
+    rows += unseen
+    print(table(rows))
+    test = Lrs3Dataset(corpus, "test.csv")
+    files.write_json(
+        out / "evaluation.json",
+        {
+            "rows": [asdict(row) for row in rows],
+            "guess_per_slot": guess_per_slot(),
+            "no_input": _no_input(model, processor, test),
+            "expert_activation": expert_activation(model, processor, test),
+        },
+    )
+
+
+def guess_per_slot() -> float:
+    """Expected word error rate of a word drawn at random in each slot of the grammar."""
+    return 1 - sum(1 / len(words) for _, words in GRID.slots) / len(GRID.slots)
+
+
+def _no_input(model, processor, test: Lrs3Dataset) -> float:
+    """Word error rate when every clip is silence and a blank picture of its own length."""
+    texts = []
+    for index in range(len(test)):
+        item = test[index]
+        blank = {"audio": item["audio"] * 0, "video": torch.zeros_like(item["video"])}
+        texts += transcribe_items(model, processor, [blank])
+    return word_errors([clip.text for clip in test.clips], texts).wer
+
+
+@torch.inference_mode()
+def expert_activation(model, processor, data: Lrs3Dataset) -> dict | None:
+    """Shares of each modality's choices by expert over audio-visual clips, and which experts it can choose."""
+    projector = model.multi_modal_projector
+    if model.config.projector_config.kind != "smop":
+        return None
+    X, E = projector.w1.shape[0], projector.num_experts
+    counts = torch.zeros(2, X, dtype=torch.long)
+    for index in range(len(data)):
+        item = data[index]
+        inputs = processor(audio=[item["audio"]], video=[item["video"]])
+        streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask")}
+        speech = model.get_speech_features(**streams)
+        chosen, split = speech.projection.expert_indices[0], speech.audio_tokens
+        for m, ids in enumerate((chosen[:split], chosen[split:])):
+            counts[m] += torch.bincount(ids.flatten().long(), minlength=X + 1)[:X]
+    separate = X == 2 * E
+    return {
+        "sharing": projector.sharing,
+        "shares": {m: (counts[i] / counts[i].sum()).tolist() for i, m in enumerate(("audio", "video"))},
+        "experts_of": {
+            m: list(range(i * E, (i + 1) * E)) if separate else list(range(E)) for i, m in enumerate(("audio", "video"))
+        },
+    }
+
+
+def _transcripts(out: Path, model, processor, seed: int) -> None:
+    """Three test clips, of different speakers, in four conditions."""
+    corpus = out / "corpus"
+    clips = Lrs3Dataset(corpus, "test.csv").clips
+    chosen = list({clip.path.split("/")[0]: clip for clip in reversed(clips)}.values())[:3]
+    babble = Noise(Babble.from_labels(corpus, "train.csv"), (0,))
+    conditions = {
+        "audio + video": ("audiovisual", None),
+        "audio + video at 0 dB": ("audiovisual", babble),
+        "audio at 0 dB": ("audio", babble),
+        "video": ("video", None),
+    }
+    heard: dict[str, list] = {clip.id: [] for clip in chosen}
+    for name, (modality, noise) in conditions.items():
+        data = Lrs3Dataset(corpus, "test.csv", modality, noise=noise, seed=seed)
+        data.clips = chosen
+        for clip, text in zip(chosen, transcribe_dataset(model, processor, data), strict=True):
+            heard[clip.id].append({"condition": name, "text": text})
+    records = [
+        {
+            "id": clip.id,
+            "path": str(clip.video_path(corpus).relative_to(out)),
+            "reference": clip.text,
+            "hypotheses": heard[clip.id],
+        }
+        for clip in chosen
+    ]
+    files.write_json(out / "transcripts.json", records)
+    for record in records:
+        print(f"      said   {record['reference']}\n      heard  {record['hypotheses'][0]['text']}")
+
+
+def _projectors(out: Path) -> None:
+    tokens = 256
+    rows = projector_cost.compare(projector_cost.paper_projectors(), tokens)
+    what = (
+        f"The paper's size, 1024 → 2048 → 2048, {tokens} tokens, float32, on this machine's CPU "
+        f"({torch.get_num_threads()} threads), interleaved, medians. All of them end in a LayerNorm."
+    )
+    files.write_json(out / "projectors.json", {"what": what, "rows": rows})
+    for row in rows:
+        print(
+            f"      {row['name']:32s} {row['tokens_per_second']:8.0f} tokens/s {row['kept_bytes'] / 1e6:6.1f} MB kept"
+        )
+
+
+def _facts(out: Path, config: TrainConfig, clips: int) -> None:
+    manifest = files.read_json(out / "corpus" / "manifest.json")
+    counts = manifest["counts"]
+    projector, noise = config.model.projector, config.data.noise
+    snrs = ", ".join("clean" if s is None else f"{s:g}" for s in noise.snrs)
+    minutes = sum(c["seconds"] for c in counts.values()) / 60
+    facts = {
+        "corpus": f"{clips} synthetic clips, {minutes:.0f} minutes, seed {config.run.seed}",
+        "model": f"{projector.sharing}, {projector.num_experts} experts, top {projector.top_k}, trained from scratch",
+        "training": f"{config.optimizer.steps} steps, {files.read_json(out / 'training_seconds.json'):.0f} s",
+        "training noise": f"babble at {snrs} dB, after a clean start of {noise.start:.0%} of the steps",
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("llama-smop", "torch", "transformers")),
+    }
+    files.write_json(
+        out / "demo.json",
+        {"train_clips": counts["train"]["clips"], "test_clips": counts["test"]["clips"], "facts": facts},
+    )

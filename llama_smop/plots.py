@@ -1,0 +1,144 @@
+"""The pictures of a report, each a matplotlib figure made from plain numbers."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = {"audio": "#d1495b", "video": "#2e86ab", "audiovisual": "#3a7d44"}
+NAMES = {"audio": "audio", "video": "video", "audiovisual": "audio + video"}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+}
+
+
+def _figure(*size: float, **kwargs):
+    with plt.rc_context(STYLE):
+        return plt.subplots(figsize=size, **kwargs)
+
+
+def losses(log: Sequence[Mapping]) -> Figure:
+    """Language-model and CTC loss, and the two router losses, against training steps, from a Trainer's log."""
+    figure, (left, right) = _figure(9, 3.2, ncols=2)
+    panels = (
+        (left, (("lm_loss", "language model", "#333333"), ("ctc_loss", "CTC of the towers", "#b08900"))),
+        (right, (("load_balancing_loss", "load balancing", "#7b2d8b"), ("router_z_loss", "router z", "#00897b"))),
+    )
+    for axes, series in panels:
+        for key, label, colour in series:
+            points = [(row["step"], float(row[key])) for row in log if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, color=colour)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    ctc = [float(row["ctc_loss"]) for row in log if "ctc_loss" in row]
+    if ctc:  # its first values are far above everything that follows
+        left.set_ylim(
+            0, 1.15 * max(float(np.quantile(ctc, 0.9)), max(float(r["lm_loss"]) for r in log if "lm_loss" in r))
+        )
+    left.set_title("Loss")
+    right.set_title("Router losses, before their weights")
+    return figure
+
+
+def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Figure:
+    """WER in per cent by SNR and modality; video, which hears no noise, is a level line."""
+    figure, axes = _figure(6.2, 3.6)
+    snrs = sorted({r["snr"] for r in rows if r["snr"] is not None})
+    ticks = [*snrs, (snrs[-1] + 5) if snrs else 0]
+    for modality in COLOURS:
+        found = {r["snr"]: 100 * r["wer"] for r in rows if r["modality"] == modality}
+        if not found:
+            continue
+        style = {"color": COLOURS[modality], "label": NAMES[modality], "marker": "o"}
+        if modality == "video":
+            axes.plot(ticks, [found[None]] * len(ticks), **style | {"marker": None, "linestyle": "--"})
+        else:
+            at = [(s, found[s]) for s in snrs if s in found] + ([(ticks[-1], found[None])] if None in found else [])
+            axes.plot(*zip(*at, strict=True), **style)
+    if chance is not None:
+        axes.axhline(100 * chance, color="#999999", linestyle=":", label="a guess per slot")
+    axes.set_xticks(ticks, [*(f"{s:g}" for s in snrs), "clean"])
+    axes.set_xlabel("babble, SNR in dB")
+    axes.set_ylabel("word error rate, %")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def expert_activation(shares: Mapping[str, Sequence[float]], experts_of: Mapping[str, Sequence[int]]) -> Figure:
+    """The share of each modality's choices that went to each expert.
+
+    shares: by modality, one number for each of the X experts. experts_of: the experts a modality can choose.
+    """
+    figure, axes = _figure(6.2, 3.0)
+    experts = len(next(iter(shares.values())))
+    width = 0.8 / len(shares)
+    for i, (modality, values) in enumerate(shares.items()):
+        own = list(experts_of[modality])
+        alone = sum(own == list(experts_of[m]) for m in shares) == 1 and len(own) < experts
+        offset = 0 if alone else (i - (len(shares) - 1) / 2) * width
+        axes.bar(
+            np.array(own) + offset,
+            [100 * values[e] for e in own],
+            0.75 if alone else width,
+            color=COLOURS[modality],
+            label=f"{modality} tokens",
+        )
+        axes.hlines(100 / len(own), min(own) - 0.45, max(own) + 0.45, color="#777777", linestyle=":")
+    axes.set_xticks(range(experts))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("share of choices, %")
+    axes.legend(loc="upper right")
+    return figure
+
+
+def clip_strip(frames: np.ndarray, audio: np.ndarray, columns: int = 10) -> Figure:
+    """Frames uint8 (T, H, W, 3) of a clip side by side over the waveform (samples,)."""
+    figure, axes = _figure(9, 1.75, nrows=2, height_ratios=(3, 1))
+    chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+    axes[0].imshow(np.concatenate(list(frames[chosen]), axis=1))
+    axes[1].fill_between(*_envelope(audio), color="#555555", linewidth=0)
+    axes[1].set_xlim(0, 1)
+    for a in axes:
+        a.axis("off")
+    return figure
+
+
+def _envelope(audio: np.ndarray, bins: int = 600):
+    parts = np.array_split(audio, bins)
+    return np.linspace(0, 1, bins), [p.min() for p in parts], [p.max() for p in parts]
+
+
+def projector_bars(rows: Sequence[Mapping]) -> Figure:
+    """Throughput and memory of projectors side by side; a row has name, tokens_per_second, kept_bytes, parameters."""
+    figure, panels = _figure(9, 1.0 + 0.42 * len(rows), ncols=3, sharey=True)
+    measures = (
+        ("tokens_per_second", 1e-3, "thousand tokens/s\n(forward + backward)"),
+        ("kept_bytes", 1e-6, "MB kept for backward"),
+        ("parameters", 1e-6, "million parameters"),
+    )
+    names = [row["name"] for row in rows]
+    colours = ["#3a7d44" if row["sparse"] else "#9aa5b1" for row in rows]
+    for axes, (key, scale, label) in zip(panels, measures, strict=True):
+        values = [row[key] * scale for row in rows]
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+        axes.set_xlabel(label)
+        axes.margins(x=0.18)
+        axes.grid(axis="y", visible=False)
+    panels[0].invert_yaxis()
+    return figure
