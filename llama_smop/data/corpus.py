@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from math import ceil, prod
 from pathlib import Path
 
@@ -134,9 +135,7 @@ class Settings:
         if self.clips < 8:
             raise CorpusError(f"a corpus needs at least 8 clips for its four splits, got {self.clips}")
         if len(self.shares) != len(SPLITS) or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise CorpusError(
-                f"shares of {', '.join(SPLITS)}: expected four positive numbers of sum 1, got {self.shares}"
-            )
+            raise CorpusError(f"shares of {', '.join(SPLITS)}: expected numbers > 0 of sum 1, got {self.shares}")
         names = [voice.name for voice in (*self.voices, *self.unseen_voices)]
         if not self.voices or not self.unseen_voices or len(set(names)) != len(names):
             raise CorpusError(f"expected voices and unseen voices with distinct names, got {names}")
@@ -350,17 +349,19 @@ def make_corpus(
     """Writes a corpus into the folder `out` and returns it; run again after an interruption, it goes on.
 
     workers: processes, by default one a core; the bytes do not depend on it. Raises CorpusError where the folder holds
-    something else, SpeechError without the extra `[corpus]`.
+    something else or the extra `[corpus]` is not installed.
     """
+    if missing := [name for name in ("espeakng_loader", "cv2") if find_spec(name) is None]:
+        raise CorpusError(f"{' and '.join(missing)} not installed: pip install 'llama-smop[corpus]'")
     root = Path(out)
     settings = Settings(clips, seed, grammar, tuple(voices), tuple(unseen_voices), tuple(shares))
     _claim(root, settings)
     tasks = _plan(settings)
     records = _finished(root, tasks)
-    missing = [task for task in tasks if task.index not in records]
+    todo = [task for task in tasks if task.index not in records]
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, ceil(len(missing) / 24))  # a process takes seconds to start, a clip 0.1 s
+        workers = min(cores, ceil(len(todo) / 24))  # a process takes seconds to start, a clip 0.1 s
 
     bar = tqdm(total=len(tasks), initial=len(records), desc="corpus", unit="clip", disable=not progress)
     with ExitStack() as stack:
@@ -368,7 +369,7 @@ def make_corpus(
         journal = stack.enter_context(open(root / "clips.jsonl", "a", encoding="utf-8"))
         if records:
             journal.write("\n")  # ends a line that a kill may have cut
-        made = stack.enter_context(closing(_records(missing, root, settings, workers)))
+        made = stack.enter_context(closing(_records(todo, root, settings, workers)))
         for record in made:
             records[record["index"]] = record
             journal.write(json.dumps(record) + "\n")

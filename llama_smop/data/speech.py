@@ -10,6 +10,7 @@ import _ctypes
 import ctypes
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -82,6 +83,12 @@ def speak(text: str, voice: str = "gmw/en-US", words_per_minute: int = 175, pitc
     scale. Raises SpeechError if the wheel is missing, the voice is unknown or nothing came out.
     """
     library_path, data_path = _paths()
+    language, _, variant = voice.partition("+")
+    if not Path(data_path, "lang", language).is_file() or (
+        variant and not Path(data_path, "voices/!v", variant).is_file()
+    ):
+        # espeak-ng would speak with another voice and say nothing about it
+        raise SpeechError(f"espeak-ng has no voice {voice!r}; examples: gmw/en-US, gmw/en-GB-x-rp+m3")
     chunks: list[np.ndarray] = []
     events: list[tuple[int, int, int, str]] = []
 
@@ -105,7 +112,7 @@ def speak(text: str, voice: str = "gmw/en-US", words_per_minute: int = 175, pitc
                 raise SpeechError(f"espeak-ng could not read its data in {data_path}: reinstall espeakng-loader")
             library.espeak_SetSynthCallback(collect)
             if library.espeak_SetVoiceByName(voice.encode()) != 0:
-                raise SpeechError(f"espeak-ng has no voice {voice!r}; examples: gmw/en-US, gmw/en-GB-x-rp+m3")
+                raise SpeechError(f"espeak-ng cannot speak as {voice!r}")
             for parameter, value in ((_RATE, words_per_minute), (_PITCH, pitch), (_PITCH_RANGE, range)):
                 library.espeak_SetParameter(parameter, int(value), 0)
             encoded = text.encode()
@@ -115,10 +122,11 @@ def speak(text: str, voice: str = "gmw/en-US", words_per_minute: int = 175, pitc
             library.espeak_Terminate()
             _ctypes.dlclose(library._handle)
 
-    if not chunks:
+    samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int16)
+    phonemes, words = _segments(text, events, rate, len(samples))
+    if all(phoneme.name == "_" for phoneme in phonemes):
         raise SpeechError(f"espeak-ng said nothing for {text!r}")
-    samples = np.concatenate(chunks)
-    return Speech(samples, rate, *_segments(text, events, rate, len(samples)))
+    return Speech(samples, rate, phonemes, words)
 
 
 def _segments(text: str, events: list, rate: int, total: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
