@@ -20,6 +20,7 @@ from benchmarks import results, say
 from benchmarks.gpu_stages import Stage, stages
 from benchmarks.rivals import BY_NAME
 
+MODES = ("eager", "graph", "compiled")
 MAX_ATTEMPTS = 3  # children a case may cost
 BAN_AFTER = 2  # cases a rival may bring down before it is left out of all others
 SILENCE_S = 150  # without an event the child hangs (the longest silence is a compilation)
@@ -31,7 +32,7 @@ class Progress:
     """What has been done, and what a child must leave alone."""
 
     found: dict
-    excluded: dict[str, dict[str, str]] = field(default_factory=dict)  # case ("*": all) → rival → reason
+    excluded: dict[str, dict[str, str]] = field(default_factory=dict)  # case ("*": all) → rival[ mode] → reason
     attempts: dict[str, int] = field(default_factory=dict)
     blamed: dict[str, int] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)  # stages whose time was up in this run
@@ -84,24 +85,22 @@ class Progress:
         self.case = self.running = None
 
     def blame(self, reason: str) -> None:
-        """The child ended in the middle of a case: leave out the rival at work, or the case if none was."""
+        """The child ended in the middle of a case: leave out the rival at work, or else the case."""
         if self.case is None:
             return
-        rival = (self.running or "").split(" ")[0]
+        rival, mode, *_ = [*(self.running or "").split(" "), "", ""]
+        culprit = f"{rival} {mode}" if mode in MODES else rival
         self.attempts[self.case] = self.attempts.get(self.case, 0) + 1
-        if rival in BY_NAME and self.attempts[self.case] < MAX_ATTEMPTS and not self._known(rival):
-            self.excluded.setdefault(self.case, {})[rival] = reason
-            self.blamed[rival] = self.blamed.get(rival, 0) + 1
-            if self.blamed[rival] >= BAN_AFTER:
-                self.excluded.setdefault("*", {})[rival] = f"brought down {self.blamed[rival]} cases: {reason}"
+        if rival in BY_NAME and self.attempts[self.case] < MAX_ATTEMPTS:
+            self.excluded.setdefault(self.case, {})[culprit] = reason
+            self.blamed[culprit] = self.blamed.get(culprit, 0) + 1
+            if self.blamed[culprit] >= BAN_AFTER:
+                self.excluded.setdefault("*", {})[culprit] = f"brought down {self.blamed[culprit]} cases: {reason}"
         else:
             state = self.state(self.stage)
             state["failed"][self.case] = f"{self.running or 'starting'}: {reason}"
             state["finished"].append(self.case)
         self.case = self.running = None
-
-    def _known(self, rival: str) -> bool:
-        return rival in self.excluded.get(self.case, {})
 
 
 def run(

@@ -30,7 +30,7 @@ class Context:
     results: dict
     out: Path
     budget_s: float
-    excluded: dict[str, str]  # rival → why not to touch it in this case
+    excluded: dict[str, str]  # rival, or rival and mode → why not to touch it in this case
     starting: Callable[[str], None]  # told what runs next, so that a crash has a name
 
     @property
@@ -78,7 +78,7 @@ def stages() -> list[Stage]:
 
 def _sizes(declared: list[Workload], dry: bool) -> list[Workload]:
     """In a dry run the first three, tiny."""
-    return [workloads.tiny(w) for w in declared[:3]] if dry else declared
+    return list(dict.fromkeys(workloads.tiny(w) for w in declared[:3])) if dry else declared
 
 
 # ----------------------------------------------------------------------------------------------- environment, build
@@ -209,8 +209,9 @@ def _compiled() -> list[Case]:
 def _memory(dry: bool) -> list[Case]:
     def run(c: Context, w: Workload) -> dict:
         found: dict[str, list] = {"memory": [], "skipped": []}
+        failed = {s["rival"]: s["reason"] for s in c.results["skipped"] if s["workload"] == w.key}
         for name in rivals.BY_NAME:  # one at a time: the peak is that of the only layer there
-            contest = Contest(w, c.device, [name], ("eager",), c.excluded, c.starting)
+            contest = Contest(w, c.device, [name], ("eager",), failed | c.excluded, c.starting, check=False)
             contest.measure_memory()
             contest.close()
             found["memory"] += contest.result.memory

@@ -48,7 +48,7 @@ class Timing:
 
 
 def noise(first: Timing, again: Timing) -> float:
-    """Relative difference that means nothing: the same thing timed twice, or the medians' own uncertainty if larger."""
+    """Relative difference that means nothing: the same thing timed twice, or its medians' uncertainty if larger."""
     apart = abs(first.median_us - again.median_us) / min(first.median_us, again.median_us)
     return max(apart, first.median_error, again.median_error)
 
@@ -169,13 +169,14 @@ def interleaved(
     max_rounds: int = 40,
     seed: int = 0,
 ) -> tuple[dict[str, Timing], float]:
-    """Time each of `runs`, and the quickest of them twice, within about `budget_s` (but at least `min_rounds`).
+    """Time each of `runs`, and the first of them twice, within about `budget_s` (but at least `min_rounds`).
 
     Returns the timings by name and the noise.
     """
     shuffler = random.Random(seed)
-    first = {name: sample(run) for name, run in runs.items()}  # warm-up, not counted
-    again = min(first, key=first.get)
+    for run in runs.values():  # warm-up, not counted
+        sample(run)
+    again = next(iter(runs))
     entries = [*runs.items(), (None, runs[again])]
     samples: dict[str | None, list[float]] = {name: [] for name, _ in entries}
     stop = time.perf_counter() + budget_s

@@ -17,6 +17,7 @@ h3 { margin: 1.8rem 0 .5rem; font-size: 1.02rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e6ea; }
 th { background: #f5f7f9; } th:first-child, td:first-child { text-align: left; }
+.text th, .text td { text-align: left; white-space: normal; }
 td b { color: #1257c4; } .note, .conditions { color: #555; font-size: .88rem; }
 img { max-width: 100%; height: auto; margin: .6rem 0; }
 """

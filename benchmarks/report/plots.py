@@ -1,5 +1,6 @@
 """Results as pictures: throughput against tokens under the floor, memory, dense against sparse."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -67,7 +68,7 @@ def draw(results: dict, folder: Path, stem: str) -> list[Path]:
 
 
 def throughput(results: dict, of: Workload) -> Figure | None:
-    """Tokens a second against tokens, forward and training pass, the roofline as the upper edge."""
+    """Tokens a second against tokens, forward and training pass, under the roofline; pale bars: the quartiles."""
     panels = [(which, tables.family(results, of, which)) for which in ("forward", "both")]
     if any(len(by_tokens) < 2 for _, by_tokens in panels):
         return None
@@ -83,7 +84,7 @@ def throughput(results: dict, of: Workload) -> Figure | None:
             if all(t.get("q1_us") for _, t in points):
                 low = [T / t["q3_us"] * 1e6 for T, t in points]
                 high = [T / t["q1_us"] * 1e6 for T, t in points]
-                ax.fill_between(tokens, low, high, color=_color(rival), alpha=0.15, linewidth=0)
+                ax.vlines(tokens, low, high, color=_color(rival), alpha=0.45, linewidth=4, zorder=2)
         floors = {
             T: next((t["floor_us"] for t in ts if t["rival"] in BY_NAME and BY_NAME[t["rival"]].exact), None)
             for T, ts in by_tokens.items()
@@ -104,25 +105,25 @@ def throughput(results: dict, of: Workload) -> Figure | None:
 
 
 def memory(results: dict, of: Workload) -> Figure | None:
-    """Megabytes kept between forward and backward, per token count."""
-    kept: dict[str, dict[int, float]] = {}
-    for m in results["memory"]:
-        w = tables.workload(results, m["workload"])
-        if w == Workload(**{**of.__dict__, "tokens": w.tokens}):
-            kept.setdefault(m["rival"], {})[w.tokens] = m["kept_bytes"] / 1e6
-    if not kept or max(len(by_tokens) for by_tokens in kept.values()) < 2:
+    """Bytes kept between forward and backward, per token, at the most tokens measured."""
+    found = [(tables.workload(results, m["workload"]), m) for m in results["memory"]]
+    found = [(w.tokens, m) for w, m in found if replace(w, tokens=of.tokens) == of]
+    if not found:
         return None
-    figure, ax = plt.subplots(figsize=(6.4, 4.1))
-    for rival in [r for r in BY_NAME if r in kept]:
-        points = sorted(kept[rival].items())
-        _line(ax, rival, [T for T, _ in points], [mb for _, mb in points])
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    _token_axis(ax, sorted({T for by_tokens in kept.values() for T in by_tokens}))
-    ax.yaxis.set_major_formatter(FuncFormatter(_thousands))
-    ax.set_ylabel("MB kept for backward, output included")
+    most = max(tokens for tokens, _ in found)
+    kept = {m["rival"]: m["kept_bytes"] / most / 1024 for tokens, m in found if tokens == most}
+    rivals = sorted(kept, key=kept.get, reverse=True)
+    figure, ax = plt.subplots(figsize=(7.2, 0.6 + 0.42 * len(rivals)))
+    bars = ax.barh(range(len(rivals)), [kept[r] for r in rivals], height=0.68, color=[_color(r) for r in rivals])
+    ax.bar_label(bars, [tables.number(kept[r]) for r in rivals], padding=4, fontsize=9, color="#444")
+    ax.set_yticks(range(len(rivals)), [tables.label(r) for r in rivals])
+    for tick, rival in zip(ax.get_yticklabels(), rivals, strict=True):
+        tick.set_fontweight("bold" if tables.is_ours(rival) else "normal")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    ax.margins(x=0.1)
+    ax.set_xlabel(f"KiB a token kept for backward, output included (T {most})")
     _titled(figure, results, of, "Memory between forward and backward")
-    _legend(figure, ax, columns=2)
     return figure
 
 
@@ -194,10 +195,13 @@ def _thousands(value: float, _=None) -> str:
 
 
 def _titled(figure: Figure, results: dict, of: Workload, title: str) -> None:
+    """Title and conditions above the axes, a fixed number of inches high whatever the figure's height."""
     sizes = f"{of.in_features}→{of.hidden_features}→{of.out_features}, E {of.num_experts}, K {of.top_k}"
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", y=1.04)
-    figure.text(0.01, 0.985, f"{tables.heading(results)} · {of.dtype} · {sizes}", ha="left", va="top", color="#555")
-    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.tight_layout()
+    inch = 1 / figure.get_figheight()
+    line = {"x": 0.01, "ha": "left", "va": "bottom"}
+    figure.text(y=1 + 0.28 * inch, s=title, fontsize=13, fontweight="bold", **line)
+    figure.text(y=1 + 0.06 * inch, s=f"{tables.heading(results)} · {of.dtype} · {sizes}", color="#555", **line)
 
 
 def _legend(figure: Figure, ax: Axes, columns: int = 3) -> None:

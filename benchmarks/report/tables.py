@@ -18,10 +18,12 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    text: bool = False  # words, not numbers
 
     def markdown(self, level: int = 3) -> str:
         lines = [f"{'#' * level} {self.title}", ""] if self.title else []
-        lines += ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
+        align = "---|" if self.text else "---:|"
+        lines += ["| " + " | ".join(self.header) + " |", "|---|" + align * (len(self.header) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
@@ -32,7 +34,7 @@ class Table:
         body = "\n".join(cells(row, "td") for row in self.rows)
         note = f"<p class=note>{_html(self.note)}</p>" if self.note else ""
         return (
-            f"<h3>{_html(self.title)}</h3><div class=scroll><table><thead>{cells(self.header, 'th')}</thead>"
+            f"<h3>{_html(self.title)}</h3><div class=scroll><table{' class=text' if self.text else ''}><thead>{cells(self.header, 'th')}</thead>"
             f"<tbody>{body}</tbody></table></div>{note}"
         )
 
@@ -266,6 +268,7 @@ def correctness(results: dict) -> Table | None:
         ["backend", "workloads within the bound", "worst against plain PyTorch of the same dtype", "failures"],
         rows,
         "Bound: twice the error of plain PyTorch in the same dtype, + 1e-5.",
+        text=True,
     )
 
 
@@ -298,10 +301,14 @@ def model(results: dict) -> Table | None:
 
 
 def skipped(results: dict) -> Table | None:
-    """Why a rival has no number; identical reasons once."""
-    reasons = dict.fromkeys((label(s["rival"], s.get("mode", "eager")), s["reason"]) for s in results["skipped"])
-    rows = [[who, why.replace("|", "/")] for who, why in reasons]
-    return Table("not timed, and why", ["", "reason"], rows) if rows else None
+    """Why a rival has no number anywhere, and what failed while it was tried; identical reasons once."""
+    timed = {t["rival"] for t in results["timings"]}
+    reasons: dict[str, dict[str, None]] = {}
+    for s in results["skipped"]:
+        if "mode" in s or s["rival"] not in timed:
+            reasons.setdefault(label(s["rival"], s.get("mode", "eager")), {})[s["reason"]] = None
+    rows = [[who, "; ".join(why).replace("|", "/")] for who, why in reasons.items()]
+    return Table("not timed, and why", ["", "reason"], rows, text=True) if rows else None
 
 
 def stages(results: dict) -> Table | None:
@@ -318,7 +325,7 @@ def stages(results: dict) -> Table | None:
         ]
         for name, s in known.items()
     ]
-    return Table("stages of the run", ["", "status", "cases", "failures, notes", "s"], rows)
+    return Table("stages of the run", ["", "status", "cases", "failures, notes", "s"], rows, text=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- documents

@@ -12,8 +12,10 @@ from benchmarks.workloads import Problem, Workload
 
 BALANCE_COEF, Z_COEF = 0.01, 0.001  # the projector is trained with both losses, so a training pass includes them
 
-# ‖out − ref‖ / ‖ref‖ that an implementation in this dtype may show against float64. Rounding stays a few times below.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+# ‖out − ref‖ / ‖ref‖ that y may show against float64: a few times what rounding gives, far below a wrong formula.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
+# Gradients get more: PyTorch's LayerNorm backward on a CPU sums dγ and dβ in bfloat16 (seen: 3.4e-2 at 1500 tokens).
+GRADIENT_SLACK = 5
 
 
 class Layer(nn.Module):
@@ -140,11 +142,10 @@ def errors(layer: Layer, problem: Problem, reference: Reference) -> dict[str, fl
 
 
 def check(layer: Layer, problem: Problem, reference: Reference) -> float:
-    """The largest error of `errors`. Raises Mismatch when it lies beyond the dtype's tolerance."""
+    """The largest error of `errors`. Raises Mismatch when one lies beyond the dtype's tolerance."""
     found = errors(layer, problem, reference)
-    worst = max(found, key=found.get)
-    if not found[worst] <= TOLERANCE[problem.workload.dtype]:
-        raise Mismatch(
-            f"{worst} is off by {found[worst]:.1e} against float64 (at most {TOLERANCE[problem.workload.dtype]:.0e})"
-        )
-    return found[worst]
+    for name, off in found.items():
+        allowed = TOLERANCE[problem.workload.dtype] * (1 if name == "y" else GRADIENT_SLACK)
+        if not off <= allowed:
+            raise Mismatch(f"{name} is off by {off:.1e} against float64 (at most {allowed:.0e})")
+    return max(found.values())
