@@ -122,11 +122,10 @@ def speak(text: str, voice: str = "gmw/en-US", words_per_minute: int = 175, pitc
             library.espeak_Terminate()
             _ctypes.dlclose(library._handle)
 
-    samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int16)
-    phonemes, words = _segments(text, events, rate, len(samples))
-    if all(phoneme.name == "_" for phoneme in phonemes):
+    if not any(kind == _EVENT_PHONEME and not name.startswith("_") for kind, _, _, name in events):
         raise SpeechError(f"espeak-ng said nothing for {text!r}")
-    return Speech(samples, rate, phonemes, words)
+    samples = np.concatenate(chunks)
+    return Speech(samples, rate, *_segments(text, events, rate, len(samples)))
 
 
 def _segments(text: str, events: list, rate: int, total: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
