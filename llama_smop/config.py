@@ -62,13 +62,20 @@ class NoiseSection(Section):
 
     source: str = "babble"
     snrs: tuple[float | None, ...] = (-5, 0, 5, 10, 15, 20, None)
-    start: Fraction = 0.0  # the share of the steps that stays clean first
+
+
+class StageSection(Section):
+    """Part of a curriculum: what is drawn `until` that share of the steps; modalities by their relative frequency."""
+
+    until: Fraction = 1.0
+    modalities: dict[Modality, Annotated[float, Field(gt=0)]] = {"audiovisual": 1.0}
+    noise: bool = True
 
 
 class DataSection(Section):
     root: Path
     train: str = "train.csv"
-    modalities: dict[Modality, Annotated[float, Field(gt=0)]] = {"audiovisual": 1.0}
+    stages: tuple[StageSection, ...] = (StageSection(),)
     max_frames: int = Field(1500, ge=1)  # video frames (25 a second) in a batch
     max_clips: int | None = Field(None, ge=1)
     buckets: int = Field(400, ge=1)
@@ -76,6 +83,13 @@ class DataSection(Section):
     time_mask: bool = True
     keep_decoded: bool = False  # hold decoded clips in memory; for small corpora
     workers: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _stages_follow(self):
+        ends = [stage.until for stage in self.stages]
+        if not ends or ends[-1] != 1 or sorted(set(ends)) != ends:
+            raise ValueError(f"the stages' until must rise to 1, got {ends}")
+        return self
 
 
 class OptimizerSection(Section):

@@ -203,7 +203,7 @@ def _facts(out: Path, config: TrainConfig, clips: int) -> None:
         "corpus": f"{clips} synthetic clips, {minutes:.0f} minutes, seed {config.run.seed}",
         "model": f"{projector.sharing}, {projector.num_experts} experts, top {projector.top_k}, trained from scratch",
         "training": f"{config.optimizer.steps} steps, {files.read_json(out / 'training_seconds.json'):.0f} s",
-        "training noise": f"babble at {snrs} dB, after a clean start of {noise.start:.0%} of the steps",
+        "training noise": f"babble at {snrs} dB, after a clean start",
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("llama-smop", "torch", "transformers")),
     }

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise, NoiseFile
+from llama_smop.models.decoding import transcribe_batch
 from llama_smop.score import word_errors
 
 MODALITIES = ("audio", "video", "audiovisual")
-MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,10 @@ def transcribe_dataset(model, processor, data, *, num_beams: int = 1, max_frames
     return texts
 
 
-@torch.inference_mode()
 def transcribe_items(model, processor, items: Sequence[dict], num_beams: int = 1) -> list[str]:
     """The model's text for transformed clips that share their modality."""
     streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0].get(name) is not None}
-    inputs = processor(**streams).to(model.device)
-    generated = model.generate(**inputs, num_beams=num_beams, max_new_tokens=MAX_NEW_TOKENS)
-    return processor.decode_new(generated, inputs["input_ids"].shape[1])
+    return transcribe_batch(model, processor, num_beams=num_beams, **streams)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ from llama_smop.config import TrainConfig
 from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise, NoiseFile
-from llama_smop.data.plan import DrawnClips, TrainingPlan
+from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
 
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
@@ -113,14 +113,8 @@ def training_plan(config: TrainConfig, clips: Lrs3Dataset) -> TrainingPlan:
         clips.lengths, data.max_frames, data.buckets, seed=config.run.seed, max_clips=data.max_clips
     )
     steps = optimizer.steps or max(1, math.ceil(optimizer.epochs * len(batches) / optimizer.accumulate))
-    start = data.noise.start if data.noise else 0.0
-    return TrainingPlan(
-        batches,
-        steps * optimizer.accumulate,
-        data.modalities,
-        clean_steps=round(start * steps) * optimizer.accumulate,
-        seed=config.run.seed,
-    )
+    stages = [Stage(round(s.until * steps) * optimizer.accumulate, s.modalities, s.noise) for s in data.stages]
+    return TrainingPlan(batches, stages, seed=config.run.seed)
 
 
 class Collator:

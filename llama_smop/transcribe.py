@@ -9,7 +9,8 @@ from llama_smop import checkpoint
 from llama_smop.data.lrs3 import load_clip
 from llama_smop.data.media import MediaError
 from llama_smop.data.transforms import ClipTransform
-from llama_smop.evaluate import supported, transcribe_items
+from llama_smop.evaluate import supported
+from llama_smop.models.decoding import transcribe_long
 
 SOUND_ONLY = (".wav", ".flac", ".mp3", ".ogg")
 
@@ -17,7 +18,7 @@ SOUND_ONLY = (".wav", ".flac", ".mp3", ".ogg")
 def transcribe(
     paths: Sequence[str | Path], model: str | Path, *, modality: str | None = None, num_beams: int = 1
 ) -> Iterator[tuple[Path, str]]:
-    """(path, text) of each clip in turn, as they are done.
+    """(path, text) of each clip in turn, as they are done. A long recording is cut at its quietest moments.
 
     Args:
         paths: mp4 files (their sound from the .wav beside them, else from the mp4 itself), or sound files alone.
@@ -34,8 +35,11 @@ def transcribe(
         raise ValueError(f"{model} takes {', '.join(known)}, not {modality}")
     for path in map(Path, paths):
         wanted = modality or _richest(path, known)
-        audio, video = ClipTransform.testing()(*load_clip(path, wanted))
-        yield path, transcribe_items(loaded, processor, [{"audio": audio, "video": video}], num_beams)[0]
+        audio, video = load_clip(path, wanted)
+        pieces = transcribe_long(
+            loaded, processor, audio=audio, video=video, transform=ClipTransform.testing(), num_beams=num_beams
+        )
+        yield path, " ".join(piece.text for piece in pieces)
 
 
 def _richest(path: Path, known: Sequence[str]) -> str:

@@ -4,8 +4,9 @@ The plan is a function of its seed alone, so a run that resumes at step n draws 
 worker needs no state: everything a clip's augmentation depends on is in its `Draw`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -25,42 +26,38 @@ class Draw:
     noisy: bool
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What is drawn before step `until`: modalities by their relative frequency, with noise or clean."""
+
+    until: int
+    modalities: Mapping[str, float]
+    noisy: bool
+
+
 class TrainingPlan(Sampler[list[Draw]]):
-    """`steps` batches over as many epochs as that takes; each batch is of one modality.
+    """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality."""
 
-    batches: the clips' batch sampler. modalities: their relative frequency. clean_steps: steps at the start without
-    noise.
-    """
-
-    def __init__(
-        self,
-        batches: FrameBatchSampler,
-        steps: int,
-        modalities: Mapping[str, float] | None = None,
-        clean_steps: int = 0,
-        seed: int = 0,
-    ):
-        self.batches, self.steps, self.clean_steps, self.seed = batches, steps, clean_steps, seed
-        shares = dict(modalities or {"audiovisual": 1.0})
-        self.names = sorted(shares)
-        self.shares = np.array([shares[n] for n in self.names]) / sum(shares.values())
+    def __init__(self, batches: FrameBatchSampler, stages: Sequence[Stage], seed: int = 0):
+        self.batches, self.stages, self.seed = batches, tuple(stages), seed
 
     def __len__(self) -> int:
-        return self.steps
+        return self.stages[-1].until
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng([self.seed, 0x5A])
-        step, epoch = 0, 0
-        while step < self.steps:
-            self.batches.set_epoch(epoch)
+        for step, (epoch, batch) in enumerate(islice(self._epochs(), len(self))):
+            stage = next(stage for stage in self.stages if step < stage.until)
+            names = sorted(stage.modalities)
+            shares = np.array([stage.modalities[name] for name in names])
+            modality = names[rng.choice(len(names), p=shares / shares.sum())]
+            yield [Draw(index, epoch, modality, stage.noisy) for index in batch]
+
+    def _epochs(self) -> Iterator[tuple[int, list[int]]]:
+        for epoch in count():
+            self.batches.load_state_dict(self.batches.state_dict() | {"epoch": epoch, "batch": 0})
             for batch in self.batches:
-                modality = self.names[rng.choice(len(self.names), p=self.shares)]
-                yield [Draw(index, epoch, modality, step >= self.clean_steps) for index in batch]
-                step += 1
-                if step == self.steps:
-                    self.batches.load_state_dict(self.batches.state_dict() | {"batch": 0})
-                    return
-            epoch += 1
+                yield epoch, batch
 
 
 class DrawnClips(Dataset):

@@ -31,10 +31,13 @@ CONFIG = {
         "projector": {"hidden_features": 16, "num_experts": 2, "top_k": 1},
     },
     "data": {
-        "modalities": {"audio": 1, "video": 1, "audiovisual": 1},
+        "stages": [
+            {"until": 0.5, "modalities": {"audio": 1, "video": 1}, "noise": False},
+            {"until": 1.0, "modalities": {"audio": 1, "video": 1, "audiovisual": 1}},
+        ],
         "max_clips": 2,
         "buckets": 2,
-        "noise": {"snrs": [0, None], "start": 0.5},
+        "noise": {"snrs": [0, None]},
     },
     "optimizer": {"learning_rate": 1e-3, "steps": 8, "precision": "fp32"},
     "run": {"log_every": 1, "save_every": 2},
