@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llama_smop import functional
 from llama_smop.functional import SMoPOutput
 from llama_smop.ops import dispatch
+from llama_smop.ops.expert_projection import check_recompute
 
 
 class SMoPProjector(nn.Module):
@@ -21,7 +22,8 @@ class SMoPProjector(nn.Module):
     `b1 (X, H)`, `w2 (X, O, H)`, `b2 (X, O)`, `ln_weight (X, O)`, `ln_bias (X, O)`.
 
     Raises:
-        ValueError: `top_k` outside [1, num_experts], an unknown sharing or activation, a size below 1.
+        ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
+            below 1.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class SMoPProjector(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k}")
         dispatch.check_activation(activation)
+        dispatch.check_backend(backend)
+        check_recompute(recompute)
         R, X = functional.layout(sharing, num_experts)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
@@ -125,6 +129,7 @@ class DenseProjector(nn.Module):
             modalities=modalities, in_features=in_features, hidden_features=hidden_features, out_features=out_features
         )
         dispatch.check_activation(activation)
+        dispatch.check_backend(backend)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.modalities, self.activation, self.backend, self.eps = modalities, activation, backend, eps
         _add_mlps(self, modalities, layer_norm, {"device": device, "dtype": dtype})
@@ -140,11 +145,14 @@ class DenseProjector(nn.Module):
         for name, ids in (("modality", modality), ("mask", mask)):
             if ids is not None and ids.shape != lead:
                 raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
+        if mask is not None:
+            dispatch.check_mask(mask)
         if self.modalities == 1:
             experts = torch.zeros(lead, dtype=torch.int32, device=x.device)
         elif modality is None:
             raise ValueError(f"modality is required with {self.modalities} projectors: an integer for each token")
         else:
+            dispatch.check_integer("modality", modality)
             if not torch.compiler.is_compiling():
                 dispatch.check_in_range("modality", modality, 0, self.modalities - 1)
             experts = modality.to(torch.int32)

@@ -55,12 +55,16 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int =
             if unsupported(name, dtype, device, top_k, num_experts) is None:
                 return name
         raise RuntimeError(f"no backend can serve dtype {dtype} on device {device}")
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {BACKENDS}, got {backend!r}')
+    check_backend(backend)
     reason = unsupported(backend, dtype, device, top_k, num_experts)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run: {reason}; backend="auto" picks one that can')
     return backend
+
+
+def check_backend(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {BACKENDS}, got {backend!r}')
 
 
 def debug() -> bool:
@@ -96,6 +100,11 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_integer(name: str, tensor: Tensor) -> None:
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
+
+
+def check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, True = real token, got {mask.dtype}")
 
 
 def check_like(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:

@@ -46,6 +46,10 @@ def check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation: str, rec
             dispatch.check_shape(name, tensor, (X, width))
     dispatch.check_device("x", x, w1=w1, b1=b1, w2=w2, b2=b2, ln_weight=ln_weight, ln_bias=ln_bias)
     dispatch.check_activation(activation)
+    check_recompute(recompute)
+
+
+def check_recompute(recompute: str) -> None:
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
 

@@ -41,8 +41,7 @@ def check(x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor 
         dispatch.check_integer("modality", modality)
     if mask is not None:
         dispatch.check_shape("mask", mask, (x.shape[0],))
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, True = real token, got {mask.dtype}")
+        dispatch.check_mask(mask)
     dispatch.check_device("x", x, gate_weight=gate_weight, modality=modality, mask=mask)
 
 

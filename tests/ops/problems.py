@@ -35,9 +35,7 @@ class Problem:
         """The same values, rounded to `dtype`, as fresh leaves that ask for gradients."""
         cast = {n: t.detach().to(dtype, copy=True).requires_grad_() for n, t in self.leaves().items()}
         parameters = {n: cast.get(n) for n in PARAMETERS}
-        return Problem(
-            cast["x"], cast["gate_weight"], parameters, self.modality, self.mask, self.top_k, self.sharing
-        )
+        return Problem(cast["x"], cast["gate_weight"], parameters, self.modality, self.mask, self.top_k, self.sharing)
 
 
 def make(

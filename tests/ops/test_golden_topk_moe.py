@@ -7,7 +7,14 @@ from llama_smop import functional
 from tests.golden_files import golden
 
 CASES = ("e4k2", "e8k1", "e3k3", "e4k2_empty_expert", "e4k1_collapsed")
-NAMES = {"w1": "0.weight", "b1": "0.bias", "w2": "2.weight", "b2": "2.bias", "ln_weight": "3.weight", "ln_bias": "3.bias"}
+NAMES = {
+    "w1": "0.weight",
+    "b1": "0.bias",
+    "w2": "2.weight",
+    "b2": "2.bias",
+    "ln_weight": "3.weight",
+    "ln_bias": "3.bias",
+}
 
 
 def run(case: str):

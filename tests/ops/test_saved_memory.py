@@ -1,0 +1,93 @@
+"""Bytes kept for backward, counted exactly, and the CPU memory that is kept between steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_smop import functional
+from llama_smop.ops import cpu_memory
+from tests.ops.problems import Problem, make
+
+
+def eager_loop(p: Problem):
+    """The masked `where` and `index_add_` form of Mixtral-like code."""
+    x, E, K = p.x, p.num_experts, p.top_k
+    w1, b1, w2, b2, ln_weight, ln_bias = p.parameters.values()
+    probabilities = F.softmax(x @ p.gate_weight[0].t(), dim=-1, dtype=torch.float32)
+    weights, chosen = probabilities.topk(K, dim=-1)
+    weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+    out = x.new_zeros(x.shape[0], w2.shape[1])
+    hits = F.one_hot(chosen, E).permute(2, 1, 0)
+    for e in range(E):
+        k, tokens = torch.where(hits[e])
+        h = F.linear(F.relu(F.linear(x[tokens], w1[e], b1[e])), w2[e], b2[e])
+        y = F.layer_norm(h, h.shape[-1:], ln_weight[e], ln_bias[e]) * weights[tokens, k, None]
+        out.index_add_(0, tokens, y.to(x.dtype))
+    return out
+
+
+def kept_bytes(function, p: Problem) -> int:
+    """Bytes of distinct storages saved for backward, parameters apart."""
+    parameters = {t.untyped_storage().data_ptr() for n, t in p.leaves().items() if n != "x"}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function(p)
+    del result
+    return sum(kept.values())
+
+
+def smop(p: Problem, recompute: str = "none"):
+    return functional.smop(
+        p.x, p.gate_weight, *p.parameters.values(), top_k=p.top_k, sharing=p.sharing, recompute=recompute
+    )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_at_most_055_of_the_eager_loop(dtype):
+    p = make(T=256, D=128, H=256, O=256, dtype=dtype)
+    torch.testing.assert_close(smop(p).hidden_states, eager_loop(p), rtol=2e-2, atol=6e-2)
+    ours, eager = kept_bytes(smop, p), kept_bytes(eager_loop, p)
+    assert ours <= 0.55 * eager, f"{ours} bytes kept, the eager loop {eager}: {ours / eager:.3f}"
+
+
+def test_recompute_keeps_less():
+    p = make(T=256, D=128, H=256, O=256, dtype=torch.float32)
+    rows, row = 256 * 2, 256 * 4  # T·K rows of h, and of z, 4 bytes a value
+    everything = kept_bytes(smop, p)
+    for recompute, saved in (("h", 1), ("z", 1), ("hz", 2)):
+        assert kept_bytes(lambda q, r=recompute: smop(q, r), p) == everything - saved * rows * row, recompute
+
+
+def test_large_cpu_memory_is_used_again_once_no_tensor_holds_it():
+    like = torch.empty(0)
+    first = cpu_memory.empty((1024, 1024), like)
+    address, view = first.data_ptr(), first[10:].detach()
+    del first
+    other = cpu_memory.empty((1024, 1024), like)
+    assert other.data_ptr() != address, "memory that a view still holds was handed out"
+    del view
+    assert cpu_memory.empty((1024, 1024), like).data_ptr() == address
+    cpu_memory.release()
+
+
+def test_kept_cpu_memory_is_bounded(monkeypatch):
+    cpu_memory.release()
+    monkeypatch.setattr(cpu_memory, "KEPT_BYTES", 10 << 20)
+    tensors = [cpu_memory.empty((1 << 20,), torch.empty(0)) for _ in range(5)]  # 4 MiB each
+    del tensors
+    assert sum(len(m) for m in cpu_memory._free) <= 10 << 20
+    cpu_memory.release()
+    assert not cpu_memory._free
+
+
+def test_small_and_odd_requests_are_ordinary_tensors():
+    assert cpu_memory.empty((0, 5), torch.empty(0)).shape == (0, 5)
+    assert cpu_memory.empty((3, 5), torch.empty(0, dtype=torch.float16)).dtype == torch.float16
+    assert cpu_memory.empty((2048, 2048), torch.empty(0, device="meta")).device.type == "meta"
