@@ -215,7 +215,7 @@ _WHISPER_MEDIUM_EN = {
     "decoder_ffn_dim": 4096,
 }
 # Llama 3.2-1B with the five special tokens.
-_LLAMA_3_2_1B = {
+LLAMA_3_2_1B = {
     "vocab_size": 128261,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -248,7 +248,7 @@ def _part(config, kind, defaults: dict | None = None):
 def _text_config(config):
     if isinstance(config, PreTrainedConfig):
         return config
-    config = dict(_LLAMA_3_2_1B if config is None else config)
+    config = dict(LLAMA_3_2_1B if config is None else config)
     return AutoConfig.for_model(config.pop("model_type", "llama"), **config)
 
 

@@ -1,0 +1,151 @@
+"""The memory estimate against a run measured by torch's profiler, on scaled-down models."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, WhisperConfig
+
+from llama_smop import LlamaSmopForConditionalGeneration, memory
+from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig, LlamaSmopConfig
+
+WORKLOAD = memory.Workload(clips=3, seconds=1.2, text_tokens=12)
+
+
+def scaled_down(**changes) -> LlamaSmopConfig:
+    """The published structure: frozen towers, DEDR, LoRA on a Llama with shared key-value heads."""
+    settings = {
+        "text_config": LlamaConfig(
+            vocab_size=2000,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        "audio_config": WhisperConfig(
+            d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256, max_source_positions=100
+        ),
+        "video_config": AvHubertVideoConfig(
+            frontend_channels=8,
+            trunk_channels=(8, 16, 32, 64),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+        ),
+        "projector_config": {"hidden_features": 128},
+        "lora": {"language_model": {"r": 8, "alpha": 8}},
+        "audio_token_id": 1,
+        "audio_end_token_id": 2,
+        "video_token_id": 3,
+        "video_end_token_id": 4,
+        "pad_token_id": 5,
+        "bos_token_id": 6,
+        "eos_token_id": 7,
+    }
+    return LlamaSmopConfig(**settings | changes)
+
+
+def measured_peak(step) -> int:
+    """Most bytes that the CPU allocator had given out at once during `step`, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    live = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"freeze_towers": False, "lora": {}}),
+    ],
+    ids=["float32", "bfloat16", "all trained"],
+)
+def test_training(dtype, changes):
+    config = scaled_down(**changes)
+    estimate = memory.training(config, WORKLOAD, dtype=dtype)
+    model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step():
+        model(**memory.batch(config, WORKLOAD, dtype)).loss.backward()
+
+    step()  # what the first step alone allocates
+    model.zero_grad(set_to_none=True)
+    peak = measured_peak(step)
+    optimizer.step()
+    states = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert estimate.step == pytest.approx(peak, rel=0.1)
+    assert estimate.optimizer == pytest.approx(states, rel=0.1)
+    assert estimate.weights == pytest.approx(weights, rel=0.01)
+    assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_inference(beams):
+    config = scaled_down()
+    estimate = memory.inference(config, WORKLOAD, dtype=torch.float32, num_beams=beams)
+    model = LlamaSmopForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    batch = {k: v for k, v in memory.batch(config, WORKLOAD, torch.float32).items() if k != "labels"}
+    text = WORKLOAD.text_tokens + 1
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name][:, :-text]
+    batch["input_ids"][:, -7:] = 10
+
+    def step():
+        inputs = {k: v.clone() for k, v in batch.items()}
+        model.generate(**inputs, num_beams=beams, max_new_tokens=text)
+
+    step()
+    assert estimate.step == pytest.approx(measured_peak(step), rel=0.1)
+    assert estimate.optimizer == 0
+
+
+def test_flops_follow_the_parameters():
+    """2 for each weight and token in a language model's product; the backward of LoRA needs those of the inputs."""
+    config = scaled_down()
+    estimate = memory.inference(config, WORKLOAD, dtype=torch.float32)
+    longer = memory.inference(config, memory.Workload(clips=6, seconds=1.2, text_tokens=12), dtype=torch.float32)
+    assert longer.flops == pytest.approx(2 * estimate.flops, rel=1e-6)
+    text = config.text_config
+    per_layer = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 512
+    length = memory.batch(config, WORKLOAD, torch.float32)["input_ids"].numel()
+    assert estimate.flops > 2 * text.num_hidden_layers * per_layer * length
+    # The towers are frozen, the language model's own weights too: its backward is that of the inputs alone.
+    backward = memory.training(config, WORKLOAD, dtype=torch.float32).flops - estimate.flops
+    assert backward == pytest.approx(2 * length * (text.num_hidden_layers * per_layer + 2 * 128 * 2000), rel=0.2)
+
+
+def test_published_sizes_have_their_names():
+    sizes = {"llama-3.2-1b": 1.24e9, "llama-3.2-3b": 3.21e9, "llama-3.1-8b": 8.03e9}
+    for name, parameters in sizes.items():
+        config = memory.published(name)
+        with torch.device("meta"):
+            model = LlamaSmopForConditionalGeneration(config)
+        own = sum(p.numel() for n, p in model.language_model.named_parameters() if "lora_" not in n)
+        assert own == pytest.approx(parameters, rel=0.005), name
+    with pytest.raises(ValueError, match="unknown language model"):
+        memory.published("llama-4")
+
+
+def test_table_has_a_line_for_each_estimate():
+    config = scaled_down()
+    rows = [memory.training(config, WORKLOAD, name="small"), memory.inference(config, WORKLOAD, name="small")]
+    lines = memory.table(rows).splitlines()
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert "training" in lines[2]
+
+
+def test_an_empty_workload_is_refused():
+    with pytest.raises(ValueError, match="must be positive"):
+        memory.Workload(clips=0)
