@@ -201,7 +201,7 @@ def _child(progress, todo, deadline, budget_s, dry, out, command, log, silence_s
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=(writing,),
-        env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})},
+        env={**os.environ, **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {})},
         start_new_session=True,
     )
     os.close(writing)

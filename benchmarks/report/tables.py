@@ -33,10 +33,9 @@ class Table:
 
         body = "\n".join(cells(row, "td") for row in self.rows)
         note = f"<p class=note>{_html(self.note)}</p>" if self.note else ""
-        return (
-            f"<h3>{_html(self.title)}</h3><div class=scroll><table{' class=text' if self.text else ''}><thead>{cells(self.header, 'th')}</thead>"
-            f"<tbody>{body}</tbody></table></div>{note}"
-        )
+        kind = " class=text" if self.text else ""
+        table = f"<table{kind}><thead>{cells(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
+        return f"<h3>{_html(self.title)}</h3><div class=scroll>{table}</div>{note}"
 
 
 def _html(text: str) -> str:
@@ -333,7 +332,8 @@ def stages(results: dict) -> Table | None:
 
 def heading(results: dict) -> str:
     e = results["environment"]
-    return e.get("device", "unknown device") + (f", {e['cores']} cores" if results["kind"] == "cpu" else "")
+    more = {"cpu": f", {e.get('cores')} cores", "peers": " (peers only)", "gpu": ""}[results["kind"]]
+    return e.get("device", "unknown device") + more
 
 
 def conditions(results: dict) -> str:
