@@ -49,6 +49,7 @@ extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream) {
 
 extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream) {
   using namespace smop;
+  if (args->experts == 0 || args->m == 0 || args->n == 0) return cudaSuccess;
   bool hopper;
   if (auto e = choose_hopper(args->family, wgrad_sm90_serves(*args), hopper)) return e;
   return hopper ? launch_wgrad_sm90(*args, as_stream(stream)) : launch_wgrad_sm80(*args, as_stream(stream));

@@ -383,7 +383,7 @@ cudaError_t launch_gemm(const SmopGemm& p, int sms, cudaStream_t stream) {
 
 bool gemm_sm90_serves(const SmopGemm& p) {
   const int64_t inner = p.b_k_major ? p.k : p.n, outer = p.b_k_major ? p.n : p.k;
-  return addressable(p.a, p.lda) && p.lda >= p.k && addressable(p.b, p.ldb) && p.stride_b % 8 == 0 && p.ldb >= inner &&
+  return p.k > 0 && addressable(p.a, p.lda) && p.lda >= p.k && addressable(p.b, p.ldb) && p.stride_b % 8 == 0 && p.ldb >= inner &&
          p.stride_b >= p.ldb * (outer - 1) + inner;
 }
 

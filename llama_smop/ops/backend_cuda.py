@@ -1,9 +1,9 @@
 """The operators on the CUDA C++ extension `llama_smop._C` (sources and build: csrc/README.md).
 
-Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activation); GEMM2 (+ b2); combine (LayerNorm, gate
-weights, sum over K).
-Backward: combine_bwd (dz, dweights, partial sums of the LayerNorm gradients); their sum; dh = (dz·W2) ⊙ act'; dW2 and db2;
-dW1 and db1 (x gathered); with dx also dh·W1 and its sum over K; router backward.
+Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activation); GEMM2 (+ b2); combine (LayerNorm,
+gate weights, sum over K).
+Backward: combine_bwd (dz, dweights, partial sums of the LayerNorm gradients); their sum; dh = (dz·W2) ⊙ act'; dW2 and
+db2; dW1 and db1 (x gathered); with dx also dh·W1 and its sum over K; router backward.
 No host synchronisation, no float atomics: gradients are bitwise the same from run to run.
 
 bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
@@ -50,6 +50,8 @@ def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_expert
         return f"the CUDA extension computes in bfloat16 and float16, got {dtype}"
     if not 1 <= num_experts <= ext.MAX_EXPERTS:
         return f"the CUDA extension takes 1 to {ext.MAX_EXPERTS} experts, got {num_experts}"
+    if top_k > ext.MAX_EXPERTS:
+        return f"the CUDA extension takes at most {ext.MAX_EXPERTS} choices a token, got {top_k}"
     return unsupported_device(torch.device(device))
 
 
@@ -100,27 +102,35 @@ class _launches:
             self.guard.__exit__(*error)
 
 
-def _check(dtype: torch.dtype, num_experts: int, slots: int, **tensors: tuple[Tensor | None, torch.dtype, tuple]) -> None:
-    """The kernels trust their arguments, so everything a wrong pointer or size could do is refused here.
-
-    Each tensor comes with the dtype, and the shape, it must have; it must be contiguous and on the device of the first.
-    """
+def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
-        raise TypeError(f"the CUDA backend computes in bfloat16 and float16, got {dtype}; use backend='triton'")
+        raise TypeError(f'the CUDA backend computes in bfloat16 and float16, got {dtype}; use backend="triton"')
+
+
+def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
     limit = extension().MAX_EXPERTS
     if not 1 <= num_experts <= limit:
         raise ValueError(f"the CUDA backend takes 1 to {limit} experts, got {num_experts}")
-    if slots >= 2**31:
-        raise ValueError(f"tokens × top_k must stay under 2^31, got {slots}")
+    if not 1 <= top_k <= limit:
+        raise ValueError(f"the CUDA backend takes 1 to {limit} choices a token, got {top_k}")
+    if tokens * top_k >= 2**31:
+        raise ValueError(f"tokens × top_k must stay under 2^31, got {tokens} × {top_k}")
+
+
+def _check(**tensors: tuple[Tensor | None, torch.dtype, tuple]) -> None:
+    """The kernels trust their pointers, so every tensor that does not fit is refused here.
+
+    Each tensor comes with the dtype and the shape it must have; it must be contiguous and on the device of the first.
+    """
     device = None
-    for name, (tensor, want, shape) in tensors.items():
+    for name, (tensor, dtype, shape) in tensors.items():
         if tensor is None:
             continue
         device = device or tensor.device
-        if tensor.dtype != want:
-            raise TypeError(f"{name} must be {want}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
         if tensor.device != device:
@@ -133,7 +143,7 @@ def _check(dtype: torch.dtype, num_experts: int, slots: int, **tensors: tuple[Te
 def route_fwd(
     x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
 ) -> tuple[Tensor, ...]:
-    (T, D), (R, E, _), K, X = x.shape, gate_weight.shape, top_k, num_experts
+    T, (R, E, _), K, X = x.shape[0], gate_weight.shape, top_k, num_experts
     _check_route(x, gate_weight, modality, mask, K, X)
     ext = extension()
     blocks = ext.route_blocks(T)
@@ -173,7 +183,7 @@ def route_bwd(
     _check_route(x, gate_weight, modality, mask, K, E)
     f32, i32 = torch.float32, torch.int32
     _check(
-        x.dtype, E, T * K, x=(x, x.dtype, (T, D)), logits=(logits, f32, (T, E)), weights=(weights, f32, (T, K)),
+        x=(x, x.dtype, (T, D)), logits=(logits, f32, (T, E)), weights=(weights, f32, (T, K)),
         experts=(experts, i32, (T, K)), counts=(counts, i32, (R, E)), dlogits=(dlogits, f32, (T, E)),
         dweights=(dweights, f32, (T, K)), dbalance=(dbalance, f32, ()), dz=(dz, f32, ()),
     )  # fmt: skip
@@ -195,7 +205,8 @@ def route_bwd(
 
 def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     T, K = experts.shape
-    _check(torch.bfloat16, num_experts, T * K, experts=(experts, torch.int32, (T, K)))
+    _check_sizes(num_experts, K, T)
+    _check(experts=(experts, torch.int32, (T, K)))
     ext = extension()
     i32 = _like(experts, torch.int32)
     order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
@@ -218,8 +229,10 @@ def _check_route(x, gate_weight, modality, mask, top_k: int, num_experts: int) -
         raise ValueError(f"top_k must lie in [1, {E}], got {top_k}")
     if num_experts not in (E, R * E):
         raise ValueError(f"num_experts must be {E} or {R * E}, got {num_experts}")
+    _check_dtype(x.dtype)
+    _check_sizes(num_experts, top_k, T)
     _check(
-        x.dtype, max(E, num_experts), T * top_k, x=(x, x.dtype, (T, D)), gate_weight=(gate_weight, x.dtype, (R, E, D)),
+        x=(x, x.dtype, (T, D)), gate_weight=(gate_weight, x.dtype, (R, E, D)),
         modality=(modality, torch.int32, (T,)), mask=(mask, torch.bool, (T,)),
     )  # fmt: skip
 
@@ -227,7 +240,7 @@ def _check_route(x, gate_weight, modality, mask, top_k: int, num_experts: int) -
 def _route_sizes(ext: ModuleType, x: Tensor, gate_weight: Tensor, top_k: int, num_experts: int) -> dict:
     (T, D), (R, E, _) = x.shape, gate_weight.shape
     dtype = ext.DTYPES[DTYPES[x.dtype]]
-    return dict(dtype=dtype, tokens=T, dim=D, routers=R, gates=E, experts=num_experts, top_k=top_k)
+    return {"dtype": dtype, "tokens": T, "dim": D, "routers": R, "gates": E, "experts": num_experts, "top_k": top_k}
 
 
 def _like(tensor: Tensor, dtype: torch.dtype):
@@ -257,7 +270,10 @@ def _gemm(a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogu
 
 
 def _wgrad(a, b, offs, *, order=None, top_k=1, sum_a=False) -> tuple[Tensor, Tensor | None]:
-    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n), and Σ_r a[r], (X, m); a and b have unit column strides."""
+    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n), and Σ_r a[r], (X, m).
+
+    The columns of a and b have unit strides.
+    """
     ext = extension()
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(X, m, n)
@@ -275,27 +291,33 @@ def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     G = offs.shape[0]
-    _check(a.dtype, G, max(a.shape), offs=(offs, torch.int32, (G,)))
+    _check_dtype(a.dtype)
+    if max(a.shape) >= 2**31:
+        raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
     if b.dtype != a.dtype or b.device != a.device:
         raise TypeError(f"b must be {a.dtype} on {a.device}, got {b.dtype} on {b.device}")
+    _check(offs=(offs, torch.int32, (G,)))
     if b.dim() == 2:
         if a.shape[1] != b.shape[0]:
             raise ValueError(f"a (P, M) and b (M, N) must share M, got {tuple(a.shape)} and {tuple(b.shape)}")
         # The kernel takes both operands with the summed rows outermost; anything else is copied.
         return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs)[0], a.new_empty(0)
     rows, (_, K, N) = a.shape[0], b.shape
-    _check(a.dtype, G, rows, a=(a, a.dtype, (rows, K)), bias=(bias, a.dtype, (G, N)))
+    bias = None if bias is None else bias.contiguous()
+    _check(a=(a, a.dtype, (rows, K)), bias=(bias, a.dtype, (G, N)))
     if b.shape[0] != G:
         raise ValueError(f"b must have {G} groups as offs, got {b.shape[0]}")
-    if b.stride(1) != 1 and b.stride(2) != 1 and 1 not in b.shape[1:]:
+    if 1 not in b.stride()[1:] and 1 not in b.shape[1:]:
         raise ValueError(f"b must have a unit stride along K or N, got strides {b.stride()}")
-    pre = a.new_empty(rows, N) if activation in ("gelu", "silu") else a.new_empty(0)
+    pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
+    if G == 0:
+        return a.new_zeros(rows, N), torch.zeros_like(pre)
     out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre)
     ext = extension()
+    dtype = ext.DTYPES[DTYPES[a.dtype]]
     with _launches(a) as stream:
         for t in (out, pre):
             if t.numel():
-                dtype = ext.DTYPES[DTYPES[a.dtype]]
                 ext.zero_tail(dtype=dtype, out=_ptr(t), rows=rows, n=N, offs=_ptr(offs), experts=G, stream=stream)
     return out, pre
 
@@ -324,7 +346,7 @@ def expert_projection_fwd(
     eps: float,
 ) -> tuple[Tensor, ...]:
     _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
-    (T, K), (X, O, _) = weights.shape, w2.shape
+    (T, K), O = weights.shape, w2.shape[1]
     h, pre = _hidden(x, order, offs, K, w1, b1, activation)
     z = _gemm(h, w2.transpose(1, 2), offs, T * K, bias=b2)
     y = x.new_empty(T, O)
@@ -373,7 +395,7 @@ def expert_projection_bwd(
     if z.numel() == 0:
         z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2)
     _check(
-        x.dtype, X, rows, dy=(dy, x.dtype, (T, O)), h=(h, x.dtype, (rows, w1.shape[1])), z=(z, x.dtype, (rows, O)),
+        dy=(dy, x.dtype, (T, O)), h=(h, x.dtype, (rows, w1.shape[1])), z=(z, x.dtype, (rows, O)),
         mean=(mean, torch.float32, (rows if ln_weight is not None else 0,)), rstd=(rstd, torch.float32, mean.shape),
     )  # fmt: skip
 
@@ -420,15 +442,13 @@ def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor
 def _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias) -> None:
     (T, D), (X, H, _), O, K = x.shape, w1.shape, w2.shape[1], weights.shape[1]
     dtype, f32, i32 = x.dtype, torch.float32, torch.int32
+    _check_dtype(dtype)
+    _check_sizes(X, K, T)
     ln_dtype = dtype if ln_weight is None else ln_weight.dtype
-    if ln_dtype not in LN_DTYPES:
-        raise TypeError(f"ln_weight must be {dtype} or float32, got {ln_dtype}")
     if ln_dtype not in (dtype, f32):
         raise TypeError(f"ln_weight must be {dtype} or float32, got {ln_dtype}")
-    if not 1 <= K <= extension().MAX_EXPERTS:
-        raise ValueError(f"the CUDA backend takes 1 to {extension().MAX_EXPERTS} choices a token, got {K}")
     _check(
-        dtype, X, T * K, x=(x, dtype, (T, D)), weights=(weights, f32, (T, K)), experts=(experts, i32, (T, K)),
+        x=(x, dtype, (T, D)), weights=(weights, f32, (T, K)), experts=(experts, i32, (T, K)),
         order=(order, i32, (T * K,)), inverse=(inverse, i32, (T, K)), offs=(offs, i32, (X,)),
         w1=(w1, dtype, (X, H, D)), b1=(b1, dtype, (X, H)), w2=(w2, dtype, (X, O, H)), b2=(b2, dtype, (X, O)),
         ln_weight=(ln_weight, ln_dtype, (X, O)), ln_bias=(ln_bias, ln_dtype, (X, O)),
@@ -437,8 +457,6 @@ def _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2,
 
 def _combine_sizes(ext: ModuleType, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
     (T, K), (X, O, _) = weights.shape, w2.shape
-    ln_dtype = x.dtype if ln_weight is None else ln_weight.dtype
-    codes = ext.DTYPES
-    return dict(
-        dtype=codes[DTYPES[x.dtype]], ln_dtype=codes[LN_DTYPES[ln_dtype]], tokens=T, top_k=K, experts=X, dim=O
-    )  # fmt: skip
+    dtype = ext.DTYPES[DTYPES[x.dtype]]
+    ln_dtype = dtype if ln_weight is None else ext.DTYPES[LN_DTYPES[ln_weight.dtype]]
+    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "experts": X, "dim": O}
