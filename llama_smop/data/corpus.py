@@ -34,6 +34,7 @@ from tqdm import tqdm
 from llama_smop import files
 
 from . import mouth
+from .articulation import articulation
 from .media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
 from .speech import speak
 
@@ -207,7 +208,7 @@ def make_clip(words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int,
         light=voice.face.light + rng.uniform(-0.25, 0.25),
         brightness=voice.face.brightness * rng.uniform(0.92, 1.06),
     )
-    parameters = mouth.articulation(speech.phonemes, n_frames, offset=lead)
+    parameters = articulation(speech.phonemes, n_frames, offset=lead)
     frames = mouth.render(parameters, face, seed=int(rng.integers(2**31)))
     times = [
         (word, round(lead + segment.start, 3), round(lead + segment.end, 3))

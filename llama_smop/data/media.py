@@ -222,6 +222,7 @@ def write_video(
         if audio is not None:
             sound = container.add_stream("aac", rate=rate, layout="mono", format="fltp")
             sound.bit_rate = 48000
+            sound.options = {"aac_coder": "fast"}
             sound.codec_context.flags |= av.codec.context.Flags.bitexact
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, dtype=np.float32)[None], "fltp", "mono")
             frame.rate = rate

@@ -1,134 +1,15 @@
-"""A rendered mouth that says a phoneme track: 96×96 RGB, 25 frames a second.
+"""A rendered mouth: articulation parameters → 96×96 RGB frames, 25 a second.
 
-Each phoneme is a viseme, a target for eight articulation parameters. Targets are blended over time by dominance
-functions (Cohen and Massaro, "Modeling coarticulation in synthetic visual speech", 1993), so that a bilabial closes
-fully, a rounded vowel rounds the consonants around it, and nothing jumps. The face is drawn at twice the size with
-OpenCV and sampled down with the head's motion. Sounds that look alike on real lips (p b m; s z; k g) look alike here.
+The face is drawn at twice the size with OpenCV and sampled down with the head's motion.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .speech import Segment
+from .articulation import FPS, PARAMETERS
 
-FPS = 25
 SIZE = 96
-
-PARAMETERS = ("jaw", "open", "spread", "round", "teeth", "tongue", "tuck", "press")
-_ANY = float("nan")  # the viseme leaves this parameter to its neighbours
-
-#                 jaw   open  spread round teeth tongue tuck press
-_VISEMES = {
-    "rest": (0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.0, 0.0),
-    "bilabial": (0.05, 0.00, _ANY, _ANY, 0.00, _ANY, 0.0, 1.0),
-    "labiodental": (0.10, 0.10, 0.15, _ANY, 1.00, 0.10, 1.0, 0.0),
-    "dental": (0.22, 0.34, 0.10, 0.00, 0.70, 1.00, 0.0, 0.0),
-    "alveolar": (0.15, 0.26, 0.20, _ANY, 0.80, 0.70, 0.0, 0.0),
-    "lateral": (0.25, 0.42, 0.15, 0.00, 0.60, 0.85, 0.0, 0.0),
-    "sibilant": (0.03, 0.20, 0.50, _ANY, 1.00, 0.10, 0.0, 0.0),
-    "postalveolar": (0.08, 0.28, 0.00, 0.70, 1.00, 0.10, 0.0, 0.0),
-    "velar": (0.20, 0.30, _ANY, _ANY, 0.40, 0.15, 0.0, 0.0),
-    "rhotic": (0.15, 0.24, 0.00, 0.50, 0.40, 0.45, 0.0, 0.0),
-    "glide_w": (0.08, 0.14, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
-    "glide_j": (0.10, 0.22, 0.60, _ANY, 0.80, 0.50, 0.0, 0.0),
-    "i": (0.12, 0.28, 1.00, 0.00, 0.90, 0.45, 0.0, 0.0),
-    "ih": (0.22, 0.34, 0.55, 0.00, 0.70, 0.30, 0.0, 0.0),
-    "e": (0.45, 0.58, 0.50, 0.00, 0.60, 0.25, 0.0, 0.0),
-    "ae": (0.75, 0.84, 0.45, 0.00, 0.55, 0.20, 0.0, 0.0),
-    "ah": (0.95, 1.00, 0.00, 0.00, 0.35, 0.05, 0.0, 0.0),
-    "uh": (0.50, 0.58, 0.00, 0.10, 0.40, 0.15, 0.0, 0.0),
-    "aw": (0.60, 0.66, 0.00, 0.60, 0.10, 0.05, 0.0, 0.0),
-    "oh": (0.35, 0.44, 0.00, 0.80, 0.00, 0.05, 0.0, 0.0),
-    "u": (0.12, 0.20, 0.00, 1.00, 0.00, 0.00, 0.0, 0.0),
-    "hook": (0.20, 0.26, 0.00, 0.65, 0.10, 0.10, 0.0, 0.0),
-    "schwa": (0.25, 0.34, 0.05, 0.05, 0.40, 0.20, 0.0, 0.0),
-    "er": (0.28, 0.34, 0.00, 0.45, 0.30, 0.30, 0.0, 0.0),
-}
-# How strongly a viseme holds against its neighbours; 1 where it is not named.
-_STRENGTH = {"bilabial": 9.0, "labiodental": 6.0, "glide_w": 3.0, "u": 2.5, "postalveolar": 2.5, "dental": 3.0}
-_STRENGTH |= {"velar": 0.4, "schwa": 0.6, "alveolar": 0.8, "rest": 1.5, "lateral": 1.2}
-
-# espeak mnemonics without stress and length marks; vowels of two parts give two visemes.
-_CONSONANTS = {
-    "bilabial": "p b m",
-    "labiodental": "f v",
-    "dental": "T D",
-    "alveolar": "t d n 4 *",
-    "lateral": "l",
-    "sibilant": "s z",
-    "postalveolar": "S Z tS dZ",
-    "velar": "k g N x C h H ?",
-    "rhotic": "r R",
-    "glide_w": "w W",
-    "glide_j": "j",
-}
-_VOWEL_PARTS = {
-    "i": "i",
-    "I": "ih",
-    "e": "e",
-    "E": "e",
-    "a": "ae",
-    "A": "ah",
-    "V": "uh",
-    "0": "aw",
-    "O": "aw",
-    "o": "oh",
-    "U": "hook",
-    "u": "u",
-    "@": "schwa",
-    "3": "er",
-    "L": "lateral",
-}
-_CONSONANT_OF = {name: viseme for viseme, names in _CONSONANTS.items() for name in names.split()}
-
-
-def visemes(phoneme: str) -> tuple[str, ...]:
-    """The viseme of an espeak mnemonic, two for a diphthong; an unknown one moves the mouth like a schwa."""
-    name = phoneme.strip("',_%=|;!~`^\"-")
-    if not name:
-        return ("rest",)
-    bare = name.rstrip("#:2-;") or name
-    for form in (name, bare, bare[:2], bare[:1]):
-        if form in _CONSONANT_OF:
-            return (_CONSONANT_OF[form],)
-    if bare in ("aI", "aU"):  # these start lower than "cat"
-        return ("ah", _VOWEL_PARTS[bare[1]])
-    if len(bare) > 1 and bare[0] in "AOoeiU" and bare[1] == "@":  # r-coloured: car, four
-        return (_VOWEL_PARTS[bare[0]], "er")
-    parts = tuple(_VOWEL_PARTS[c] for c in bare[:2] if c in _VOWEL_PARTS)
-    return parts or ("schwa",)
-
-
-def articulation(phonemes: tuple[Segment, ...], n_frames: int, offset: float = 0.0) -> np.ndarray:
-    """PARAMETERS over time, float32 (n_frames, 8); `offset` seconds are added to every phoneme's time."""
-    names, starts, ends = ["rest"], [-1.0], [offset]
-    for phoneme in phonemes:
-        start, end = phoneme.start + offset, phoneme.end + offset
-        if phoneme.name == "_":
-            continue
-        parts = visemes(phoneme.name)
-        if parts == ("bilabial",) and phoneme.name[-1] in "pb":  # espeak marks the release; the lips close before it
-            start, end = start - 0.05, start + 0.02
-        edges = np.linspace(start, end, len(parts) + 1)
-        names += parts
-        starts += list(edges[:-1])
-        ends += list(edges[1:])
-    names.append("rest")
-    starts.append(max(ends) + 0.02)
-    ends.append(n_frames / FPS + 1.0)
-
-    targets = np.array([_VISEMES[name] for name in names])  # (N, 8)
-    strength = np.array([_STRENGTH.get(name, 1.0) for name in names])
-    begin, finish = np.array(starts), np.array(ends)
-    time = (np.arange(n_frames) + 0.5) / FPS
-    centre, half = (begin + finish) / 2, (finish - begin) / 2
-    away = np.maximum(np.abs(time[:, None] - centre) - 0.5 * half, 0.0)  # (n_frames, N)
-    reach = np.clip(0.5 * half, 0.02, 0.04)
-    dominance = strength * np.exp(-away / reach)
-    known = ~np.isnan(targets)
-    weights = dominance[:, :, None] * np.where(known, 1.0, 1e-3)
-    return ((weights * np.where(known, targets, 0.0)).sum(1) / weights.sum(1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -180,6 +61,7 @@ _SCALE = 2  # drawn at twice the size
 _ZOOM = 1.3  # and cropped around the mouth, as lip-reading data sets are
 _SHIFT = 4  # fractional bits of OpenCV's coordinates
 _CENTRE_X, _CENTRE_Y = 48.0, 50.0
+_MOUTH = np.s_[60:180, 36:156]  # rows and columns that the mouth can reach, at the drawn size
 
 
 def _skin_texture(face: Face, rng: np.random.Generator) -> np.ndarray:
@@ -292,91 +174,131 @@ def _head_motion(n_frames: int, rng: np.random.Generator) -> np.ndarray:
     return matrices
 
 
+@dataclass(frozen=True)
+class _Palette:
+    """Colours in this face's light, RGB."""
+
+    lips: np.ndarray
+    shine: np.ndarray
+    cavity: np.ndarray
+    tongue: np.ndarray
+    teeth: np.ndarray
+
+    @classmethod
+    def of(cls, face: Face) -> "_Palette":
+        light = float(np.mean(face.skin)) / 255 * face.brightness
+        dim = 0.55 + 0.45 * light
+        lips = np.array(face.lips) * face.brightness
+        return cls(
+            lips=lips,
+            shine=np.minimum(lips * 1.10 + 16 * light, 255),
+            cavity=np.array((58, 22, 24)) * dim,
+            tongue=np.array((196, 92, 98)) * dim,
+            teeth=np.array((236, 230, 216)) * dim,
+        )
+
+
+def _fill(image: np.ndarray, polygon: np.ndarray, colour: np.ndarray | tuple) -> None:
+    import cv2
+
+    cv2.fillPoly(image, [_fixed_point(polygon)], [float(c) for c in colour], cv2.LINE_AA, _SHIFT)
+
+
+def _closed(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """The polygon between two lines that run left to right."""
+    return np.concatenate([upper, lower[::-1]])
+
+
+def _draw_lips(canvas: np.ndarray, lines: dict[str, np.ndarray], press: float, palette: _Palette) -> None:
+    """Nested bands give the lips roundness; the upper one lies in shade, the lower one catches the light."""
+    top, inner_top = lines["outer_top"], lines["inner_top"]
+    bottom, inner_bottom = lines["outer_bottom"], lines["inner_bottom"]
+    for share, tone in ((0.0, 0.80), (0.25, 0.86), (0.6, 0.78)):
+        _fill(canvas, _closed(top + share * (inner_top - top), inner_top), palette.lips * tone)
+    for share, tone in ((0.0, 0.86), (0.15, 0.96), (0.35, 1.06), (0.72, 0.94)):
+        _fill(canvas, _closed(bottom + share * (inner_bottom - bottom), inner_bottom), palette.lips * tone)
+    if press < 0.6:
+        middle = bottom[10:23] + 0.45 * (inner_bottom[10:23] - bottom[10:23])
+        thickness = (1 - np.linspace(-1, 1, 13)[:, None] ** 2) * (0, 0.55)
+        _fill(canvas, _closed(middle - thickness, middle + thickness), palette.shine)
+
+
+def _draw_between_lips(canvas: np.ndarray, lines: dict[str, np.ndarray], pose: np.ndarray, palette: _Palette) -> None:
+    """Teeth and tongue are drawn apart and let in through the opening."""
+    import cv2
+
+    jaw, gap, _, _, teeth, tongue, _, _ = (float(v) for v in pose)
+    inner_top, inner_bottom = lines["inner_top"], lines["inner_bottom"]
+    opening = _closed(inner_top, inner_bottom)
+    x0, y0 = np.floor(opening.min(axis=0) * _SCALE).astype(int) - 3
+    x1, y1 = np.ceil(opening.max(axis=0) * _SCALE).astype(int) + 3
+    origin = np.array([x0, y0]) / _SCALE
+    mask = np.zeros((y1 - y0, x1 - x0), dtype=np.uint8)
+    _fill(mask, opening - origin, (255,))
+    inside = np.empty((*mask.shape, 3), dtype=np.uint8)
+    inside[:] = palette.cavity
+
+    roof, floor = inner_top[16, 1], inner_bottom[16, 1]
+    half = (inner_top[-1, 0] - inner_top[0, 0]) / 2
+    u = np.linspace(-1, 1, 17)
+
+    def arc(height: float, width: float, bulge: float) -> np.ndarray:
+        return np.stack([_CENTRE_X + half * width * u, height + bulge * (1 - u * u)], axis=-1) - origin
+
+    # The upper teeth stay with the skull, the lower ones go with the jaw.
+    edge = min(_CENTRE_Y + 1.2 + 0.6 * jaw, roof + 5.2)
+    rim = max(edge + 0.5 + 10.5 * jaw, floor - 2.6)
+    upper_teeth = _closed(arc(roof - 6, 0.92, 0), arc(edge - 1.3, 0.86, 1.6))
+    lower_teeth = _closed(arc(rim + 1.0, 0.74, -0.9), arc(floor + 6, 0.74, 0))
+    white = palette.teeth * (0.45 + 0.55 * teeth)
+    # The tongue lies on the floor and rises to the teeth; a dental sound shows it in front of them.
+    tip = floor - (1.5 + 2.2 * gap) - tongue * max(floor - roof - 3.0, 0.0) * 0.62
+    back = _closed(arc(floor + 2, 0.70, tip - floor - 2), arc(floor + 6, 0.70, 0))
+    blade = _closed(arc(floor + 3.3, 0.385, tip - floor - 2), arc(floor + 7.3, 0.385, 0))
+    flesh = [(back, palette.tongue), (blade, palette.tongue * 1.10)]
+    bone = [(upper_teeth, white)] if teeth > 0.15 else []
+    if teeth > 0.15:
+        _fill(inside, lower_teeth, white * 0.86)
+    for shape, colour in bone + flesh if tongue > 0.8 else flesh + bone:
+        _fill(inside, shape, colour)
+
+    depth = np.clip((np.arange(y0, y1, dtype=np.float32) / _SCALE - np.float32(roof)) / 3.5, 0, 1)
+    shadow = (depth * 0.30 + 0.70)[:, None, None]  # of the upper lip
+    alpha = (cv2.GaussianBlur(mask, (3, 3), 0) * np.float32(1 / 255))[..., None]
+    view = canvas[y0:y1, x0:x1]
+    view[:] = view + (inside * shadow - view) * alpha
+
+
 def render(parameters: np.ndarray, face: Face, seed: int = 0) -> np.ndarray:
     """Frames of a face that articulates `parameters` (T, 8), uint8 (T, 96, 96, 3); the seed moves the head."""
     import cv2
 
     rng = np.random.default_rng([seed, 0x30])
     n_frames, n = len(parameters), SIZE * _SCALE
-    texture = _skin_texture(face, rng)
+    texture = cv2.GaussianBlur(_skin_texture(face, rng), (3, 3), 0.8)
     motion = _head_motion(n_frames, rng)
-    lines = _lip_contours(parameters.astype(np.float64), face)
-    lips = np.array(face.lips, dtype=np.float64) * face.brightness
-    light = float(np.mean(face.skin)) / 255 * face.brightness
-    dim = 0.55 + 0.45 * light
+    contours = _lip_contours(parameters.astype(np.float64), face)
+    palette = _Palette.of(face)
 
     still = int(_CENTRE_Y + 4) * _SCALE  # rows above do not move with the jaw
     y, x = np.mgrid[still:n, 0:n].astype(np.float32)
     below = np.clip((y - still) / (30 * _SCALE), 0, 1)
     fall = below * below * (3 - 2 * below) * (1 - 0.5 * ((x / _SCALE - _CENTRE_X) / 48) ** 2) * (7.5 * _SCALE)
 
-    def fill(image, polygon, colour):
-        cv2.fillPoly(image, [_fixed_point(polygon)], [float(c) for c in colour], cv2.LINE_AA, _SHIFT)
-
     frames = np.empty((n_frames, SIZE, SIZE, 3), dtype=np.uint8)
-    for t in range(n_frames):
-        jaw, gap, _, _, teeth, tongue, tuck, press = (float(v) for v in parameters[t])
+    for t, pose in enumerate(parameters):
+        lines = {name: contour[t] for name, contour in contours.items()}
+        gap, tuck, press = (float(pose[PARAMETERS.index(name)]) for name in ("open", "tuck", "press"))
         canvas = texture.copy()
-        canvas[still:] = cv2.remap(texture, x, y - jaw * fall, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        top, bottom = lines["outer_top"][t], lines["outer_bottom"][t]
-        inner_top, inner_bottom = lines["inner_top"][t], lines["inner_bottom"][t]
-
-        # Lips: nested bands give them roundness; the upper one lies in shade, the lower one catches the light.
-        for share, tone in ((0.0, 0.80), (0.25, 0.86), (0.6, 0.78)):
-            fill(canvas, np.concatenate([top + share * (inner_top - top), inner_top[::-1]]), lips * tone)
-        for share, tone in ((0.0, 0.86), (0.15, 0.96), (0.35, 1.06), (0.72, 0.94)):
-            fill(canvas, np.concatenate([bottom + share * (inner_bottom - bottom), inner_bottom[::-1]]), lips * tone)
-        shine = bottom[10:23] + 0.45 * (inner_bottom[10:23] - bottom[10:23])
-        thick = np.linspace(-1, 1, 13)[:, None] ** 2
-        shine_shape = np.concatenate([shine + (1 - thick) * (0, -0.55), (shine + (1 - thick) * (0, 0.55))[::-1]])
-        if press < 0.6:
-            fill(canvas, shine_shape, np.minimum(lips * 1.10 + 16 * light, 255))
-
-        # What is seen between the lips is drawn apart and let in through the opening.
-        opening = np.concatenate([inner_top, inner_bottom[::-1]])
-        x0, y0, x1, y1 = 40, 72, 152, 176
-        hole = np.zeros((y1 - y0, x1 - x0), dtype=np.uint8)
-        origin = np.array([x0, y0]) / _SCALE
-        fill(hole, opening - origin, (255,))
-        inside = np.empty((*hole.shape, 3), dtype=np.uint8)
-        inside[:] = np.array((58, 22, 24)) * dim
-        roof = inner_top[16, 1]
-        floor = inner_bottom[16, 1]
-        half = (inner_top[-1, 0] - inner_top[0, 0]) / 2
-        u = np.linspace(-1, 1, 17)
-
-        def arc(centre_y, width, bulge, u=u, half=half):
-            return np.stack([_CENTRE_X + half * width * u, centre_y + bulge * (1 - u * u)], axis=-1)
-
-        white = np.array((236, 230, 216)) * dim * (0.45 + 0.55 * teeth)
-        flesh = np.array((196, 92, 98)) * dim
-        # The tongue lies on the floor and rises to the teeth; a dental sound shows it in front of them.
-        tip = floor - (1.5 + 2.2 * gap) - tongue * max(floor - roof - 3.0, 0.0) * 0.62
-        tongue_shape = np.concatenate([arc(floor + 2, 0.70, -(floor + 2 - tip)), arc(floor + 6, 0.70, 0)[::-1]])
-        edge = min(_CENTRE_Y + 1.2 + 0.6 * jaw, roof + 5.2)  # the upper teeth do not move with the jaw
-        upper_teeth = np.concatenate([arc(roof - 6, 0.92, 0), arc(edge - 1.3, 0.86, 1.6)[::-1]])
-        behind, front = (upper_teeth, tongue_shape) if tongue > 0.8 else (tongue_shape, upper_teeth)
-        rim = max(edge + 0.5 + 10.5 * jaw, floor - 2.6)  # the lower teeth do
-        lower_teeth = np.concatenate([arc(rim + 1.0, 0.74, -0.9), arc(floor + 6, 0.74, 0)[::-1]])
-        if teeth > 0.15:
-            fill(inside, lower_teeth - origin, white * 0.86)
-        for shape in (behind, front):
-            if shape is tongue_shape:
-                fill(inside, shape - origin, flesh)
-                fill(inside, shape * (0.55, 1) + (_CENTRE_X * 0.45, 1.3) - origin, flesh * 1.10)
-            elif teeth > 0.15:
-                fill(inside, shape - origin, white)
-        alpha = cv2.GaussianBlur(hole, (3, 3), 0).astype(np.uint16)[..., None]
-        shadow = np.clip((np.arange(y0, y1) / _SCALE - roof) / 3.5, 0, 1)[:, None, None] * 0.30 + 0.70
-        view = canvas[y0:y1, x0:x1]
-        lit = (inside * shadow).astype(np.uint16)
-        view[:] = ((view * (255 - alpha) + lit * alpha) // 255).astype(np.uint8)
-        seam = np.clip(1 - 6 * gap - tuck, 0, 1)
+        canvas[still:] = cv2.remap(texture, x, y - pose[0] * fall, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        _draw_lips(canvas, lines, press, palette)
+        _draw_between_lips(canvas, lines, pose, palette)
+        seam = min(max(1 - 6 * gap - tuck, 0), 1)
         if seam > 0.05:  # closed lips still meet in a dark line
-            line = _fixed_point((inner_top + inner_bottom) / 2)
-            cv2.polylines(canvas, [line], False, [float(c) for c in lips * (1 - 0.52 * seam)], 2, cv2.LINE_AA, _SHIFT)
-        canvas = cv2.GaussianBlur(canvas, (3, 3), 0.8)
-        frames[t] = cv2.warpAffine(
-            canvas, motion[t], (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+            line = _fixed_point((lines["inner_top"] + lines["inner_bottom"]) / 2)
+            colour = [float(c) for c in palette.lips * (1 - 0.52 * seam)]
+            cv2.polylines(canvas, [line], False, colour, 2, cv2.LINE_AA, _SHIFT)
+        mouth = canvas[_MOUTH]
+        mouth[:] = cv2.GaussianBlur(mouth, (3, 3), 0.8)
+        frames[t] = cv2.warpAffine(canvas, motion[t], (SIZE, SIZE), borderMode=cv2.BORDER_REPLICATE)
     return frames

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from llama_smop.data.articulation import FPS, PARAMETERS, articulation, visemes
 from llama_smop.data.corpus import UNSEEN_VOICES, VOICES
-from llama_smop.data.mouth import FPS, PARAMETERS, articulation, draw_face, render, visemes
+from llama_smop.data.mouth import draw_face, render
 from llama_smop.data.speech import Segment, speak
 
 COLUMN = {name: i for i, name in enumerate(PARAMETERS)}
