@@ -81,6 +81,8 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio: Sequence | None = None,
         video: Sequence | None = None,
         *,
+        audio_states: Sequence[Tensor] | None = None,
+        video_states: Sequence[Tensor] | None = None,
         prompt: str | None = None,
         padding_side: str | None = None,
     ) -> BatchFeature:
@@ -91,22 +93,26 @@ class LlamaSmopProcessor(ProcessorMixin):
             audio: for each clip (N,) or (N, 1) floats at 16 kHz, transformed already. With video it is cut or padded
                 with zeros to the video's length.
             video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
+            audio_states, video_states: tower frames (F, D) of each clip from a `FeatureCache`, in place of the clip.
             prompt: in place of the modality's own.
             padding_side: "right" with text, "left" without.
 
         Returns:
             input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
-            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool.
+            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool; of states
+            audio_states or video_states (B, F, D) and their mask.
 
         Raises:
             ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
                 the window, text that the tokenizer cannot carry (the word is named).
         """
-        if audio is None and video is None:
-            raise ValueError("expected audio, video or both, got neither")
         texts = [text] if isinstance(text, str) else text
-        clips = len(video if audio is None else audio)
-        for name, given in (("audio", audio), ("video", video), ("text", texts)):
+        streams = {"audio": audio_states if audio is None else audio, "video": video_states if video is None else video}
+        streams = {modality: clips for modality, clips in streams.items() if clips is not None}
+        if not streams:
+            raise ValueError("expected audio, video or both, got neither")
+        clips = len(next(iter(streams.values())))
+        for name, given in (*streams.items(), ("text", texts)):
             if given is not None and len(given) != clips:
                 raise ValueError(f"expected one {name} for each of {clips} clips, got {len(given)}")
         if clips == 0:
@@ -114,17 +120,20 @@ class LlamaSmopProcessor(ProcessorMixin):
         batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
         if video is not None:
             video = [_as_video(v) for v in video]
-            if audio is not None:
-                audio = [fit(_as_audio(a), len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
             counts["video"] = self._together([self.video_tokens(len(v)) for v in video])
             batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
         if audio is not None:
             audio = [_as_audio(a) for a in audio]
+            if video is not None:
+                audio = [fit(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
             samples = self._together([len(a) for a in audio])
             counts["audio"] = [self.audio_tokens(n) for n in samples]
             batch |= self._log_mel(audio, [self.audio_frames(n) for n in samples])
-        given = "_".join(m for m, clip in (("audio", audio), ("video", video)) if clip is not None)
-        prompt_ids = self.encode(self.prompts[given] if prompt is None else prompt)
+        for modality, rate in (("audio", self.rate_audio), ("video", self.rate_video)):
+            if modality in streams and f"{modality}_mask" not in batch:
+                batch |= _pad_states(modality, streams[modality])
+                counts[modality] = [self._tokens(len(s), rate, modality) for s in streams[modality]]
+        prompt_ids = self.encode(self.prompts["_".join(streams)] if prompt is None else prompt)
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
         return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
 
@@ -240,6 +249,11 @@ def fit(audio: np.ndarray, samples: int) -> np.ndarray:
 def prefix_mask(lengths: Sequence[int]) -> Tensor:
     """(B, max length) bool, True on the first `lengths[b]` places."""
     return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+
+def _pad_states(modality: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
+    padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    return {f"{modality}_states": padded, f"{modality}_mask": prefix_mask([len(s) for s in states])}
 
 
 def _as_audio(audio) -> np.ndarray:
