@@ -1,5 +1,5 @@
-"""The whole backend, forward and backward, against the float64 oracle, by the check of tests/kernels: each case twice in
-different orders with the same bits, and no error above twice PyTorch's in the same dtype."""
+"""The whole backend, forward and backward, against the float64 oracle, by the check of tests/kernels: each case twice
+in different orders with the same bits, and no error above twice PyTorch's in the same dtype."""
 
 import pytest
 import torch

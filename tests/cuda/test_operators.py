@@ -121,7 +121,7 @@ def test_schedule_is_the_stable_sort(runner):
 
 @pytest.mark.parametrize("runner", params(SM80))
 def test_many_blocks_of_tokens(runner):
-    """More tokens than one pass of the routing blocks, ties everywhere: the lower expert wins, the sort stays stable."""
+    """More tokens than one pass of the routing blocks; ties everywhere: the lower expert wins, the sort is stable."""
     T, D, E, K = 2100, 8, 4, 2
     g = torch.Generator().manual_seed(5)
     x = torch.randint(-1, 2, (T, D), generator=g).to(bf16)

@@ -1,4 +1,4 @@
-"""The device's tile arithmetic (csrc/tile_scheduler.cuh), driven from Python: the same functions, compiled for the host."""
+"""The device's tile arithmetic (csrc/tile_scheduler.cuh), the same functions, compiled for the host and driven here."""
 
 import pytest
 from hypothesis import example, given, settings
