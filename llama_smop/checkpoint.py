@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging as transformers_logging
 
 from llama_smop import files
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
@@ -27,7 +28,8 @@ def save(model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
 
-    return files.write_aside(folder, write)
+    with _without_bars():
+        return files.write_aside(folder, write)
 
 
 def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
@@ -40,18 +42,23 @@ def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSm
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model here (config.json is missing); give the folder a training run wrote")
     try:
-        model, report = LlamaSmopForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with _without_bars():
+            model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+            return model.eval(), LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
-    for kind, keys in report.items():
-        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            first = sorted(str(k[0] if isinstance(k, tuple) else k) for k in keys)
-            raise ValueError(
-                f"{folder}: weights and config.json disagree: {len(keys)} {kind.replace('_', ' ')}, such as {first[0]}"
-            )
-    return model.eval(), LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar over the weights of even the smallest model."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 # ----------------------------------------------------------------------------------------- checkpoints of a training
@@ -64,7 +71,8 @@ def publishing(trainer: Trainer) -> Iterator[None]:
     staging = run / STAGING
     trainer._get_output_dir = lambda trial: str(staging)
     try:
-        yield
+        with _without_bars():
+            yield
     finally:
         del trainer._get_output_dir
     trainer.accelerator.wait_for_everyone()

@@ -147,6 +147,7 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a demo.")]) -> No
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; `arguments` default to the command line's."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for developers
     try:
         app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llama_smop import checkpoint, files
 from llama_smop.config import TrainConfig
@@ -46,6 +46,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         callbacks=list(callbacks),
         plan=plan,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
     latest = checkpoint.latest(checkpoints) if resume else None
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -174,6 +176,19 @@ class SmopTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         with checkpoint.publishing(self):
             super()._save_checkpoint(model, trial)
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's bar with the newest losses behind it, in place of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {
+                name.removesuffix("_loss"): f"{logs[name]:.3g}" for name in ("lm_loss", "ctc_loss") if name in logs
+            }
+            if shown:
+                self.training_bar.set_description("train")
+                self.training_bar.set_postfix(shown)
 
 
 def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
