@@ -117,7 +117,8 @@ def combine_bwd_kernel(
         beta = tl.load(beta_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
     dgamma = tl.zeros([BLOCK_O], tl.float32)
     dbeta = tl.zeros([BLOCK_O], tl.float32)
-    for row in range(first, tl.minimum(first + ROWS, end)):
+    for i in range(tl.minimum(end - first, ROWS)):
+        row = first + i
         # The choices of this row's token that stand for this row; none for a token that passes the expert by.
         if DENSE:
             token = (row - expert * tokens).to(tl.int64)

@@ -1,0 +1,100 @@
+"""Ways to run a backend's kernels: as PTX on the CPU, interpreted, or on a GPU. Tests are written once, over runners.
+
+A runner yields, inside `running()`, a backend module with the interface of `llama_smop.ops.backend_torch`, and moves
+tensors to where that backend wants them. `vary(seed)` changes what must not matter: when asynchronous copies land and
+the order in which warps run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from llama_smop.ops import dispatch
+from tests import ptxrun_support
+
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A backend on the device it drives; by itself, on a GPU."""
+
+    backend: str = "triton"
+    arch: int = 0
+    device: str = "cuda"
+    dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+
+    @property
+    def module(self) -> ModuleType:
+        return dispatch.module(self.backend)
+
+    @contextmanager
+    def running(self) -> Iterator[ModuleType]:
+        yield self.module
+
+    def vary(self, seed: int) -> None:
+        """Choose another order of everything asynchronous, if this runner can."""
+
+    def sees(self, *tensors: torch.Tensor | None) -> None:
+        """Told of each tensor the kernels may touch, where the runner must know."""
+
+
+@dataclass(frozen=True)
+class TritonPtx(Runner):
+    """Triton's PTX for `arch`, run on the CPU with unchanged launchers."""
+
+    arch: int = 90
+    device: str = "cpu"
+
+    @contextmanager
+    def running(self) -> Iterator[ModuleType]:
+        driver = ptxrun_support.load("ptxrun.triton_driver")
+        with driver.active(arch=self.arch, mode="early", seed=0, strict=True):
+            yield self.module
+
+    def vary(self, seed: int) -> None:
+        from triton.runtime.driver import driver
+
+        driver.active.options.update(mode=("early", "late", "mixed")[seed % 3], seed=seed)
+
+
+@dataclass(frozen=True)
+class Interpreted(Runner):
+    """Triton's interpreter (TRITON_INTERPRET=1); bfloat16 is wrong there."""
+
+    device: str = "cpu"
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+
+
+def triton_params(*cases: tuple) -> list:
+    """pytest parameters (runner, name) for cases (name, arch, …): as PTX for each arch, and on the GPU.
+
+    Under TRITON_INTERPRET=1 the interpreter takes their place.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return [pytest.param(Interpreted(), name, id=f"{name}-interpreted") for name, *_ in cases]
+    missing = ptxrun_support.missing()
+    absent = pytest.mark.skipif(missing is not None, reason=str(missing))
+    on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    params = []
+    for name, *archs in cases:
+        params += [pytest.param(TritonPtx(arch=arch), name, id=f"{name}-sm{arch}", marks=absent) for arch in archs]
+        params.append(pytest.param(Runner(), name, id=f"{name}-gpu", marks=on_gpu))
+    return params
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors come filled with NaN (integers: the largest), so an element nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,126 @@
+"""`grouped_mm` and caller-made schedules, against the float64 oracle."""
+
+import pytest
+import torch
+
+from llama_smop.ops import backend_torch
+from tests import oracle
+from tests.kernels.cases import error
+from tests.kernels.runners import poisoned_memory, triton_params
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"bf16": bf16, "fp16": fp16, "fp32": fp32}
+
+# Group sizes: balanced, an empty group first and in the middle, rows past the last offset, all in one.
+SIZES = {"balanced": (40, 30, 35), "empty": (0, 70, 0, 35), "tail": (20, 0, 30), "one": (105,)}
+ROWS = 105
+
+
+def offsets(name: str) -> torch.Tensor:
+    return torch.tensor(SIZES[name]).cumsum(0).to(torch.int32)
+
+
+def check(runner, a, b, offs, bias=None, activation=None):
+    """Returns (out, pre) of the runner once their error is at most twice PyTorch's."""
+    move = [None if t is None else t.to(runner.device) for t in (a, b, offs, bias)]
+    runner.vary(1)
+    with poisoned_memory():
+        out, pre = (t.cpu() for t in runner.module.grouped_mm(*move, activation))
+    plain, plain_pre = backend_torch.grouped_mm(a, b, offs, bias, activation)
+    exact = oracle.grouped_mm(a.double(), b.double(), offs, None if bias is None else bias.double(), activation)
+    assert out.dtype == a.dtype and out.shape == exact.shape and pre.shape == plain_pre.shape
+    bound = 2 * error(plain, exact) + 1e-5
+    assert error(out, exact) <= bound, f"off by {error(out, exact):.2e}, allowed {bound:.2e}"
+    return out, pre
+
+
+@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp32", 80)))
+def test_rows_times_matrices(runner, dtype):
+    dtype = DTYPES[dtype]
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{dtype} is not for this runner")
+    g = torch.Generator().manual_seed(0)
+    with runner.running():
+        for name in SIZES:
+            offs = offsets(name)
+            a = torch.randn(ROWS, 40, generator=g).to(dtype)
+            b = torch.randn(len(offs), 40, 56, generator=g).to(dtype) / 6
+            bias = torch.randn(len(offs), 56, generator=g).to(dtype)
+            out, _ = check(runner, a, b, offs, bias, "silu")
+            assert (out[offs[-1] :] == 0).all(), "rows past the last offset are not zero"
+            transposed = b.transpose(1, 2).contiguous().transpose(1, 2)  # K-major, as weights (G, N, K) come
+            check(runner, a, transposed, offs)
+
+
+@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 80), ("fp16", 90)))
+def test_columns_times_rows(runner, dtype):
+    """The 2d x 2d form: one product a group, zeros for an empty one; `a` as backward passes it, transposed."""
+    dtype = DTYPES[dtype]
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{dtype} is not for this runner")
+    g = torch.Generator().manual_seed(1)
+    with runner.running():
+        for name in SIZES:
+            a, b = torch.randn(ROWS, 24, generator=g).to(dtype), torch.randn(ROWS, 40, generator=g).to(dtype)
+            out, pre = check(runner, a.t(), b, offsets(name))
+            assert pre.numel() == 0
+            for i, size in enumerate(SIZES[name]):
+                assert size or (out[i] == 0).all(), "an empty group's product is not zero"
+        check(runner, torch.ones(1, ROWS, dtype=dtype), b, offsets("empty"))
+
+
+@pytest.mark.parametrize(("runner", "case"), triton_params(("few", 80), ("many", 90)))
+def test_schedule_of_a_callers_routing(runner, case):
+    """Any ids: repeats within a token, skipped choices (X and beyond, negative), unused experts; stable order."""
+    X, T, K = {"few": (5, 300, 3), "many": (128, 400, 2)}[case]
+    g = torch.Generator().manual_seed(2)
+    with runner.running():
+        for tokens in (0, 1, T):
+            experts = torch.randint(-1, X + 2, (tokens, K), generator=g, dtype=torch.int32)
+            runner.vary(2)
+            with poisoned_memory():
+                order, inverse, offs = (t.cpu() for t in runner.module.schedule(experts.to(runner.device), X))
+            exact_order, exact_inverse, exact_offs = oracle.schedule(experts, X)
+            assert offs.tolist() == exact_offs
+            assert order.tolist()[: exact_offs[-1]] == exact_order
+            assert inverse.shape == (tokens, K) and inverse.flatten().tolist() == exact_inverse
+
+
+@pytest.mark.parametrize(("runner", "order"), triton_params(("sorted", 90), ("dense", 80)))
+def test_a_callers_routing_may_repeat_and_skip_experts(runner, order):
+    """Choices of one expert twice add up; skipped ones contribute nothing and get a zero gate gradient."""
+    X, K, D, H, O = 4, 3, 24, 40, 32
+    T = {"sorted": 80, "dense": 40}[order]
+    g = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    experts = torch.randint(0, X + 1, (T, K), generator=g, dtype=torch.int32)
+    x, weights, dy = randn(T, D), torch.rand(T, K, generator=g), randn(T, O)
+    params = [
+        randn(X, H, D) / D**0.5,
+        randn(X, H),
+        randn(X, O, H) / H**0.5,
+        randn(X, O),
+        1 + randn(X, O) / 9,
+        randn(X, O),
+    ]
+    with runner.running():
+        backend = runner.module
+        d = [t.to(runner.device) for t in (x, weights, experts, *params, dy)]
+        schedule = backend.schedule(d[2], X)
+        with poisoned_memory():
+            y, *kept = backend.expert_projection_fwd(*d[:3], *schedule, *d[3:9], "relu", 1e-5)
+            assert kept[0].shape[0] == backend.intermediate_rows(T, K, X)
+            grads = backend.expert_projection_bwd(
+                d[9], *d[:3], *schedule, *d[3:9], *kept, "relu", 1e-5, True, True, True
+            )
+    leaves = [t.double().requires_grad_() for t in (x, weights, *params)]
+    exact = oracle.expert_projection(leaves[0], leaves[1], experts, *leaves[2:])
+    exact_grads = torch.autograd.grad((exact * dy).sum(), leaves)
+    assert error(y, exact.detach()) < 1e-5
+    for name, got, truth in zip(
+        ("x", "weights", "w1", "b1", "w2", "b2", "gamma", "beta"), grads, exact_grads, strict=True
+    ):
+        assert error(got, truth) < 1e-5 * (1 + truth.abs().max()), f"the gradient of {name} is wrong"
