@@ -139,18 +139,14 @@ class Contest:
                 continue
             self.starting(f"{name} memory")
             passes = measure.Passes(layer, self.problem)
+            record = {"workload": self.workload.key, "rival": name}
             try:
-                self.result.memory.append(
-                    {
-                        "workload": self.workload.key,
-                        "rival": name,
-                        "kept_bytes": measure.kept_bytes(layer, self.problem),
-                        "peak_bytes": measure.peak_bytes(passes.both(), self.device),
-                        "launches_forward": measure.launches(passes.forward(), self.device),
-                        "launches_both": measure.launches(passes.both(), self.device),
-                        "host_syncs": measure.host_syncs(passes.both(), self.device),
-                    }
-                )
+                record["kept_bytes"] = measure.kept_bytes(layer, self.problem)
+                self.result.memory.append(record)
+                record["peak_bytes"] = measure.peak_bytes(passes.both(), self.device)
+                record["host_syncs"] = measure.host_syncs(passes.both(), self.device)
+                record["launches_forward"] = measure.launches(passes.forward(), self.device)
+                record["launches_both"] = measure.launches(passes.both(), self.device)
             except Exception as error:
                 self.skip(rivals.BY_NAME[name], mode, f"memory: {describe(error)}")
                 raise_if_device_is_lost(self.device, error)

@@ -58,7 +58,7 @@ def _gpu(device: torch.device) -> dict:
         "compute_capability": f"{p.major}.{p.minor}",
         "multiprocessors": p.multi_processor_count,
         "memory_gb": round(p.total_memory / 1e9, 1),
-        "l2_mb": round(p.L2_cache_size / 1e6, 1),
+        "l2_mb": round(getattr(p, "L2_cache_size", 0) / 1e6, 1),
         "cuda": torch.version.cuda,
     }
 

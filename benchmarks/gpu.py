@@ -39,6 +39,7 @@ class Progress:
     stage: str | None = None
     case: str | None = None
     running: str | None = None
+    patience_s: float = 0.0  # silence beyond the usual that what is running has asked for
 
     def state(self, stage: str) -> dict:
         return self.found["stages"].setdefault(stage, {"status": "open", "seconds": 0.0, "finished": [], "failed": {}})
@@ -50,9 +51,9 @@ class Progress:
             self.state(self.stage)["status"] = "open"
             say(f"{event['stage']}: {event['cases']} to do")
         elif kind == "begin":
-            self.case, self.running = event["case"], None
+            self.case, self.running, self.patience_s = event["case"], None, 0.0
         elif kind == "running":
-            self.running = event["what"]
+            self.running, self.patience_s = event["what"], event.get("patience_s", 0.0)
         elif kind == "end":
             record = event["found"]
             results.add(self.found, record)
@@ -227,11 +228,9 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
     selector.register(reading, selectors.EVENT_READ)
     rest, saved = b"", 0.0
     while True:
-        wait = min(silence_s, deadline + 5 - time.time())
+        wait = min(max(silence_s, progress.patience_s + 10), deadline + 5 - time.time())
         if wait <= 0 or not selector.select(wait):
-            return (
-                "was stopped at the end of the budget" if time.time() >= deadline else f"was silent {silence_s:.0f} s"
-            )
+            return "was stopped at the end of the budget" if time.time() >= deadline else f"was silent for {wait:.0f} s"
         chunk = os.read(reading, 1 << 16)
         if not chunk:
             results.save(progress.found, path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, measure, results, say
-from benchmarks.rivals.base import router
+from benchmarks.rivals.base import router, router_losses
 from benchmarks.rivals.grouped import expert_order
 from benchmarks.workloads import Problem, Workload, make
 from llama_smop import functional
@@ -47,7 +47,7 @@ def groups(w: Workload, device: torch.device) -> dict[str, Runs]:
         )
         found["weight_gradient"][f"ours_{b}"] = partial(functional.grouped_mm, dz.t(), h, routed.offs, backend=b)
         found["experts"][f"ours_{b}"] = partial(_experts, p, routed, b)
-    found["route"]["plain"] = partial(router, p.x, p.gate_weight[0], w.top_k)
+    found["route"]["plain"] = partial(_plain_route, p)
     found["schedule"]["plain"] = partial(expert_order, routed.experts, w.total_experts)
     if hasattr(torch.nn.functional, "grouped_mm") and (device.type == "cpu" or w.dtype == "bfloat16"):
         grouped = torch.nn.functional.grouped_mm
@@ -57,6 +57,12 @@ def groups(w: Workload, device: torch.device) -> dict[str, Runs]:
         ).relu()
         found["weight_gradient"]["torch_grouped_mm"] = lambda: grouped(dz.t(), h, offs=routed.offs)
     return found
+
+
+def _plain_route(p: Problem) -> tuple:
+    """What `functional.route` returns, from the formulas: choices, both losses and the rows in expert order."""
+    logits, weights, experts = router(p.x, p.gate_weight[0], p.workload.top_k)
+    return weights, router_losses(logits, experts), expert_order(experts, p.workload.total_experts)
 
 
 def _experts(p: Problem, routed, backend: str) -> Tensor:

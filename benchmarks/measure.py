@@ -228,7 +228,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def launches(run: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills `run` puts on the device; None on a CPU."""
+    """Kernels, copies and fills `run` puts on the device; None on a CPU, and where the profiler sees nothing."""
     if device.type != "cuda":
         return None
     run()
@@ -236,7 +236,7 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events()) or None
 
 
 def host_syncs(run: Callable[[], object], device: torch.device) -> int | None:

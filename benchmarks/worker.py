@@ -48,7 +48,7 @@ def main(events_fd: int) -> int:
                 out=Path(job["out"]),
                 budget_s=0.1 if job["dry"] else max(2.0, left / (len(cases) - position)),
                 excluded=job["excluded"].get("*", {}) | job["excluded"].get(case.key, {}),
-                starting=lambda what: tell("running", what=what),
+                starting=lambda what, patience_s=0.0: tell("running", what=what, patience_s=patience_s),
             )
             began = time.time()
             try:

@@ -1,4 +1,4 @@
-"""transformers' experts on the same weights: eager, grouped_mm, batched_mm, and sonic-moe through it."""
+"""transformers' experts on the same weights: eager, grouped_mm, batched_mm; sonic-moe and ours through it."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.base import Layer, Rival, leaf, route_blocks
 from benchmarks.workloads import Problem, Workload
+from llama_smop.integrations import transformers_experts
 
 BATCHED_BYTES = 8 << 30  # batched_mm copies the weights of an expert for every choice of it
 
@@ -48,6 +49,8 @@ class TransformersExperts(Layer):
         super().__init__()
         self.workload = p.workload
         gated = p.workload.expert == "swiglu"
+        if implementation == "smop":
+            transformers_experts.register()
         config = SimpleNamespace(_experts_implementation=implementation, hidden_act="silu" if gated else "relu")
         self.gate_weight = leaf(p.gate_weight)
         self.experts = _experts_class(gated)(config, p)
@@ -96,11 +99,11 @@ def _no_sonic_moe(w: Workload) -> str | None:
 RIVALS = tuple(
     Rival(
         f"transformers_{name}",
-        f"transformers, {name}",
+        f"transformers, {name}" + (" (ours)" if name == "smop" else ""),
         "peer",
         lambda p, name=name: TransformersExperts(p, name),
         _why_not(name),
-        modes=("eager", "graph") if name in ("grouped_mm", "batched_mm") else ("eager",),
+        modes=("eager", "graph") if name in ("grouped_mm", "batched_mm", "smop") else ("eager",),
     )
-    for name in ("eager", "grouped_mm", "batched_mm", "sonicmoe")
+    for name in ("eager", "grouped_mm", "batched_mm", "sonicmoe", "smop")
 )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: a dry run walks every stage; whatever a worker does, results are kept and the run goes on."""
+"""`python -m benchmarks gpu`: a dry run walks every stage; whatever a worker does, the run goes on."""
 
 import json
 import sys

@@ -23,7 +23,7 @@ def test_rivals_agree_on_output_and_every_gradient(sharing, dtype):
 
 @pytest.mark.parametrize("expert", ["mlp", "swiglu"])
 def test_transformers_experts_agree_where_they_can_compute_the_layer(expert):
-    names = {"ours_torch", "transformers_eager", "transformers_grouped_mm", "transformers_batched_mm"}
+    names = {"ours_torch", *(f"transformers_{n}" for n in ("eager", "grouped_mm", "batched_mm", "smop"))}
     agree(Workload(23, "float32", 32, 48, 32, expert=expert), at_least=names)
 
 
