@@ -31,18 +31,17 @@ def cases() -> list[Case]:
     listed = []
     for dtype, scale in zip(DTYPES, (1.0, 0.7), strict=True):
         budgets = {64: 7, UTTERANCE_TOKENS: 9, 512: 14, TRAINING_TOKENS: 26}
-        listed += [
-            Case(Workload(T, dtype), budget * scale, PASSES if T == 512 else ("forward", "both"), memory=True)
-            for T, budget in budgets.items()
-        ]
+        for T, budget in budgets.items():
+            passes = PASSES if T == UTTERANCE_TOKENS else ("forward", "both")
+            listed.append(Case(Workload(T, dtype), budget * scale, passes, memory=True))
     base = Workload(UTTERANCE_TOKENS, "float32")
     listed += [
-        Case(replace(base, sharing="DEDR"), 8),
-        Case(replace(base, routing="zipf"), 8),
-        Case(replace(base, routing="one"), 8),
-        Case(replace(base, num_experts=8, top_k=2), 9),
-        Case(replace(base, out_features=1024, expert="mlp"), 9),
-        Case(replace(base, out_features=1024, expert="swiglu"), 9),
+        Case(replace(base, sharing="DEDR"), 6),
+        Case(replace(base, routing="zipf"), 6),
+        Case(replace(base, routing="one"), 6),
+        Case(replace(base, num_experts=8), 7),
+        Case(replace(base, out_features=1024, expert="mlp"), 7),
+        Case(replace(base, out_features=1024, expert="swiglu"), 7),
     ]
     return listed
 

@@ -3,6 +3,7 @@
 The same stages walk over tiny shapes on a CPU in a dry run, which proves the path and measures nothing.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -267,6 +268,8 @@ def _tests(dry: bool) -> list[Case]:
 
 def _model(dry: bool) -> list[Case]:
     def run(c: Context) -> dict:
+        if importlib.util.find_spec("transformers") is None:
+            return {"note": "transformers is not installed"}
         from benchmarks import model_level
 
         measure = model_level.tiny if c.dry else model_level.llama_1b
