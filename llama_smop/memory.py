@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
 from transformers import LlamaConfig
 
+from llama_smop.config import TrainConfig
 from llama_smop.models.configuration_llama_smop import LLAMA_3_2_1B, LlamaSmopConfig
 from llama_smop.models.lora import PRESETS, lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.parts import assembled_config
+from llama_smop.models.tiny import build_tiny
 
 GIB = 2**30
 ADAMW_STATES = 2
@@ -256,6 +261,71 @@ PUBLISHED = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def info(config: TrainConfig) -> str:
+    """What `llama-smop info` prints: the model of a training file, and the three published sizes.
+
+    Raises:
+        ValueError: a part that can neither be read nor is one of the recipe's.
+    """
+    model, remark = model_config(config)
+    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+    longest = model.audio_config.max_source_positions / 50
+    seconds = min(6.0, longest)
+    own = Workload(max(1, round(config.data.max_frames / (25 * seconds))), seconds, text_tokens=40)
+    rows = [
+        training(model, own, name="this file", dtype=dtype),
+        inference(model, own, name="this file", dtype=dtype),
+    ]
+    default = Workload()
+    for name in tqdm(PUBLISHED, desc="published sizes", leave=False):
+        rows.append(training(published(name), default, name=name))
+        rows += [inference(published(name), default, name=name, num_beams=beams) for beams in (1, 15)]
+    parts = ", ".join(f"{part} {_short(count)}" for part, count in rows[0].parameters.items())
+    return "\n".join(
+        [
+            f"Parameters: {parts}; trained {_short(rows[0].trainable)}.",
+            *([remark] if remark else []),
+            f"Batches: this file {own.clips} clips of {own.seconds:g} s, the published sizes {default.clips} of "
+            f"{default.seconds:g} s in bfloat16. Computed, not measured; a GPU's context and workspaces come on top.",
+            "",
+            table(rows),
+        ]
+    )
+
+
+def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
+    """The model of a training file without its weights, and a remark where the recipe stood in for absent files."""
+    section = config.model
+    common = {
+        "modalities": section.modalities,
+        "rate_audio": section.rate_audio,
+        "rate_video": section.rate_video,
+        "compression": section.compression,
+    }
+    if section.tiny is not None:
+        with torch.device("meta"):
+            words = [f"word{i}" for i in range(50)]
+            return build_tiny(words, **section.tiny.model_dump(), **section.projector.model_dump(), **common)[
+                0
+            ].config, ""
+    parts = {"lora": section.lora, "projector": section.projector.model_dump()}
+    try:
+        towers = {"audio_tower": section.audio_tower, "video_tower": section.video_tower}
+        return assembled_config(language_model=section.language_model, **towers, **parts, **common)[0], ""
+    except (ValueError, FileNotFoundError) as error:
+        size = Path(section.language_model).name.lower()
+        if size not in PUBLISHED:
+            raise
+        lora = section.lora if isinstance(section.lora, dict) or section.lora is None else lora_settings(section.lora)
+        standing_in = LlamaSmopConfig(
+            text_config=published(size).text_config,
+            projector_config=section.projector.model_dump(),
+            lora={} if lora is None else lora if "r" not in lora else {"language_model": lora},
+            **common,
+        )
+        return standing_in, f"Sizes of {size}, Whisper medium and AV-HuBERT Large assumed: {error}."
 
 
 def table(estimates: Sequence[Estimate], *, tflops: float = 300.0) -> str:

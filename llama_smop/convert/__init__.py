@@ -1,0 +1,26 @@
+"""Checkpoints of others: `convert(source, folder)` for the authors' state dicts and fairseq's AV-HuBERT."""
+
+from pathlib import Path
+
+from llama_smop.convert.key_map import KeyReport
+
+
+def convert(source: str | Path, to: str | Path, *, partial: bool = False, **settings) -> KeyReport:
+    """Make a folder of `source`: a whole model from a Llama-SMoP or Llama-AVSR state dict, a video tower from a
+    fairseq AV-HuBERT file. `settings` are `convert_authors`'; a video tower takes none.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_checkpoint`, `convert_authors` and `load_avhubert`.
+    """
+    from llama_smop.convert.authors import convert_authors
+    from llama_smop.convert.fairseq import convert_avhubert, is_avhubert
+    from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
+
+    if is_avhubert(state_dict_of(load_checkpoint(source), source)):
+        return convert_avhubert(source, to, partial=partial)
+    if settings.get("language_model") is None:
+        raise ValueError(f"{source}: say which language model it was trained from (--language-model NAME or FOLDER)")
+    return convert_authors(source, to, partial=partial, **settings)
+
+
+__all__ = ["KeyReport", "convert"]

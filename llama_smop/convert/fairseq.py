@@ -1,6 +1,7 @@
 """fairseq's AV-HuBERT checkpoints: their names, their settings, and the video tower made of them."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers.initialization import no_init_weights
 from llama_smop.convert.key_map import KeyReport, Rule, rename
 from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.avhubert import AvHubertVideoEncoder
+from llama_smop.models.checkpoint import written_aside
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
 
 _NOT_VIDEO = "not needed for video features"
@@ -68,6 +70,25 @@ def load_avhubert(
     report.check(path, partial)
     tower.load_state_dict(tensors, strict=False)
     return tower.eval(), report
+
+
+def is_avhubert(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict is fairseq's AV-HuBERT, pre-trained or fine-tuned."""
+    return any(k.removeprefix(FINE_TUNED).startswith("feature_extractor_video.") for k in state)
+
+
+def convert_avhubert(source: str | Path, to: str | Path, *, partial: bool = False) -> KeyReport:
+    """Write the video tower of a fairseq file to a folder, with `conversion.json`, the account of every key.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_avhubert`.
+    """
+    tower, report = load_avhubert(source, partial=partial)
+    account = {"source": str(source), "keys": report.to_dict()}
+    with written_aside(to) as folder:
+        tower.save_pretrained(folder)
+        (folder / "conversion.json").write_text(json.dumps(account, indent=1))
+    return report
 
 
 def model_settings(checkpoint) -> dict:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, WhisperModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, WhisperConfig, WhisperModel
 
+from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.hub import fetch
 
 PARTS = ("audio_tower", "video_tower", "language_model")
@@ -13,7 +14,7 @@ PARTS = ("audio_tower", "video_tower", "language_model")
 
 def part_weights(part: str, source: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """State dict of a part, under its names without LoRA: Whisper's encoder, a causal language model, or AV-HuBERT
-    from a fairseq file.
+    from a fairseq file or the folder it was converted to.
 
     Raises:
         ValueError: a source that cannot be had or is of another kind.
@@ -23,10 +24,27 @@ def part_weights(part: str, source: str | Path, dtype: torch.dtype | None = None
     if part == "language_model":
         return fetch(AutoModelForCausalLM, source, dtype=dtype).state_dict()
     if part == "video_tower":
-        from llama_smop.convert.fairseq import load_avhubert
-
-        return load_avhubert(source)[0].to(dtype).state_dict()
+        return _video_tower(source).to(dtype).state_dict()
     raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+
+
+def part_config(part: str, source: str | Path) -> PreTrainedConfig:
+    """Configuration of a part; ValueError as in `part_weights`."""
+    if part == "audio_tower":
+        return fetch(WhisperConfig, source)
+    if part == "language_model":
+        return fetch(AutoConfig, source)
+    if part == "video_tower":
+        return _video_tower(source).config
+    raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+
+
+def _video_tower(source: str | Path) -> AvHubertVideoEncoder:
+    if Path(source).is_dir():
+        return fetch(AvHubertVideoEncoder, source)
+    from llama_smop.convert.fairseq import load_avhubert
+
+    return load_avhubert(source)[0]
 
 
 @torch.no_grad()

@@ -4,18 +4,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
 from llama_smop.models.lora import lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models.part_weights import load_part, part_weights
+from llama_smop.models.part_weights import load_part, part_config, part_weights
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.word_tokenizer import SPECIAL_TOKENS, add_special_tokens
 
 
 def assemble(
+    *, language_model: str | Path, dtype: torch.dtype = torch.float32, **settings
+) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
+    """The model, its towers frozen, and its processor; arguments and errors as in `assembled_config`."""
+    config, tokenizer, feature_extractor = assembled_config(language_model=language_model, **settings)
+    model = LlamaSmopForConditionalGeneration(config).to(dtype)
+    for part, source in config.sources.items():
+        load_part(getattr(model, part), part_weights(part, source, dtype), source)
+    return model, LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer)
+
+
+def assembled_config(
     *,
     language_model: str | Path,
     audio_tower: str | Path | None = None,
@@ -23,15 +34,14 @@ def assemble(
     modalities: Sequence[str] | None = None,
     projector: dict | ProjectorConfig | None = None,
     lora: str | dict | None = None,
-    dtype: torch.dtype = torch.float32,
     **settings,
-) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
-    """The model, its towers frozen, and its processor.
+) -> tuple[LlamaSmopConfig, PreTrainedTokenizerBase, WhisperFeatureExtractor]:
+    """What the parts' own configurations make together.
 
     Args:
         language_model: a causal language model with a tokenizer: hub name, folder, or .gguf file.
         audio_tower: a Whisper model: hub name or folder. None = no audio.
-        video_tower: a fairseq AV-HuBERT .pt file. None = no video.
+        video_tower: a fairseq AV-HuBERT .pt file, or the folder that it was converted to. None = no video.
         modalities: by default those of the towers given.
         projector: settings of `ProjectorConfig`.
         lora: a preset's name (`lora.PRESETS`) or {"r", "alpha"} for the language model; or a dict of such by part,
@@ -55,17 +65,14 @@ def assemble(
     parts = {}
     feature_extractor = WhisperFeatureExtractor()
     if audio_tower is not None:
-        parts["audio_config"] = fetch(WhisperConfig, audio_tower)
+        parts["audio_config"] = part_config("audio_tower", audio_tower)
         feature_extractor = fetch(WhisperFeatureExtractor, audio_tower)
     if video_tower is not None:
-        from llama_smop.convert.fairseq import load_avhubert
-
-        tower, _ = load_avhubert(video_tower)
-        parts["video_config"], video_weights = tower.config, tower.state_dict()
+        parts["video_config"] = part_config("video_tower", video_tower)
     tokenizer = fetch(AutoTokenizer, language_model)
     add_special_tokens(tokenizer)
     pad, audio, audio_end, video, video_end = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-    text_config = fetch(AutoConfig, language_model)
+    text_config = part_config("language_model", language_model)
     # Some models have more rows than tokens; the new tokens then take the spare ones.
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     text_config.pad_token_id = pad
@@ -85,8 +92,4 @@ def assemble(
         sources=sources,
         **settings,
     )
-    model = LlamaSmopForConditionalGeneration(config).to(dtype)
-    for part, source in sources.items():
-        weights = video_weights if part == "video_tower" else part_weights(part, source, dtype)
-        load_part(getattr(model, part), weights, source)
-    return model, LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer)
+    return config, tokenizer, feature_extractor

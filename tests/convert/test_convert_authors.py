@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_smop import LlamaSmopForConditionalGeneration, LlamaSmopProcessor
+from llama_smop.convert import convert
 from llama_smop.convert.authors import AUTHORS_RULES, convert_authors, dense_rules
 from llama_smop.convert.key_map import rename
 from tests.golden_files import GOLDEN, golden, largest_difference
@@ -25,7 +26,7 @@ SPEECH = ("input_features", "audio_mask", "video_values", "video_mask")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "model"
-    report = convert_authors(SOURCE, folder, **PARTS)
+    report = convert(SOURCE, folder, **PARTS)
     assert not report.missing
     assert not report.unexpected
     return folder

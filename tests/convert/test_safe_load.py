@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from llama_smop.convert import convert
 from llama_smop.convert.fairseq import avhubert_config, load_avhubert
 from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
+from llama_smop.models.part_weights import part_weights
 from tests.golden_files import GOLDEN
 
 FAIRSEQ = GOLDEN / "full_model/large_tiny_iter5.pt"
@@ -64,6 +66,15 @@ def test_a_fine_tuned_file_gives_its_encoder(tmp_path):
     tower, _ = load_avhubert(tmp_path / "vsr.pt")
     original, _ = load_avhubert(FAIRSEQ)
     assert all(torch.equal(v, original.state_dict()[k]) for k, v in tower.state_dict().items())
+
+
+def test_a_fairseq_file_becomes_a_folder_that_serves_as_video_tower(tmp_path):
+    report = convert(FAIRSEQ, tmp_path / "tower")
+    assert report.missing == report.unexpected == []
+    assert (tmp_path / "tower/conversion.json").is_file()
+    ours, theirs = part_weights("video_tower", tmp_path / "tower"), part_weights("video_tower", FAIRSEQ)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
 @torch.no_grad()

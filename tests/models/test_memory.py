@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, WhisperConfig
 
 from llama_smop import LlamaSmopForConditionalGeneration, memory
+from llama_smop.config import TrainConfig
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig, LlamaSmopConfig
 
 WORKLOAD = memory.Workload(clips=3, seconds=1.2, text_tokens=12)
@@ -138,14 +139,42 @@ def test_published_sizes_have_their_names():
 
 
 def test_table_has_a_line_for_each_estimate():
-    config = scaled_down()
-    rows = [memory.training(config, WORKLOAD, name="small"), memory.inference(config, WORKLOAD, name="small")]
-    lines = memory.table(rows).splitlines()
+    sizes = {"weights": memory.GIB, "optimizer": 0, "step": memory.GIB // 2, "flops": 3 * 10**14}
+    row = memory.Estimate("small", "training", {"projector": 1_500_000}, 1_500_000, **sizes)
+    lines = memory.table([row, row], tflops=100).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
-    assert "training" in lines[2]
+    assert lines[2] == "| small | training | 1.5 M | 1.5 M | 1.00 | 0.00 | 0.50 | 1.50 | 300.0 | 3.00 |"
 
 
 def test_an_empty_workload_is_refused():
     with pytest.raises(ValueError, match="must be positive"):
         memory.Workload(clips=0)
+
+
+TRAIN = {"data": {"root": "corpus"}, "optimizer": {"steps": 1, "precision": "bf16"}}
+
+
+def test_info_of_a_training_file(monkeypatch):
+    monkeypatch.setattr(memory, "PUBLISHED", {})
+    config = TrainConfig.model_validate(TRAIN | {"model": {"tiny": {"width": 32}}})
+    text = memory.info(config)
+    assert "multi_modal_projector" in text
+    assert text.count("| this file |") == 2
+
+
+def test_the_recipes_sizes_stand_in_for_files_that_are_not_here(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    section = {
+        "language_model": "meta-llama/Llama-3.2-3B",
+        "audio_tower": "openai/whisper-medium.en",
+        "video_tower": "large_vox_iter5.pt",
+        "lora": "llama-3.2-3b",
+    }
+    config, remark = memory.model_config(TrainConfig.model_validate(TRAIN | {"model": section}))
+    assert config.text_config.hidden_size == 3072
+    assert config.lora["language_model"]["r"] == 96
+    assert "assumed" in remark
+    section["language_model"] = "somebody/model"
+    with pytest.raises(ValueError, match="no such folder"):
+        memory.model_config(TrainConfig.model_validate(TRAIN | {"model": section}))
