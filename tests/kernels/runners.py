@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import Phase
 
 from llama_smop.ops import dispatch
 from tests import ptxrun_support
@@ -27,6 +28,7 @@ class Runner:
     arch: int = 0
     device: str = "cuda"
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+    phases: tuple[Phase, ...] = (Phase.explicit, Phase.generate)
 
     @property
     def module(self) -> ModuleType:
@@ -64,10 +66,11 @@ class TritonPtx(Runner):
 
 @dataclass(frozen=True)
 class Interpreted(Runner):
-    """Triton's interpreter (TRITON_INTERPRET=1); bfloat16 is wrong there."""
+    """Triton's interpreter (TRITON_INTERPRET=1): slow, so explicit examples alone; bfloat16 is wrong there."""
 
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+    phases: tuple[Phase, ...] = (Phase.explicit,)
 
 
 def triton_params(*cases: tuple) -> list:

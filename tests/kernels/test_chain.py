@@ -24,8 +24,11 @@ MODELS = {
 QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-def check(runner: Runner, model: Model, inputs, measured_in: torch.dtype | None = None, **options) -> dict:
-    """Run twice on the runner. The bits of both runs agree, and no error exceeds twice PyTorch's."""
+def check(runner: Runner, model: Model, inputs, relative: float = 0.0, **options) -> dict:
+    """Run twice on the runner. The bits of both runs agree, and no error exceeds twice PyTorch's.
+
+    `relative` allows that share of a result's own root mean square besides, for formats PyTorch lacks on a CPU.
+    """
     runs = []
     for seed in (0, 4):
         runner.vary(seed)
@@ -34,12 +37,13 @@ def check(runner: Runner, model: Model, inputs, measured_in: torch.dtype | None 
         runs.append({name: t.cpu() for name, t in results.items()})
     results = runs[0]
 
-    plain = through_backend(backend_torch, model, inputs.to(measured_in or model.dtype), **options)
+    plain = through_backend(backend_torch, model, inputs, **options)
     exact = through_oracle(model, inputs, results["experts"])
     assert torch.equal(results["counts"].long(), exact["counts"])
     for name, truth in exact.items():
         if name in results:
             got, bound = results[name], 2 * error(plain[name], truth) + 1e-5
+            bound += relative * error(truth, torch.zeros_like(truth))
             assert got.shape == truth.shape, f"{name} has shape {tuple(got.shape)}"
             assert error(got, truth) <= bound, f"{name} is off by {error(got, truth):.2e}, allowed {bound:.2e}"
     for name in ("experts", "inverse", "offs"):
@@ -64,7 +68,7 @@ def test_matches_the_oracle(runner, name):
     model = MODELS[name]
     skip_unless_served(runner, model)
 
-    @settings(max_examples=3, **QUIET)
+    @settings(max_examples=3, phases=runner.phases, **QUIET)
     @given(
         tokens=st.integers(65, 170),
         seed=st.integers(0, 99),
@@ -114,14 +118,14 @@ def test_recompute_gives_the_same_bits(runner, name, recompute):
 
 @pytest.mark.parametrize(("runner", "name"), triton_params(("jedr-silu", 90)))
 def test_tf32_follows_the_matmul_precision(runner, name):
-    """TF32 cuts operands off at 10 bits; bfloat16's error, from rounding at 7, is the measure."""
+    """TF32 cuts operands off at 10 bits, once for each of the products a result went through."""
     model = MODELS[name]
     skip_unless_served(runner, model)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         with runner.running():
-            check(runner, model, make(model, 90, seed=7), measured_in=bf16)
+            check(runner, model, make(model, 90, seed=7), relative=2**-8)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -1,0 +1,19 @@
+"""The kernels under Triton's interpreter, so that the repository alone is enough to test them: float32 and float16.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, hence another process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SMALL = "few_tokens or jejr-gelu or grouped_mm"  # the interpreter takes a second where PTX takes a hundredth
+
+
+def test_the_same_tests_pass_when_interpreted():
+    command = [sys.executable, "-m", "pytest", "-k", SMALL, HERE / "test_chain.py", HERE / "test_grouped_mm.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
