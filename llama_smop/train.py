@@ -76,15 +76,20 @@ def build(config: TrainConfig, texts: Sequence[str]):
         return build_tiny(words, **section.tiny.model_dump(), **projector.model_dump(), **common)
     from llama_smop.models.parts import assemble
 
-    return assemble(
+    reduced = config.optimizer.precision == "bf16"
+    model, processor = assemble(
         language_model=section.language_model,
         audio_tower=section.audio_tower,
         video_tower=section.video_tower,
         lora=section.lora,
         projector=projector.model_dump(),
-        dtype=torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if reduced else torch.float32,
         **common,
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # what learns keeps float32 values; autocast lowers them for the products
+            parameter.data = parameter.data.float()
+    return model, processor
 
 
 def training_clips(config: TrainConfig) -> DrawnClips:
