@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llama_smop import DenseProjector, SMoPProjector, functional
 from llama_smop.ops import expert_projection, grouped_mm, route
@@ -142,7 +143,7 @@ def test_whole_layer_compiles_to_one_graph_forward_and_backward(backend, fresh_c
 
 def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):
     module = layer()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(module, fullgraph=True, backend=counter)
     for T in (12, 17, 23, 5, 40, 9):
         out = function(*batch(T, seed=T))
