@@ -1,7 +1,8 @@
 // The C face between the binding (g++) and the kernels (nvcc): one argument struct and one function a launch sequence.
 // Pointers are device pointers; every function returns a cudaError_t as int and only queues work on `stream`.
-// Rows: T tokens have K choices each; slot = t*K + k. `order` lists the slots sorted by expert, `offs` holds the cumulative
-// ends of the experts' segments in it, `inverse` is its inverse (-1: the slot is skipped). Row r of h, z, ... is slot order[r].
+// Rows: T tokens have K choices each; slot = t*K + k. `order` lists the slots sorted by expert, `offs` holds the
+// cumulative ends of the experts' segments in it, `inverse` is its inverse (-1: the slot is skipped). Row r of h, z,
+// ... is slot order[r].
 #pragma once
 #include <cstdint>
 
@@ -24,7 +25,8 @@ enum SmopEpilogue {
 
 enum SmopLimits { SMOP_MAX_EXPERTS = 128, SMOP_MAX_ROUTE_BLOCKS = 256, SMOP_MAX_GATE_SPLITS = 64 };
 
-// out[r, :] = epilogue(A[row(r), :] · B[e] + bias[e]) for the rows r of every expert e; row(r) = order ? order[r] / top_k : r.
+// out[r, :] = epilogue(A[row(r), :] · B[e] + bias[e]) for the rows r of every expert e; row(r) = order ? order[r] /
+// top_k : r.
 typedef struct {
   int dtype, family;  // family: 0 picks by device and alignment, 80 or 90 insists
   const void* a;      // (.., K), unit stride along K
@@ -35,8 +37,8 @@ typedef struct {
   const int32_t* offs;   // (X,)
   const int32_t* order;  // (M,) or null
   int top_k;
-  int64_t a_rows;     // rows of A that exist
-  int64_t rows;       // M, the bound of offs
+  int64_t a_rows;  // rows of A that exist
+  int64_t rows;    // M, the bound of offs
   int experts, n, k;
   const void* bias;  // (X, N) or null
   const void* aux;   // (M, N) or null
@@ -75,16 +77,16 @@ int smop_zero_tail(const SmopZeroTail* args, uint64_t stream);
 // Router and schedule. Expert id = e + (X == R*E ? m*E : 0); a masked token's experts are X.
 typedef struct {
   int dtype, tokens, dim, routers, gates, experts, top_k;  // gates = E (logits a token), experts = X
-  const void* x;            // (T, D)
-  const void* gate_weight;  // (R, E, D)
-  const int32_t* modality;  // (T,) or null
-  const uint8_t* mask;      // (T,) or null
-  float* logits;            // (T, E)
-  float* weights;           // (T, K)
-  int32_t* chosen;          // (T, K)
-  int32_t* counts;          // (R, E)
-  float* balance_loss;      // ()
-  float* z_loss;            // ()
+  const void* x;                                           // (T, D)
+  const void* gate_weight;                                 // (R, E, D)
+  const int32_t* modality;                                 // (T,) or null
+  const uint8_t* mask;                                     // (T,) or null
+  float* logits;                                           // (T, E)
+  float* weights;                                          // (T, K)
+  int32_t* chosen;                                         // (T, K)
+  int32_t* counts;                                         // (R, E)
+  float* balance_loss;                                     // ()
+  float* z_loss;                                           // ()
   int32_t *order, *inverse, *offs;
   int32_t* block_counts;  // scratch (blocks, R, E)
   float* block_probs;     // scratch (blocks, R, E)
@@ -101,30 +103,30 @@ typedef struct {
 int smop_schedule(const SmopSchedule* args, uint64_t stream);
 
 typedef struct {
-  int dtype, tokens, dim, routers, gates, experts, top_k;
+  int dtype, tokens, dim, routers, gates, top_k;
   const void *x, *gate_weight;
   const int32_t* modality;
   const uint8_t* mask;
   const float *logits, *weights;
   const int32_t *chosen, *counts;
   const float *dlogits, *dweights, *dbalance, *dz;  // each may be null
-  float* dlogits_total;                              // scratch (T, E)
-  float* dgate_partial;                              // scratch (splits, R, E, D)
-  void* dgate;                                       // (R, E, D)
-  void* dx;                                          // (T, D) or null
+  float* dlogits_total;                             // scratch (T, E)
+  float* dgate_partial;                             // scratch (splits, R, E, D)
+  void* dgate;                                      // (R, E, D)
+  void* dx;                                         // (T, D) or null
 } SmopRouteBwd;
 int smop_route_bwd(const SmopRouteBwd* args, uint64_t stream);
 
 // y[t] = Σ_k weights[t,k] · (LayerNorm(z[r]) · ln_weight[e] + ln_bias[e]); LayerNorm absent when ln_weight is null.
 typedef struct {
-  int dtype, ln_dtype, tokens, top_k, experts, dim;
+  int dtype, ln_dtype, tokens, top_k, dim;
   const void* z;           // (M, O)
   const float* weights;    // (T, K)
   const int32_t* chosen;   // (T, K)
   const int32_t* inverse;  // (T, K)
   const void *ln_weight, *ln_bias;
   float eps;
-  void* y;            // (T, O)
+  void* y;             // (T, O)
   float *mean, *rstd;  // (M,), with LayerNorm only
 } SmopCombine;
 int smop_combine_fwd(const SmopCombine* args, uint64_t stream);
@@ -136,9 +138,9 @@ typedef struct {
   const int32_t *order, *offs;
   const void *ln_weight, *ln_bias;
   const float *mean, *rstd;
-  void* dz;              // (M, O)
-  float* dweights;       // (T, K) or null
-  float* ln_partial;     // scratch, smop_ln_partial_size() floats; null without LayerNorm or without its gradients
+  void* dz;           // (M, O)
+  float* dweights;    // (T, K) or null
+  float* ln_partial;  // scratch, smop_ln_partial_size() floats; null without LayerNorm or without its gradients
   void *dln_weight, *dln_bias;  // (X, O); null likewise
 } SmopCombineBwd;
 int smop_combine_bwd(const SmopCombineBwd* args, uint64_t stream);

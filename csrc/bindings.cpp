@@ -1,5 +1,5 @@
-// llama_smop._C: the functions of api.h as Python sees them. Pointers, sizes and the stream are integers, so the module knows
-// nothing of torch and one build serves every version of it; llama_smop/ops/backend_cuda.py checks the tensors.
+// llama_smop._C: the functions of api.h as Python sees them. Pointers, sizes and the stream are integers, so the module
+// knows nothing of torch and one build serves every version of it; llama_smop/ops/backend_cuda.py checks the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,11 +22,13 @@ void check(int error, const char* what) {
 }
 
 template <class T>
-T* at(Address address) { return reinterpret_cast<T*>(address); }
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
-void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb, int64_t stride_b, bool b_k_major,
-                  Address offs, Address order, int top_k, int64_t rows, int experts, int n, int k, Address bias, Address aux, Address pre,
-                  Address out, int epilogue, uint64_t stream) {
+void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
+                  int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
+                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, uint64_t stream) {
   SmopGemm p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows;
@@ -37,8 +39,8 @@ void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows,
   check(smop_grouped_gemm(&p, stream), "grouped_gemm");
 }
 
-void grouped_wgrad(int dtype, int family, Address a, int64_t lda, Address b, int64_t ldb, Address offs, Address order, int top_k, int experts,
-                   int m, int n, Address out, Address a_sum, uint64_t stream) {
+void grouped_wgrad(int dtype, int family, Address a, int64_t lda, Address b, int64_t ldb, Address offs, Address order,
+                   int top_k, int experts, int m, int n, Address out, Address a_sum, uint64_t stream) {
   SmopWgrad p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.b = at<void>(b), p.ldb = ldb;
@@ -52,55 +54,72 @@ void zero_tail(int dtype, Address out, int64_t rows, int n, Address offs, int ex
   check(smop_zero_tail(&p, stream), "zero_tail");
 }
 
-void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, Address x, Address gate_weight, Address modality,
-               Address mask, Address logits, Address weights, Address chosen, Address counts, Address balance_loss, Address z_loss,
-               Address order, Address inverse, Address offs, Address block_counts, Address block_probs, Address block_z, uint64_t stream) {
+void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, Address x,
+               Address gate_weight, Address modality, Address mask, Address logits, Address weights, Address chosen,
+               Address counts, Address balance_loss, Address z_loss, Address order, Address inverse, Address offs,
+               Address block_counts, Address block_probs, Address block_z, uint64_t stream) {
   SmopRoute p{};
-  p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts, p.top_k = top_k;
-  p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality), p.mask = at<uint8_t>(mask);
-  p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen), p.counts = at<int32_t>(counts);
+  p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts,
+  p.top_k = top_k;
+  p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality),
+  p.mask = at<uint8_t>(mask);
+  p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen),
+  p.counts = at<int32_t>(counts);
   p.balance_loss = at<float>(balance_loss), p.z_loss = at<float>(z_loss);
   p.order = at<int32_t>(order), p.inverse = at<int32_t>(inverse), p.offs = at<int32_t>(offs);
   p.block_counts = at<int32_t>(block_counts), p.block_probs = at<float>(block_probs), p.block_z = at<float>(block_z);
   check(smop_route_fwd(&p, stream), "route_fwd");
 }
 
-void route_bwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, Address x, Address gate_weight, Address modality,
-               Address mask, Address logits, Address weights, Address chosen, Address counts, Address dlogits, Address dweights,
-               Address dbalance, Address dz, Address dlogits_total, Address dgate_partial, Address dgate, Address dx, uint64_t stream) {
+void route_bwd(int dtype, int tokens, int dim, int routers, int gates, int top_k, Address x, Address gate_weight,
+               Address modality, Address mask, Address logits, Address weights, Address chosen, Address counts,
+               Address dlogits, Address dweights, Address dbalance, Address dz, Address dlogits_total,
+               Address dgate_partial, Address dgate, Address dx, uint64_t stream) {
   SmopRouteBwd p{};
-  p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts, p.top_k = top_k;
-  p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality), p.mask = at<uint8_t>(mask);
-  p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen), p.counts = at<int32_t>(counts);
-  p.dlogits = at<float>(dlogits), p.dweights = at<float>(dweights), p.dbalance = at<float>(dbalance), p.dz = at<float>(dz);
+  p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.top_k = top_k;
+  p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality),
+  p.mask = at<uint8_t>(mask);
+  p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen),
+  p.counts = at<int32_t>(counts);
+  p.dlogits = at<float>(dlogits), p.dweights = at<float>(dweights), p.dbalance = at<float>(dbalance),
+  p.dz = at<float>(dz);
   p.dlogits_total = at<float>(dlogits_total), p.dgate_partial = at<float>(dgate_partial);
   p.dgate = at<void>(dgate), p.dx = at<void>(dx);
   check(smop_route_bwd(&p, stream), "route_bwd");
 }
 
-void schedule(int tokens, int experts, int top_k, Address chosen, Address order, Address inverse, Address offs, Address block_counts,
-              uint64_t stream) {
-  const SmopSchedule p{tokens,           experts,          top_k, at<int32_t>(chosen), at<int32_t>(order), at<int32_t>(inverse),
-                       at<int32_t>(offs), at<int32_t>(block_counts)};
+void schedule(int tokens, int experts, int top_k, Address chosen, Address order, Address inverse, Address offs,
+              Address block_counts, uint64_t stream) {
+  const SmopSchedule p{tokens,
+                       experts,
+                       top_k,
+                       at<int32_t>(chosen),
+                       at<int32_t>(order),
+                       at<int32_t>(inverse),
+                       at<int32_t>(offs),
+                       at<int32_t>(block_counts)};
   check(smop_schedule(&p, stream), "schedule");
 }
 
-void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address z, Address weights, Address chosen, Address inverse,
-                 Address ln_weight, Address ln_bias, float eps, Address y, Address mean, Address rstd, uint64_t stream) {
+void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int dim, Address z, Address weights, Address chosen,
+                 Address inverse, Address ln_weight, Address ln_bias, float eps, Address y, Address mean, Address rstd,
+                 uint64_t stream) {
   SmopCombine p{};
-  p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
+  p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.dim = dim;
   p.z = at<void>(z), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen), p.inverse = at<int32_t>(inverse);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.eps = eps;
   p.y = at<void>(y), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
   check(smop_combine_fwd(&p, stream), "combine_fwd");
 }
 
-void combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z, Address weights, Address order,
-                 Address offs, Address ln_weight, Address ln_bias, Address mean, Address rstd, Address dz, Address dweights, Address ln_partial,
-                 Address dln_weight, Address dln_bias, uint64_t stream) {
+void combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z,
+                 Address weights, Address order, Address offs, Address ln_weight, Address ln_bias, Address mean,
+                 Address rstd, Address dz, Address dweights, Address ln_partial, Address dln_weight, Address dln_bias,
+                 uint64_t stream) {
   SmopCombineBwd p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
-  p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order), p.offs = at<int32_t>(offs);
+  p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order),
+  p.offs = at<int32_t>(offs);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
   p.dz = at<void>(dz), p.dweights = at<float>(dweights), p.ln_partial = at<float>(ln_partial);
   p.dln_weight = at<void>(dln_weight), p.dln_bias = at<void>(dln_bias);
@@ -118,7 +137,8 @@ int device_arch() {
   return arch;
 }
 
-// What `blocks` persistent blocks compute: (block, expert, first row, rows, column tile, index) of every tile, in each block's order.
+// What `blocks` persistent blocks compute: (block, expert, first row, rows, column tile, index) of every tile, in each
+// block's order.
 using Tile = std::tuple<int, int, int, int, int, int>;
 std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int block_rows, int col_tiles, int blocks) {
   std::vector<Tile> tiles;
@@ -139,46 +159,57 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CUDA kernels of llama_smop. Addresses are device addresses as integers, 0 for none; work is queued on `stream`.";
+  m.doc() =
+      "CUDA kernels of llama_smop. Addresses are device addresses as integers, 0 for none; work is queued on `stream`.";
   m.attr("MAX_EXPERTS") = static_cast<int>(SMOP_MAX_EXPERTS);
-  m.attr("DTYPES") = py::dict("bfloat16"_a = static_cast<int>(SMOP_BFLOAT16), "float16"_a = static_cast<int>(SMOP_FLOAT16),
-                              "float32"_a = static_cast<int>(SMOP_FLOAT32));
+  m.attr("DTYPES") =
+      py::dict("bfloat16"_a = static_cast<int>(SMOP_BFLOAT16), "float16"_a = static_cast<int>(SMOP_FLOAT16),
+               "float32"_a = static_cast<int>(SMOP_FLOAT32));
   m.attr("EPILOGUES") =
-      py::dict("identity"_a = static_cast<int>(SMOP_IDENTITY), "relu"_a = static_cast<int>(SMOP_RELU), "gelu"_a = static_cast<int>(SMOP_GELU),
-               "silu"_a = static_cast<int>(SMOP_SILU), "relu_grad"_a = static_cast<int>(SMOP_RELU_GRAD),
-               "gelu_grad"_a = static_cast<int>(SMOP_GELU_GRAD), "silu_grad"_a = static_cast<int>(SMOP_SILU_GRAD));
+      py::dict("identity"_a = static_cast<int>(SMOP_IDENTITY), "relu"_a = static_cast<int>(SMOP_RELU),
+               "gelu"_a = static_cast<int>(SMOP_GELU), "silu"_a = static_cast<int>(SMOP_SILU),
+               "relu_grad"_a = static_cast<int>(SMOP_RELU_GRAD), "gelu_grad"_a = static_cast<int>(SMOP_GELU_GRAD),
+               "silu_grad"_a = static_cast<int>(SMOP_SILU_GRAD));
 
-  m.def("grouped_gemm", &grouped_gemm, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a, "stride_b"_a,
-        "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a, "aux"_a, "pre"_a, "out"_a,
-        "epilogue"_a, "stream"_a);
-  m.def("grouped_wgrad", &grouped_wgrad, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "b"_a, "ldb"_a, "offs"_a, "order"_a,
-        "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "a_sum"_a, "stream"_a);
+  m.def("grouped_gemm", &grouped_gemm, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
+        "stride_b"_a, "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a,
+        "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "stream"_a);
+  m.def("grouped_wgrad", &grouped_wgrad, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "b"_a, "ldb"_a, "offs"_a,
+        "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "a_sum"_a, "stream"_a);
   m.def("zero_tail", &zero_tail, py::kw_only(), "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a, "stream"_a);
-  m.def("route_fwd", &route_fwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a, "top_k"_a, "x"_a,
-        "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a, "balance_loss"_a, "z_loss"_a,
-        "order"_a, "inverse"_a, "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a, "stream"_a);
-  m.def("route_bwd", &route_bwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a, "top_k"_a, "x"_a,
-        "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a, "dlogits"_a, "dweights"_a, "dbalance"_a,
-        "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a, "dx"_a, "stream"_a);
-  m.def("schedule", &schedule, py::kw_only(), "tokens"_a, "experts"_a, "top_k"_a, "chosen"_a, "order"_a, "inverse"_a, "offs"_a,
-        "block_counts"_a, "stream"_a);
-  m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a, "dim"_a, "z"_a, "weights"_a,
-        "chosen"_a, "inverse"_a, "ln_weight"_a, "ln_bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a, "stream"_a);
-  m.def("combine_bwd", &combine_bwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a, "dim"_a, "dy"_a, "z"_a,
-        "weights"_a, "order"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a, "rstd"_a, "dz"_a, "dweights"_a, "ln_partial"_a,
-        "dln_weight"_a, "dln_bias"_a, "stream"_a);
-  m.def("gather_sum", &gather_sum, py::kw_only(), "dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "rows"_a, "inverse"_a, "dx"_a, "stream"_a);
+  m.def("route_fwd", &route_fwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a,
+        "top_k"_a, "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a,
+        "balance_loss"_a, "z_loss"_a, "order"_a, "inverse"_a, "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a,
+        "stream"_a);
+  m.def("route_bwd", &route_bwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "top_k"_a,
+        "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a, "dlogits"_a,
+        "dweights"_a, "dbalance"_a, "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a, "dx"_a, "stream"_a);
+  m.def("schedule", &schedule, py::kw_only(), "tokens"_a, "experts"_a, "top_k"_a, "chosen"_a, "order"_a, "inverse"_a,
+        "offs"_a, "block_counts"_a, "stream"_a);
+  m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "z"_a,
+        "weights"_a, "chosen"_a, "inverse"_a, "ln_weight"_a, "ln_bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a,
+        "stream"_a);
+  m.def("combine_bwd", &combine_bwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,
+        "dim"_a, "dy"_a, "z"_a, "weights"_a, "order"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a, "rstd"_a,
+        "dz"_a, "dweights"_a, "ln_partial"_a, "dln_weight"_a, "dln_bias"_a, "stream"_a);
+  m.def("gather_sum", &gather_sum, py::kw_only(), "dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "rows"_a, "inverse"_a,
+        "dx"_a, "stream"_a);
 
   m.def("route_blocks", &smop_route_blocks, "tokens"_a, "Blocks of the router: the first size of its scratch arrays.");
-  m.def("gate_splits", &smop_gate_splits, "tokens"_a, "Token splits of the gate's gradient: the first size of its scratch array.");
-  m.def("ln_partial_size", &smop_ln_partial_size, "rows"_a, "experts"_a, "dim"_a, "Floats of combine_bwd's scratch array.");
+  m.def("gate_splits", &smop_gate_splits, "tokens"_a,
+        "Token splits of the gate's gradient: the first size of its scratch array.");
+  m.def("ln_partial_size", &smop_ln_partial_size, "rows"_a, "experts"_a, "dim"_a,
+        "Floats of combine_bwd's scratch array.");
   m.def("device_arch", &device_arch, "10 * major + minor of the current device.");
   m.def("max_row_tiles", &smop::max_row_tiles, "rows"_a, "experts"_a, "block_rows"_a);
   m.def("row_tiles", &row_tiles, "offs"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a,
         "(block, expert, first row, rows, column tile, index) of every tile that `blocks` persistent blocks compute.");
-  m.def("weight_tile", [](int64_t number, int row_tiles, int col_tiles) {
-    const smop::WeightTile t = smop::weight_tile(number, row_tiles, col_tiles);
-    return std::make_tuple(t.expert, t.row_tile, t.col_tile);
-  }, "number"_a, "row_tiles"_a, "col_tiles"_a);
+  m.def(
+      "weight_tile",
+      [](int64_t number, int row_tiles, int col_tiles) {
+        const smop::WeightTile t = smop::weight_tile(number, row_tiles, col_tiles);
+        return std::make_tuple(t.expert, t.row_tile, t.col_tile);
+      },
+      "number"_a, "row_tiles"_a, "col_tiles"_a);
   m.def("build_info", &build_info, "What this extension was built with and for.");
 }

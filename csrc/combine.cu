@@ -1,7 +1,8 @@
-// From expert rows back to tokens: LayerNorm, gate weights and the sum over K, their backward, and two small row kernels.
+// From expert rows back to tokens: LayerNorm, gate weights and the sum over K, their backward, and two small row
+// kernels.
 //
-// The statistics are exact two-pass ones in float32; a row is read again from L1/L2 for the second pass. LayerNorm parameters may be
-// float32 beside 16-bit activations (autocast keeps them so): P is their type.
+// The statistics are exact two-pass ones in float32; a row is read again from L1/L2 for the second pass. LayerNorm
+// parameters may be float32 beside 16-bit activations (autocast keeps them so): P is their type.
 #include "common.cuh"
 
 namespace smop {
@@ -11,7 +12,9 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kStep = kThreads * 8;  // columns a block covers at a time, 8 a thread
 
 template <class T>
-__device__ __forceinline__ const T* row_of(const void* base, int64_t row, int dim) { return static_cast<const T*>(base) + row * dim; }
+__device__ __forceinline__ const T* row_of(const void* base, int64_t row, int dim) {
+  return static_cast<const T*>(base) + row * dim;
+}
 
 // One block a token.
 template <class T, class P>
@@ -69,13 +72,16 @@ __global__ __launch_bounds__(kThreads) void combine_fwd(const SmopCombine p) {
   }
 }
 
-// Rows of one expert a block of combine_bwd takes: enough to make the partial sums small, few enough to fill the device.
+// Rows of one expert a block of combine_bwd takes: enough to make the partial sums small, few enough to fill the
+// device.
 int chunk_rows(int64_t rows) {
   const int64_t even = ceil_div(rows, 512);
   return static_cast<int>(even < 4 ? 4 : even > 64 ? 64 : even);
 }
 
-__host__ __device__ __forceinline__ int padded(int dim) { return (dim + 7) / 8 * 8; }  // keeps the partial sums float4-aligned
+__host__ __device__ __forceinline__ int padded(int dim) {
+  return (dim + 7) / 8 * 8;
+}  // keeps the partial sums float4-aligned
 
 __device__ __forceinline__ void add8(float* to, const float (&v)[8]) {
   float4* q = reinterpret_cast<float4*>(to);
@@ -85,11 +91,12 @@ __device__ __forceinline__ void add8(float* to, const float (&v)[8]) {
   q[0] = a, q[1] = b;
 }
 
-// One block a chunk of rows of one expert, so that the sums of dln_weight and dln_bias over the chunk can stay in the block: in shared
-// memory, or, when the rows are too wide for that, in the block's own slice of the partial array.
+// One block a chunk of rows of one expert, so that the sums of dln_weight and dln_bias over the chunk can stay in the
+// block: in shared memory, or, when the rows are too wide for that, in the block's own slice of the partial array.
 //   dout = w · dy;  dx̂ = dout · γ;  dz = rstd · (dx̂ − mean(dx̂) − x̂ · mean(dx̂ · x̂));  dw = Σ dy · (x̂ · γ + β)
 template <class T, class P>
-__global__ __launch_bounds__(kThreads, 3) void combine_bwd(const SmopCombineBwd p, int rows_per_chunk, bool sums_in_shared) {
+__global__ __launch_bounds__(kThreads, 3) void combine_bwd(const SmopCombineBwd p, int rows_per_chunk,
+                                                           bool sums_in_shared) {
   extern __shared__ __align__(16) float shared_sums[];
   __shared__ float reduce[3 * kWarps];
   RowTile tile;
@@ -264,7 +271,8 @@ extern "C" int smop_combine_bwd(const SmopCombineBwd* p, uint64_t stream) {
   return by_dtypes(p->dtype, p->ln_dtype, [&](auto t, auto ln) {
     auto kernel = combine_bwd<decltype(t), decltype(ln)>;
     if (chunks) {
-      if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared))) return e;
+      if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
+        return e;
       kernel<<<static_cast<unsigned>(chunks), kThreads, shared, as_stream(stream)>>>(*p, per_chunk, in_shared);
       if (auto e = cudaGetLastError()) return e;
     }
@@ -289,7 +297,8 @@ extern "C" int smop_zero_tail(const SmopZeroTail* p, uint64_t stream) {
   using namespace smop;
   if (p->rows == 0) return cudaSuccess;
   return by_dtype(p->dtype, [&](auto t) {
-    zero_tail<decltype(t)><<<static_cast<unsigned>(p->rows < 1024 ? p->rows : 1024), kRowThreads, 0, as_stream(stream)>>>(*p);
+    zero_tail<decltype(t)>
+        <<<static_cast<unsigned>(p->rows < 1024 ? p->rows : 1024), kRowThreads, 0, as_stream(stream)>>>(*p);
     return cudaGetLastError();
   });
 }

@@ -1,4 +1,5 @@
-// What every kernel file uses: 16-bit element types, 16-byte row access that tolerates any alignment, reductions, launch checks.
+// What every kernel file uses: 16-bit element types, 16-byte row access that tolerates any alignment, reductions,
+// launch checks.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,16 +24,22 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ fp16 from_float<fp16>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 
 __device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// Eight consecutive elements, of which `n` exist (n may be ≥ 8 or ≤ 0); those that do not read as zero. 16-byte accesses where the
-// address allows them, which is every time for contiguous rows whose width is a multiple of 8.
+// Eight consecutive elements, of which `n` exist (n may be ≥ 8 or ≤ 0); those that do not read as zero. 16-byte
+// accesses where the address allows them, which is every time for contiguous rows whose width is a multiple of 8.
 template <class T>
 __device__ __forceinline__ void load8(const T* p, int n, float (&v)[8]) {
   if (n >= 8 && aligned16(p)) {
@@ -82,8 +89,8 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Sums of N values over the block, the same in every thread. `shared` holds N * warps floats and may be reused after the
-// caller's next barrier.
+// Sums of N values over the block, the same in every thread. `shared` holds N * warps floats and may be reused after
+// the caller's next barrier.
 template <int N, int kThreads>
 __device__ __forceinline__ void block_sum(float (&v)[N], float* shared) {
   constexpr int kWarps = kThreads / kWarp;

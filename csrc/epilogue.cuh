@@ -1,6 +1,6 @@
-// From accumulators to rows in memory: bias, activation or its derivative, predicated 16-byte stores. Both GEMM families use
-// it, because mma.sync and wgmma leave a warp the same fragment: of an 8-column block, lane l holds columns 2(l%4), +1 of rows
-// l/4 and l/4 + 8.
+// From accumulators to rows in memory: bias, activation or its derivative, predicated 16-byte stores. Both GEMM
+// families use it, because mma.sync and wgmma leave a warp the same fragment: of an 8-column block, lane l holds
+// columns 2(l%4), +1 of rows l/4 and l/4 + 8.
 #pragma once
 #include "common.cuh"
 
@@ -33,8 +33,9 @@ __device__ __forceinline__ float transcendental(int kind, float v, float aux) {
   return kind == SMOP_SILU ? x * s : v * s * (1.f + x * (1.f - s));
 }
 
-// One 16×32 piece of a warp's accumulators: acc[base + 4j + i] is element i of its column block j. `row` is the piece's first
-// row within the tile, `col` its first column in the matrix. The stage is the warp's own. `base` must be a constant once inlined.
+// One 16×32 piece of a warp's accumulators: acc[base + 4j + i] is element i of its column block j. `row` is the piece's
+// first row within the tile, `col` its first column in the matrix. The stage is the warp's own. `base` must be a
+// constant once inlined.
 template <class T, int N>
 __device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, float* stage,
                                             int row, int col) {
@@ -72,8 +73,8 @@ __device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = other[i] <= 0.f ? 0.f : v[i];
     } else if (to.kind != SMOP_IDENTITY) {
-      // erf and exp, inlined once for each of a thread's accumulators, would be most of the kernel's code: here they work in
-      // place on the lane's 8 staged floats, in a loop that stays a loop.
+      // erf and exp, inlined once for each of a thread's accumulators, would be most of the kernel's code: here they
+      // work in place on the lane's 8 staged floats, in a loop that stays a loop.
 #pragma unroll
       for (int i = 0; i < 8; ++i) mine[i] = v[i];
 #pragma unroll 1

@@ -1,9 +1,10 @@
 // Grouped GEMMs with cp.async, ldmatrix and mma.sync: sm_80 and later, any shape and any alignment.
 //
-// A block of 8 warps (2 × 4) computes one 128×128 tile; each warp 64×32 of it. The operands pass through a ring of kStages
-// shared-memory stages of depth kBlockK. A tile in shared memory is ROWS × COLS elements in the layout it has in global memory,
-// its 16-byte chunks exchanged within a row so that the 8 rows an ldmatrix reads lie in different banks; an operand
-// whose memory layout has the wrong unit stride for mma.sync is transposed by ldmatrix.trans on the way to registers.
+// A block of 8 warps (2 × 4) computes one 128×128 tile; each warp 64×32 of it. The operands pass through a ring of
+// kStages shared-memory stages of depth kBlockK. A tile in shared memory is ROWS × COLS elements in the layout it has
+// in global memory, its 16-byte chunks exchanged within a row so that the 8 rows an ldmatrix reads lie in different
+// banks; an operand whose memory layout has the wrong unit stride for mma.sync is transposed by ldmatrix.trans on the
+// way to registers.
 #include "epilogue.cuh"
 #include "gemm.cuh"
 #include "ptx.cuh"
@@ -27,8 +28,8 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
     return row * kCols + (chunk ^ (row % 8)) * 8;
 }
 
-// One chunk of a tile: 8 elements of which `valid` are read. Unaligned memory goes element by element, without cp.async; the barrier
-// that publishes the stage serves both.
+// One chunk of a tile: 8 elements of which `valid` are read. Unaligned memory goes element by element, without
+// cp.async; the barrier that publishes the stage serves both.
 template <class T>
 __device__ __forceinline__ void load_chunk(T* dst, const T* src, int valid) {
   if (aligned16(src)) {
@@ -62,7 +63,8 @@ class RowsLoader {
     for (int i = 0; i < kChunks; ++i) {
       const int row = threadIdx.x / kRowChunks + i * (kThreads / kRowChunks);
       const bool exists = offset_[i] >= 0 && col < k_;
-      load_chunk(tile + tile_offset<kBlockK>(row, chunk), exists ? base_ + offset_[i] + col : base_, exists ? k_ - col : 0);
+      load_chunk(tile + tile_offset<kBlockK>(row, chunk), exists ? base_ + offset_[i] + col : base_,
+                 exists ? k_ - col : 0);
     }
   }
 
@@ -73,8 +75,8 @@ class RowsLoader {
   int k_;
 };
 
-// Loads tiles of kBlockK rows × 128 columns: the columns stay, the rows advance with k. Rows may be gathered: then the index
-// of the next tile's rows is fetched one tile ahead.
+// Loads tiles of kBlockK rows × 128 columns: the columns stay, the rows advance with k. Rows may be gathered: then the
+// index of the next tile's rows is fetched one tile ahead.
 template <class T, class RowOf>
 class ColsLoader {
  public:
@@ -92,7 +94,8 @@ class ColsLoader {
     for (int i = 0; i < kChunks; ++i) {
       const int row = threadIdx.x / kRowChunks + i * (kThreads / kRowChunks);
       const bool exists = next_[i] >= 0 && valid_ > 0;
-      load_chunk(tile + tile_offset<128>(row, chunk), exists ? base_ + static_cast<int64_t>(next_[i]) * ld_ + first_col_ : base_, exists ? valid_ : 0);
+      load_chunk(tile + tile_offset<128>(row, chunk),
+                 exists ? base_ + static_cast<int64_t>(next_[i]) * ld_ + first_col_ : base_, exists ? valid_ : 0);
     }
     fetch_rows(k_tile + 1);
   }
@@ -114,10 +117,11 @@ class ColsLoader {
   int next_[kChunks];
 };
 
-// acc += A · B over all k tiles. With kSumA, sum += the row sums of A (the same product with a B of ones, in registers): of the
-// warp's four 16-row pieces the two of `sum_half`; -1 for none.
+// acc += A · B over all k tiles. With kSumA, sum += the row sums of A (the same product with a B of ones, in
+// registers): of the warp's four 16-row pieces the two of `sum_half`; -1 for none.
 template <class T, bool kSumA, class A, class B>
-__device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4], int sum_half, T* ring, A& a, B& b, int k_tiles) {
+__device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4], int sum_half, T* ring, A& a, B& b,
+                                         int k_tiles) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
   const auto a_tile = [&](int stage) { return ring + stage * 2 * kTileElements; };
@@ -141,29 +145,34 @@ __device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4]
 #pragma unroll
     for (int k = 0; k < kBlockK; k += 16) {
       uint32_t a_frag[4][4], b_frag[2][4];
-      // Lane l addresses row l % 8 of matrix l / 8. A's four matrices are (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
+      // Lane l addresses row l % 8 of matrix l / 8. A's four matrices are (m, k), (m + 8, k), (m, k + 8), (m + 8, k +
+      // 8).
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int m = warp_m + i * 16;
         if constexpr (A::kTransposed)
-          ptx::ldmatrix_x4_trans(a_frag[i], ptx::shared_address(a_smem + tile_offset<128>(k + lane / 16 * 8 + lane % 8, m / 8 + lane / 8 % 2)));
+          ptx::ldmatrix_x4_trans(a_frag[i], ptx::shared_address(a_smem + tile_offset<128>(k + lane / 16 * 8 + lane % 8,
+                                                                                          m / 8 + lane / 8 % 2)));
         else
-          ptx::ldmatrix_x4(a_frag[i], ptx::shared_address(a_smem + tile_offset<kBlockK>(m + lane % 16, k / 8 + lane / 16)));
+          ptx::ldmatrix_x4(a_frag[i],
+                           ptx::shared_address(a_smem + tile_offset<kBlockK>(m + lane % 16, k / 8 + lane / 16)));
       }
       // B's are (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int n = warp_n + j * 16;
         if constexpr (B::kTransposed)
-          ptx::ldmatrix_x4_trans(b_frag[j], ptx::shared_address(b_smem + tile_offset<128>(k + lane % 16, n / 8 + lane / 16)));
+          ptx::ldmatrix_x4_trans(b_frag[j],
+                                 ptx::shared_address(b_smem + tile_offset<128>(k + lane % 16, n / 8 + lane / 16)));
         else
-          ptx::ldmatrix_x4(b_frag[j], ptx::shared_address(b_smem + tile_offset<kBlockK>(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2)));
+          ptx::ldmatrix_x4(b_frag[j], ptx::shared_address(b_smem + tile_offset<kBlockK>(n + lane / 16 * 8 + lane % 8,
+                                                                                        k / 8 + lane / 8 % 2)));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float(&d)[4] = *reinterpret_cast<float(*)[4]>(&acc[i][4 * j]);
+          float (&d)[4] = *reinterpret_cast<float (*)[4]>(&acc[i][4 * j]);
           ptx::mma_m16n8k16<T>(d, a_frag[i], b_frag[j / 2][j % 2 * 2], b_frag[j / 2][j % 2 * 2 + 1]);
         }
         if constexpr (kSumA)
@@ -222,7 +231,8 @@ template <class T>
 __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgrad p) {
   extern __shared__ __align__(16) unsigned char shared[];
   T* ring = reinterpret_cast<T*>(shared);
-  const WeightTile tile = weight_tile(blockIdx.x, static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, kBlockN)));
+  const WeightTile tile =
+      weight_tile(blockIdx.x, static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, kBlockN)));
   const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, rows = p.offs[tile.expert] - begin;
   const int m0 = tile.row_tile * kBlockM, n0 = tile.col_tile * kBlockN;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

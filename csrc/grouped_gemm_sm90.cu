@@ -1,164 +1,48 @@
-// Grouped GEMMs for Hopper: TMA, wgmma, warp specialisation, a persistent grid. Compiled for sm_90a alone, and only when that is
-// among the architectures (SMOP_HAS_SM90A).
+// Grouped GEMMs for Hopper: TMA, wgmma, warp specialisation, a persistent grid. Compiled for sm_90a alone, and only
+// when that is among the architectures (SMOP_HAS_SM90A).
 //
-// A block is three warpgroups on one SM. The first, the producer, fills a ring of shared-memory stages 64 deep in k; the other two each
-// multiply 64 of the tile's 128 rows by its kBlockN columns and store them. A stage has two mbarriers: `full` (the producer's copies have
-// landed) and `empty` (the consumers have read it). The ring runs on across tiles, so the next tile's loads overlap an epilogue.
+// pipeline_sm90.cuh has the block's structure; here are the producers, the kernels and their launch.
 //
 // What loads an operand:
-//   weights            TMA, one 3-D tensor map over (X, N, K) or (X, K, N): the expert is a coordinate, no map is edited per group
-//   rows as they lie   TMA, 2-D. A tile may run into the next expert's rows; their products are in rows that are not stored
-//   gathered rows      cp.async by all four producer warps
-//   weight gradient    cp.async for both operands: here a foreign row would be summed, so rows past the segment are zeroed
-// The copy engine's writes are seen by wgmma as they are; cp.async's go through the generic proxy, so the producer waits for them,
-// fences and only then arrives, kLag stages behind what it issues.
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
+// - weights: TMA, one 3-D tensor map over (X, N, K) or (X, K, N). The expert is a coordinate, so no map is ever edited.
+// - rows as they lie: TMA, 2-D. A tile may run into the next expert's rows; those products are not stored.
+// - gathered rows: cp.async by all four producer warps.
+// - weight gradients: cp.async for both operands. A foreign row would be summed, so rows past the segment become zeros.
 #include "gemm.cuh"
-#include "ptx.cuh"
-#include "wgmma.cuh"
+#include "pipeline_sm90.cuh"
+#include "tensor_map.cuh"
 
 namespace smop {
 namespace {
 
-constexpr int kBlockM = 128, kBlockK = 64, kThreads = 384, kGroup = 128;  // threads of a warpgroup
-constexpr int kConsumerWarps = 8, kProducerWarps = 4;
-constexpr int kBlockBytes = 64 * ptx::kSwizzleRow;  // a 64-row block of a tile
-constexpr int kABytes = kBlockM / 64 * kBlockBytes;
-constexpr int kRingBytes = 192 * 1024, kMaxStages = 6;
-constexpr int kLag = 2;  // stages of cp.async in flight behind the newest
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "the register file");
-
-template <int kBlockN>
-constexpr int kBBytes = kBlockN / 64 * kBlockBytes;
-template <int kBlockN>
-constexpr int kStages = kRingBytes / (kABytes + kBBytes<kBlockN>);
-
-constexpr int kStageBytes = kConsumerWarps * kStageFloats * 4;  // the epilogue's
-constexpr int kOnesBytes = ptx::kSwizzleGroup;
-constexpr int kSharedBytes = kRingBytes + kStageBytes + kOnesBytes + 2 * kMaxStages * 8 + 1024;  // 1024 to align the ring
-static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block on sm_90");
-
-struct Shared {
-  uint32_t ring, ones, full, empty;  // shared addresses
-  float* stages;
-
-  __device__ explicit Shared(unsigned char* base) {
-    unsigned char* aligned = base + (-ptx::shared_address(base) & 1023);
-    ring = ptx::shared_address(aligned);
-    ones = ring + kRingBytes;
-    stages = reinterpret_cast<float*>(aligned + kRingBytes + kOnesBytes);
-    full = ones + kOnesBytes + kStageBytes;
-    empty = full + kMaxStages * 8;
-  }
-};
-
-template <int kBlockN>
-struct Ring {
-  const Shared& shared;
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ uint32_t a() const { return shared.ring + stage * (kABytes + kBBytes<kBlockN>); }
-  __device__ uint32_t b() const { return a() + kABytes; }
-  __device__ uint32_t full() const { return shared.full + stage * 8; }
-  __device__ uint32_t empty() const { return shared.empty + stage * 8; }
-  __device__ void advance() {
-    if (++stage == kStages<kBlockN>) stage = 0, phase ^= 1;
-  }
-};
-
-template <int kBlockN>
-__device__ __forceinline__ void init_barriers(const Shared& shared, int full_arrivals) {
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages<kBlockN>; ++s) {
-      ptx::mbarrier_init(shared.full + s * 8, full_arrivals);
-      ptx::mbarrier_init(shared.empty + s * 8, kConsumerWarps);
-    }
-    ptx::mbarrier_init_fence();
-  }
-}
-
-// Announces the stages a producer warp has filled by cp.async, kLag behind.
-template <int kBlockN>
-struct Announcer {
-  Ring<kBlockN> ring;
-  int pending = 0;
-
-  __device__ void issued() {
-    ptx::cp_async_commit();
-    if (++pending > kLag) {
-      ptx::cp_async_wait<kLag>();
-      announce();
-    }
-  }
-  __device__ void drain() {
-    ptx::cp_async_wait<0>();
-    while (pending) announce();
-  }
-
- private:
-  __device__ void announce() {
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.full());
-    ring.advance();
-    --pending;
-  }
-};
-
-// acc += A · B over a tile's k; with kSum, sum += the row sums of A (the product with a tile of ones). One batch of wgmma stays in flight;
-// a stage is handed back when the batch that read it has finished.
-template <class T, int kBlockN, bool kTransA, bool kTransB, bool kSum>
-__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], float (&sum)[4], Ring<kBlockN>& ring, int k_tiles) {
-  const int group = threadIdx.x / kGroup - 1;
-  const uint64_t ones = ptx::descriptor(ring.shared.ones, 0);
-  uint32_t previous = 0;
-  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-    ptx::mbarrier_wait(ring.full(), ring.phase);
-    const uint32_t a = ring.a() + group * kBlockBytes, b = ring.b();
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kBlockK / 16; ++k) {
-      const uint64_t a_tile = ptx::descriptor(a + k * ptx::kStepBytes<kTransA>, kBlockBytes);
-      const uint64_t b_tile = ptx::descriptor(b + k * ptx::kStepBytes<kTransB>, kBlockBytes);
-      ptx::wgmma<T, kTransA, kTransB>(acc, a_tile, b_tile);
-      if constexpr (kSum) ptx::wgmma<T, kTransA, false>(sum, a_tile, ones);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    if (k_tile > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
-    previous = ring.empty();
-    ring.advance();
-  }
-  ptx::wgmma_wait<0>();
-  if (k_tiles > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
-}
+using namespace sm90;
 
 template <class T, int kBlockN>
-__device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2], float* stages, int first_col) {
+__device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2], float* stages,
+                                           int first_col) {
   const int warp = threadIdx.x / kWarp - kProducerWarps;
 #pragma unroll
   for (int piece = 0; piece < kBlockN / kStageCols; ++piece)
-    store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16, first_col + piece * kStageCols);
+    store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16,
+                first_col + piece * kStageCols);
 }
 
 // The TMA boxes of one stage of the weights.
 template <int kBlockN, bool kTransB>
-__device__ __forceinline__ void load_weights(const Ring<kBlockN>& ring, const CUtensorMap& map, int k, int n, int expert) {
+__device__ __forceinline__ void load_weights(const Ring<kBlockN>& ring, const CUtensorMap& map, int k, int n,
+                                             int expert) {
   if constexpr (kTransB) {
 #pragma unroll
-    for (int i = 0; i < kBlockN / 64; ++i) ptx::tma_load(ring.b() + i * kBlockBytes, &map, ring.full(), n + i * 64, k, expert);
+    for (int i = 0; i < kBlockN / 64; ++i)
+      ptx::tma_load(ring.b() + i * kBlockBytes, &map, ring.full(), n + i * 64, k, expert);
   } else {
     ptx::tma_load(ring.b(), &map, ring.full(), k, n, expert);
   }
 }
 
 template <class T, int kBlockN, bool kTransB>
-__device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensorMap& a_map, const CUtensorMap& b_map, const Shared& shared,
-                                               RowTileScheduler scheduler) {
+__device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensorMap& a_map, const CUtensorMap& b_map,
+                                               const Shared& shared, RowTileScheduler scheduler) {
   if (threadIdx.x != 0) return;
   Ring<kBlockN> ring{shared};
   RowTile tile;
@@ -174,7 +58,8 @@ __device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensor
 }
 
 template <class T, int kBlockN, bool kTransB>
-__device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtensorMap& b_map, const Shared& shared, RowTileScheduler scheduler) {
+__device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtensorMap& b_map, const Shared& shared,
+                                                 RowTileScheduler scheduler) {
   constexpr int kRows = kBlockM / (kGroup / 8);  // 8 threads copy the 128 bytes of a row
   const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
   const T* a = static_cast<const T*>(p.a);
@@ -199,7 +84,8 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
       for (int i = 0; i < kRows; ++i) {
         const bool exists = rows[i] >= 0 && col < p.k;
         const T* src = exists ? a + rows[i] * p.lda + col : a;
-        ptx::cp_async16(ring.a() + ptx::swizzled(first + i * (kGroup / 8), chunk), src, exists ? 2 * min(8, p.k - col) : 0);
+        ptx::cp_async16(ring.a() + ptx::swizzled(first + i * (kGroup / 8), chunk), src,
+                        exists ? 2 * min(8, p.k - col) : 0);
       }
       announcer.issued();
       ring.advance();
@@ -208,9 +94,11 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
   announcer.drain();
 }
 
-// Copies 64 rows of k × 64·kBlocks columns into a stage, as kBlocks blocks of 64 columns. `row_of(i)` is the memory row of row i, or -1.
+// Copies 64 rows of k × 64·kBlocks columns into a stage, as kBlocks blocks of 64 columns. `row_of(i)` is the memory row
+// of row i, or -1.
 template <int kBlocks, class T, class RowOf>
-__device__ __forceinline__ void copy_k_rows(uint32_t dst, const T* base, int64_t ld, int first_col, int cols, RowOf row_of) {
+__device__ __forceinline__ void copy_k_rows(uint32_t dst, const T* base, int64_t ld, int first_col, int cols,
+                                            RowOf row_of) {
   constexpr int kRowChunks = kBlocks * 8, kStep = kGroup / kRowChunks;
   const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
   const int col = first_col + chunk * 8;
@@ -219,8 +107,8 @@ __device__ __forceinline__ void copy_k_rows(uint32_t dst, const T* base, int64_t
     const int row = first + i * kStep;
     const int from = row_of(row);
     const bool exists = from >= 0 && col < cols;
-    ptx::cp_async16(dst + chunk / 8 * kBlockBytes + ptx::swizzled(row, chunk % 8), exists ? base + from * ld + col : base,
-                    exists ? 2 * min(8, cols - col) : 0);
+    ptx::cp_async16(dst + chunk / 8 * kBlockBytes + ptx::swizzled(row, chunk % 8),
+                    exists ? base + from * ld + col : base, exists ? 2 * min(8, cols - col) : 0);
   }
 }
 
@@ -245,9 +133,8 @@ __device__ __forceinline__ void produce_wgrad(const SmopWgrad& p, const WgradGri
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       copy_k_rows<kBlockM / 64>(ring.a(), static_cast<const T*>(p.a), p.lda, tile.row_tile * kBlockM, p.m,
                                 [&](int row) { return k + row < end ? k + row : -1; });
-      copy_k_rows<kBlockN / 64>(ring.b(), static_cast<const T*>(p.b), p.ldb, tile.col_tile * kBlockN, p.n, [&](int row) {
-        return __shfl_sync(kFullWarp, row < kWarp ? low : high, row % kWarp);
-      });
+      copy_k_rows<kBlockN / 64>(ring.b(), static_cast<const T*>(p.b), p.ldb, tile.col_tile * kBlockN, p.n,
+                                [&](int row) { return __shfl_sync(kFullWarp, row < kWarp ? low : high, row % kWarp); });
       announcer.issued();
       ring.advance();
       low = gathered(k + kBlockK + lane), high = gathered(k + kBlockK + lane + kWarp);
@@ -257,7 +144,8 @@ __device__ __forceinline__ void produce_wgrad(const SmopWgrad& p, const WgradGri
 }
 
 template <class T, int kBlockN, bool kTransB>
-__global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_constant__ SmopGemm p, const __grid_constant__ CUtensorMap a_map,
+__global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_constant__ SmopGemm p,
+                                                                 const __grid_constant__ CUtensorMap a_map,
                                                                  const __grid_constant__ CUtensorMap b_map) {
   extern __shared__ unsigned char base[];
   const Shared shared(base);
@@ -284,7 +172,8 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
 }
 
 template <class T, int kBlockN>
-__global__ __launch_bounds__(kThreads, 1) void grouped_wgrad_sm90(const __grid_constant__ SmopWgrad p, const __grid_constant__ WgradGrid grid) {
+__global__ __launch_bounds__(kThreads, 1) void grouped_wgrad_sm90(const __grid_constant__ SmopWgrad p,
+                                                                  const __grid_constant__ WgradGrid grid) {
   extern __shared__ unsigned char base[];
   const Shared shared(base);
   init_barriers<kBlockN>(shared, kProducerWarps);
@@ -315,38 +204,17 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_wgrad_sm90(const __grid_c
       } else {
         consume<T, kBlockN, true, true, false>(acc, sum, ring, k_tiles);
       }
-      store_tile<T, kBlockN>(wgrad_epilogue<T>(p, tile.expert, tile.row_tile * kBlockM, kBlockM), acc, shared.stages, tile.col_tile * kBlockN);
+      store_tile<T, kBlockN>(wgrad_epilogue<T>(p, tile.expert, tile.row_tile * kBlockM, kBlockM), acc, shared.stages,
+                             tile.col_tile * kBlockN);
     }
   }
 }
 
-// -------------------------------------------------------------------------------------------------------------------- host
+// --------------------------------------------------------------------------------------------------------------------
+// host
 
-bool addressable(const void* pointer, int64_t ld) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && ld % 8 == 0; }
-
-cudaError_t encoder(PFN_cuTensorMapEncodeTiled_v12000& encode) {
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &symbol, cudaEnableDefault, &found);
-#endif
-  if (e) return e;
-  encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(symbol);
-  return found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorSymbolNotFound;
-}
-
-// A map of `rank` dimensions, innermost first; boxes of 64 × box_rows elements land in the layout of wgmma.cuh.
-cudaError_t tensor_map(CUtensorMap& map, int dtype, const void* base, int rank, const cuuint64_t (&dims)[3], const cuuint64_t (&strides)[2],
-                       int box_rows) {
-  PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
-  if (auto e = encoder(encode)) return e;
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
-  const CUresult made = encode(&map, dtype == SMOP_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
-                               const_cast<void*>(base), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+bool addressable(const void* pointer, int64_t ld) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && ld % 8 == 0;
 }
 
 cudaError_t sm_count(int& count) {
@@ -368,23 +236,26 @@ cudaError_t launch_gemm(const SmopGemm& p, int sms, cudaStream_t stream) {
   CUtensorMap a_map{}, b_map{};
   const cuuint64_t inner = p.b_k_major ? p.k : p.n, outer = p.b_k_major ? p.n : p.k;
   const cuuint64_t b_strides[2] = {static_cast<cuuint64_t>(p.ldb) * 2, static_cast<cuuint64_t>(p.stride_b) * 2};
-  if (auto e = tensor_map(b_map, p.dtype, p.b, 3, {inner, outer, static_cast<cuuint64_t>(p.experts)}, b_strides, p.b_k_major ? kBlockN : kBlockK))
+  if (auto e = tensor_map(b_map, p.dtype, p.b, 3, {inner, outer, static_cast<cuuint64_t>(p.experts)}, b_strides,
+                          p.b_k_major ? kBlockN : kBlockK))
     return e;
   if (!p.order) {
     const cuuint64_t a_strides[2] = {static_cast<cuuint64_t>(p.lda) * 2, 0};
-    if (auto e = tensor_map(a_map, p.dtype, p.a, 2, {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.a_rows), 1}, a_strides, kBlockM))
+    if (auto e = tensor_map(a_map, p.dtype, p.a, 2,
+                            {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.a_rows), 1}, a_strides, kBlockM))
       return e;
   }
   const int64_t tiles = max_row_tiles(p.rows, p.experts, kBlockM) * ceil_div(p.n, kBlockN);
-  return launch(p.b_k_major ? grouped_gemm_sm90<T, kBlockN, false> : grouped_gemm_sm90<T, kBlockN, true>, tiles, sms, stream, p, a_map, b_map);
+  return launch(p.b_k_major ? grouped_gemm_sm90<T, kBlockN, false> : grouped_gemm_sm90<T, kBlockN, true>, tiles, sms,
+                stream, p, a_map, b_map);
 }
 
 }  // namespace
 
 bool gemm_sm90_serves(const SmopGemm& p) {
   const int64_t inner = p.b_k_major ? p.k : p.n, outer = p.b_k_major ? p.n : p.k;
-  return p.k > 0 && addressable(p.a, p.lda) && p.lda >= p.k && addressable(p.b, p.ldb) && p.stride_b % 8 == 0 && p.ldb >= inner &&
-         p.stride_b >= p.ldb * (outer - 1) + inner;
+  return p.k > 0 && addressable(p.a, p.lda) && p.lda >= p.k && addressable(p.b, p.ldb) && p.stride_b % 8 == 0 &&
+         p.ldb >= inner && p.stride_b >= p.ldb * (outer - 1) + inner;
 }
 
 bool wgrad_sm90_serves(const SmopWgrad& p) { return addressable(p.a, p.lda) && addressable(p.b, p.ldb); }

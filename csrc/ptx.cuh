@@ -4,17 +4,23 @@
 
 namespace smop::ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
-// ------------------------------------------------------------------------------------------------ sm_80: cp.async, mma.sync
+// ------------------------------------------------------------------------------------------------ sm_80: cp.async,
+// mma.sync
 
-// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest become zero. The L1 is bypassed.
+// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest become zero. The L1 is
+// bypassed.
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
-__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -33,13 +39,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
 // d += a · b, 16×8×16, float32 accumulators.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define SMOP_MMA(TYPE, NAME)                                                                                                   \
-  template <>                                                                                                                  \
-  __device__ __forceinline__ void mma_m16n8k16<TYPE>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {        \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "        \
-                 "{%0,%1,%2,%3};"                                                                                              \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                              \
+#define SMOP_MMA(TYPE, NAME)                                                                             \
+  template <>                                                                                            \
+  __device__ __forceinline__ void mma_m16n8k16<TYPE>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                                     uint32_t b1) {                                      \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                  \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                          \
+                 "{%0,%1,%2,%3};"                                                                        \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                        \
   }
 SMOP_MMA(bf16, "bf16")
 SMOP_MMA(fp16, "f16")
@@ -53,13 +61,16 @@ inline constexpr uint32_t kTwoOnes<bf16> = 0x3f803f80u;
 template <>
 inline constexpr uint32_t kTwoOnes<fp16> = 0x3c003c00u;
 
-// ------------------------------------------------------------------------------------------ sm_90a: mbarrier, TMA, register counts
+// ------------------------------------------------------------------------------------------ sm_90a: mbarrier, TMA,
+// register counts
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 // Makes the initialised barriers visible to the copy engine; then a __syncthreads() for the threads.
-__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -80,17 +91,21 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// A box of the tensor map from global to shared memory; its bytes count towards the barrier. Coordinates innermost first; what lies
-// outside the tensor arrives as zero.
+// A box of the tensor map from global to shared memory; its bytes count towards the barrier. Coordinates innermost
+// first; what lies outside the tensor arrives as zero.
 __device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
-               "l"(map), "r"(barrier), "r"(c0), "r"(c1)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(dst),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+      : "memory");
 }
 __device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
-               "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
 }
 
 // Orders this thread's ordinary and cp.async writes to shared memory before reads by the tensor cores.
@@ -98,8 +113,12 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // Hand registers from the producers to the consumers; every warp of a warpgroup executes it.
 template <int kRegisters>
-__device__ __forceinline__ void lower_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 template <int kRegisters>
-__device__ __forceinline__ void raise_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 }  // namespace smop::ptx

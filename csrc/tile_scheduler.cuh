@@ -1,8 +1,8 @@
 // Which output tile a block computes. Host and device: the tests drive these very functions from Python.
 //
 // Segments are not padded, so the number of row tiles depends on the routing, which only the device knows. Launches are
-// sized by the worst case (max_row_tiles) and every block walks the cumulative ends `offs` to its tile; a block finds none
-// beyond the last and leaves. That walk is at most X steps, and a persistent block continues it where it stopped.
+// sized by the worst case (max_row_tiles) and every block walks the cumulative ends `offs` to its tile; a block finds
+// none beyond the last and leaves. That walk is at most X steps, and a persistent block continues it where it stopped.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +17,9 @@ namespace smop {
 SMOP_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Σ_e ceil(n_e / block) never exceeds this, whatever the routing.
-SMOP_HOST_DEVICE int64_t max_row_tiles(int64_t rows, int experts, int block) { return rows / block + (rows < experts ? rows : experts); }
+SMOP_HOST_DEVICE int64_t max_row_tiles(int64_t rows, int experts, int block) {
+  return rows / block + (rows < experts ? rows : experts);
+}
 
 struct RowTile {
   int expert;
@@ -27,7 +29,8 @@ struct RowTile {
   int index;     // number of row tiles before this one (its place in per-tile scratch)
 };
 
-// Tiles of (rows of one expert) × (columns). Row tiles come fastest, so that blocks running together share the weights' tile.
+// Tiles of (rows of one expert) × (columns). Row tiles come fastest, so that blocks running together share the weights'
+// tile.
 class RowTileScheduler {
  public:
   SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int block, int col_tiles)

@@ -1,9 +1,10 @@
-// wgmma: one warpgroup multiplies a 64×16 tile of A by a 16×N tile of B, both read from shared memory, in the background.
+// wgmma: one warpgroup multiplies a 64×16 tile of A by a 16×N tile of B, both read from shared memory, in the
+// background.
 //
-// A tile lies in shared memory as rows of 128 bytes (64 elements), 1024-byte aligned, its 16-byte chunks exchanged within each group of
-// 8 rows (chunk ^ row % 8): what a tensor map with the 128-byte swizzle writes. A row is either one row of the operand (64 values
-// of k, "K-major") or one k (64 rows or columns of the operand, "MN-major", kTrans); an MN-major tile wider than 64 is a
-// sequence of such blocks.
+// A tile lies in shared memory as rows of 128 bytes (64 elements), 1024-byte aligned, its 16-byte chunks exchanged
+// within each group of 8 rows (chunk ^ row % 8): what a tensor map with the 128-byte swizzle writes. A row is either
+// one row of the operand (64 values of k, "K-major") or one k (64 rows or columns of the operand, "MN-major", kTrans);
+// an MN-major tile wider than 64 is a sequence of such blocks.
 #pragma once
 #include <type_traits>
 
@@ -15,38 +16,44 @@ constexpr int kSwizzleRow = 128;                // bytes
 constexpr int kSwizzleGroup = 8 * kSwizzleRow;  // 8 rows: the pattern repeats
 
 // Byte offset of a 16-byte chunk in such a tile.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * kSwizzleRow + ((chunk ^ (row % 8)) * 16); }
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+  return row * kSwizzleRow + ((chunk ^ (row % 8)) * 16);
+}
 
-// The matrix descriptor of a tile. `block_bytes` is the distance of its 64-wide blocks, where it is MN-major and has several.
+// The matrix descriptor of a tile. `block_bytes` is the distance of its 64-wide blocks, where it is MN-major and has
+// several.
 __device__ __forceinline__ uint64_t descriptor(uint32_t shared, int block_bytes) {
-  return uint64_t((shared & 0x3ffff) >> 4) | uint64_t(block_bytes >> 4) << 16 | uint64_t(kSwizzleGroup >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((shared & 0x3ffff) >> 4) | uint64_t(block_bytes >> 4) << 16 | uint64_t(kSwizzleGroup >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 
 // How far 16 steps of k are: within the 128-byte rows when K-major, 16 rows on when MN-major.
 template <bool kTrans>
 constexpr int kStepBytes = kTrans ? 16 * kSwizzleRow : 32;
 
-// Before the first wgmma that touches registers written otherwise; after the last of a batch; until at most so many batches run.
+// Before the first wgmma that touches registers written otherwise; after the last of a batch; until at most so many
+// batches run.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 
 // The operand lists of the asm statements below.
-#define SMOP_D4 \
-  "{%0, %1, %2, %3}, "
-#define SMOP_D64 \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define SMOP_D4 "{%0, %1, %2, %3}, "
+#define SMOP_D64                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-#define SMOP_D128 \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define SMOP_D128                                                                                \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 #define SMOP_INOUT4_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -55,22 +62,24 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define SMOP_INOUT64 SMOP_INOUT16_AT(0), SMOP_INOUT16_AT(16), SMOP_INOUT16_AT(32), SMOP_INOUT16_AT(48)
 #define SMOP_INOUT128 SMOP_INOUT64, SMOP_INOUT16_AT(64), SMOP_INOUT16_AT(80), SMOP_INOUT16_AT(96), SMOP_INOUT16_AT(112)
 
-// d += A · B, for N = 8, 128 and 256; lane l of warp w holds of each 8-column block the columns 2(l%4), +1 of rows 16w + l/4 and + 8.
-#define SMOP_WGMMA(N, REGS, A, B, TA, TB)                                                                                        \
-  template <class T, bool kTransA, bool kTransB>                                                                                 \
-  __device__ __forceinline__ void wgmma(float (&d)[REGS], uint64_t a, uint64_t b) {                                              \
-    if constexpr (std::is_same_v<T, bf16>)                                                                                       \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " SMOP_D##REGS A ", " B ", 1, 1, 1, " TA ", " TB ";" \
-                   : SMOP_INOUT##REGS                                                                                            \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                                                      \
-    else                                                                                                                         \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " SMOP_D##REGS A ", " B ", 1, 1, 1, " TA ", " TB ";"   \
-                   : SMOP_INOUT##REGS                                                                                            \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                                                      \
+// d += A · B, for N = 8, 128 and 256; lane l of warp w holds of each 8-column block the columns 2(l%4), +1 of rows 16w
+// + l/4 and + 8.
+#define SMOP_WGMMA(N, REGS, REST)                                                                \
+  template <class T, bool kTransA, bool kTransB>                                                 \
+  __device__ __forceinline__ void wgmma(float (&d)[REGS], uint64_t a, uint64_t b) {              \
+    if constexpr (std::is_same_v<T, bf16>)                                                       \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " SMOP_D##REGS REST \
+                   : SMOP_INOUT##REGS                                                            \
+                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                      \
+    else                                                                                         \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " SMOP_D##REGS REST   \
+                   : SMOP_INOUT##REGS                                                            \
+                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                      \
   }
-SMOP_WGMMA(8, 4, "%4", "%5", "%6", "%7")
-SMOP_WGMMA(128, 64, "%64", "%65", "%66", "%67")
-SMOP_WGMMA(256, 128, "%128", "%129", "%130", "%131")
+// REST: both descriptors, d is added to, A and B count positively, their transposition.
+SMOP_WGMMA(8, 4, "%4, %5, 1, 1, 1, %6, %7;")
+SMOP_WGMMA(128, 64, "%64, %65, 1, 1, 1, %66, %67;")
+SMOP_WGMMA(256, 128, "%128, %129, 1, 1, 1, %130, %131;")
 #undef SMOP_WGMMA
 #undef SMOP_INOUT128
 #undef SMOP_INOUT64

@@ -154,7 +154,7 @@ def route_fwd(
     block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
     with _launches(x) as stream:
         ext.route_fwd(
-            **_route_sizes(ext, x, gate_weight, K, X),
+            **_route_sizes(ext, x, gate_weight, K), experts=X,
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
             logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
             balance_loss=_ptr(balance), z_loss=_ptr(z_loss), order=_ptr(order), inverse=_ptr(inverse), offs=_ptr(offs),
@@ -194,7 +194,7 @@ def route_bwd(
     dx = torch.empty_like(x) if need_dx else None
     with _launches(x) as stream:
         ext.route_bwd(
-            **_route_sizes(ext, x, gate_weight, K, E),
+            **_route_sizes(ext, x, gate_weight, K),
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
             logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
             dlogits=_ptr(dlogits), dweights=_ptr(dweights), dbalance=_ptr(dbalance), dz=_ptr(dz),
@@ -237,10 +237,10 @@ def _check_route(x, gate_weight, modality, mask, top_k: int, num_experts: int) -
     )  # fmt: skip
 
 
-def _route_sizes(ext: ModuleType, x: Tensor, gate_weight: Tensor, top_k: int, num_experts: int) -> dict:
+def _route_sizes(ext: ModuleType, x: Tensor, gate_weight: Tensor, top_k: int) -> dict:
     (T, D), (R, E, _) = x.shape, gate_weight.shape
     dtype = ext.DTYPES[DTYPES[x.dtype]]
-    return {"dtype": dtype, "tokens": T, "dim": D, "routers": R, "gates": E, "experts": num_experts, "top_k": top_k}
+    return {"dtype": dtype, "tokens": T, "dim": D, "routers": R, "gates": E, "top_k": top_k}
 
 
 def _like(tensor: Tensor, dtype: torch.dtype):
@@ -407,7 +407,7 @@ def expert_projection_bwd(
     partial = weights.new_empty(ext.ln_partial_size(rows, X, O)) if ln_grads else None
     with _launches(x) as stream:
         ext.combine_bwd(
-            **_combine_sizes(ext, x, weights, w2, ln_weight), dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights),
+            **_combine_sizes(ext, x, weights, w2, ln_weight), experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights),
             order=_ptr(order), offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean),
             rstd=_ptr(rstd), dz=_ptr(dz), dweights=_ptr(dweights), ln_partial=_ptr(partial),
             dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), stream=stream,
@@ -456,7 +456,7 @@ def _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2,
 
 
 def _combine_sizes(ext: ModuleType, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
-    (T, K), (X, O, _) = weights.shape, w2.shape
+    (T, K), O = weights.shape, w2.shape[1]
     dtype = ext.DTYPES[DTYPES[x.dtype]]
     ln_dtype = dtype if ln_weight is None else ext.DTYPES[LN_DTYPES[ln_weight.dtype]]
-    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "experts": X, "dim": O}
+    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "dim": O}

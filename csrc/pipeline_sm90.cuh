@@ -1,0 +1,133 @@
+// The pipeline of the Hopper GEMMs: a ring of shared-memory stages between one producer and two consumer warpgroups.
+//
+// A block is three warpgroups on one SM. The first, the producer, fills a ring of shared-memory stages 64 deep in k;
+// the other two each multiply 64 of the tile's 128 rows by its kBlockN columns and store them. A stage has two
+// mbarriers: `full` (the producer's copies have landed) and `empty` (the consumers have read it). The ring runs on
+// across tiles, so the next tile's loads overlap an epilogue.
+//
+// The copy engine's writes are seen by wgmma as they are; cp.async's go through the generic proxy, so the producer
+// waits for them, fences and only then arrives, kLag stages behind what it issues.
+#pragma once
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace smop::sm90 {
+
+constexpr int kBlockM = 128, kBlockK = 64, kThreads = 384, kGroup = 128;  // threads of a warpgroup
+constexpr int kConsumerWarps = 8, kProducerWarps = 4;
+constexpr int kBlockBytes = 64 * ptx::kSwizzleRow;  // a 64-row block of a tile
+constexpr int kABytes = kBlockM / 64 * kBlockBytes;
+constexpr int kRingBytes = 192 * 1024, kMaxStages = 6;
+constexpr int kLag = 2;  // stages of cp.async in flight behind the newest
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "the register file");
+
+template <int kBlockN>
+constexpr int kBBytes = kBlockN / 64 * kBlockBytes;
+template <int kBlockN>
+constexpr int kStages = kRingBytes / (kABytes + kBBytes<kBlockN>);
+
+constexpr int kStageBytes = kConsumerWarps * kStageFloats * 4;  // the epilogue's
+constexpr int kOnesBytes = ptx::kSwizzleGroup;
+constexpr int kSharedBytes =
+    kRingBytes + kStageBytes + kOnesBytes + 2 * kMaxStages * 8 + 1024;  // 1024 to align the ring
+static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block on sm_90");
+
+struct Shared {
+  uint32_t ring, ones, full, empty;  // shared addresses
+  float* stages;
+
+  __device__ explicit Shared(unsigned char* base) {
+    unsigned char* aligned = base + (-ptx::shared_address(base) & 1023);
+    ring = ptx::shared_address(aligned);
+    ones = ring + kRingBytes;
+    stages = reinterpret_cast<float*>(aligned + kRingBytes + kOnesBytes);
+    full = ones + kOnesBytes + kStageBytes;
+    empty = full + kMaxStages * 8;
+  }
+};
+
+template <int kBlockN>
+struct Ring {
+  const Shared& shared;
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ uint32_t a() const { return shared.ring + stage * (kABytes + kBBytes<kBlockN>); }
+  __device__ uint32_t b() const { return a() + kABytes; }
+  __device__ uint32_t full() const { return shared.full + stage * 8; }
+  __device__ uint32_t empty() const { return shared.empty + stage * 8; }
+  __device__ void advance() {
+    if (++stage == kStages<kBlockN>) stage = 0, phase ^= 1;
+  }
+};
+
+template <int kBlockN>
+__device__ __forceinline__ void init_barriers(const Shared& shared, int full_arrivals) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages<kBlockN>; ++s) {
+      ptx::mbarrier_init(shared.full + s * 8, full_arrivals);
+      ptx::mbarrier_init(shared.empty + s * 8, kConsumerWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+}
+
+// Announces the stages a producer warp has filled by cp.async, kLag behind.
+template <int kBlockN>
+struct Announcer {
+  Ring<kBlockN> ring;
+  int pending = 0;
+
+  __device__ void issued() {
+    ptx::cp_async_commit();
+    if (++pending > kLag) {
+      ptx::cp_async_wait<kLag>();
+      announce();
+    }
+  }
+  __device__ void drain() {
+    ptx::cp_async_wait<0>();
+    while (pending) announce();
+  }
+
+ private:
+  __device__ void announce() {
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.full());
+    ring.advance();
+    --pending;
+  }
+};
+
+// acc += A · B over a tile's k; with kSum, sum += the row sums of A (the product with a tile of ones). One batch of
+// wgmma stays in flight; a stage is handed back when the batch that read it has finished.
+template <class T, int kBlockN, bool kTransA, bool kTransB, bool kSum>
+__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], float (&sum)[4], Ring<kBlockN>& ring, int k_tiles) {
+  const int group = threadIdx.x / kGroup - 1;
+  const uint64_t ones = ptx::descriptor(ring.shared.ones, 0);
+  uint32_t previous = 0;
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+    ptx::mbarrier_wait(ring.full(), ring.phase);
+    const uint32_t a = ring.a() + group * kBlockBytes, b = ring.b();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockK / 16; ++k) {
+      const uint64_t a_tile = ptx::descriptor(a + k * ptx::kStepBytes<kTransA>, kBlockBytes);
+      const uint64_t b_tile = ptx::descriptor(b + k * ptx::kStepBytes<kTransB>, kBlockBytes);
+      ptx::wgmma<T, kTransA, kTransB>(acc, a_tile, b_tile);
+      if constexpr (kSum) ptx::wgmma<T, kTransA, false>(sum, a_tile, ones);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    if (k_tile > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+    previous = ring.empty();
+    ring.advance();
+  }
+  ptx::wgmma_wait<0>();
+  if (k_tiles > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+}
+
+}  // namespace smop::sm90
