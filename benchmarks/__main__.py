@@ -14,6 +14,7 @@ def parser() -> argparse.ArgumentParser:
 
     cpu = commands.add_parser("cpu", help="the CPU suite, under five minutes on two cores")
     cpu.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
+    cpu.add_argument("--compiled", action="store_true", help="torch.compile of the eager loop too, two minutes more")
     cpu.add_argument("--quick", action="store_true", help="tiny shapes: shows that all of it runs (needs --out)")
 
     gpu = commands.add_parser("gpu", help="one command for a machine with one NVIDIA GPU: stages in order of worth")
@@ -52,7 +53,7 @@ def _cpu(options, _) -> int:
 
     if options.quick and options.out is None:
         raise ValueError("--quick measures nothing worth keeping: give --out a file outside benchmarks/results/")
-    cpu.run(options.out, options.quick)
+    cpu.run(options.out, options.quick, compiled=options.compiled)
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, results, say
+from benchmarks import environment, results, rivals, say
 from benchmarks.compare import Contest
 from benchmarks.floors import measure_ceilings
 from benchmarks.workloads import PASSES, TRAINING_TOKENS, UTTERANCE_TOKENS, Workload
@@ -15,6 +15,12 @@ from benchmarks.workloads import PASSES, TRAINING_TOKENS, UTTERANCE_TOKENS, Work
 DTYPES = ("float32", "bfloat16")
 LIMIT_S = 290  # a case that could not end by then, the machine being busy, is left out
 MODEL_S = 20
+COMPILE_S = 120
+NOT_COMPILED = {
+    f"{r.name} compiled": "torch.compile takes half a minute a rival here: the eager loop's alone is measured"
+    for r in rivals.ALL
+    if "compiled" in r.modes and r.name != "eager"
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,12 @@ def cases() -> list[Case]:
     return listed
 
 
+def with_compiled(listed: list[Case]) -> list[Case]:
+    """The utterance in float32 with torch.compile of the eager loop beside the rest."""
+    utterance = Workload(UTTERANCE_TOKENS, "float32").key
+    return [replace(c, modes=("eager", "compiled")) if c.workload.key == utterance else c for c in listed]
+
+
 def quick_cases() -> list[Case]:
     """Every kind of case once, small: shows that all of it runs, measures nothing worth keeping."""
     base = Workload(48, "float32", in_features=64, hidden_features=128, out_features=96)
@@ -56,8 +68,17 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def run(path: Path | None = None, quick: bool = False, model: bool = True, say: Callable[[str], None] = say) -> dict:
-    """Measure and save after every case; `path` defaults to the device's file under benchmarks/results/."""
+def run(
+    path: Path | None = None,
+    quick: bool = False,
+    model: bool = True,
+    compiled: bool = False,
+    say: Callable[[str], None] = say,
+) -> dict:
+    """Measure and save after every case; `path` defaults to the device's file under benchmarks/results/.
+
+    compiled: the eager loop under torch.compile too, COMPILE_S beyond the usual limit.
+    """
     began = time.perf_counter()
     device = torch.device("cpu")
     found = results.new("cpu")
@@ -73,12 +94,15 @@ def run(path: Path | None = None, quick: bool = False, model: bool = True, say: 
     rates = f"copy {limits['copy_gb_per_s']} GB/s, matrix product {limits['tflops']} TFLOP/s"
     say(f"{where['device']}: {rates}, load {where['load_average']}")
     todo = quick_cases() if quick else cases()
+    limit = LIMIT_S
+    if compiled:
+        todo, limit = with_compiled(todo), LIMIT_S + COMPILE_S
     left_out = []
     for case in todo:
-        if time.perf_counter() - began + 1.5 * case.budget_s + MODEL_S > LIMIT_S:
+        if time.perf_counter() - began + 1.5 * case.budget_s + MODEL_S > limit:
             left_out.append(case.workload.key)
             continue
-        contest = Contest(case.workload, device, modes=case.modes)
+        contest = Contest(case.workload, device, modes=case.modes, excluded=NOT_COMPILED)
         for which in case.passes:
             contest.time(which, ceilings, case.budget_s / len(case.passes), min_rounds=3 if quick else 5)
         if case.memory:
