@@ -1,4 +1,4 @@
-"""The command line: `llama-smop demo | corpus | train | evaluate | transcribe | report`.
+"""The command line: `llama-smop demo | corpus | train | evaluate | transcribe | convert | info | report`.
 
 Commands import what they need when they run, so that `--help` is quick. A user's mistake ends in one line on stderr
 and exit status 1; LLAMA_SMOP_DEBUG=1 shows where it came from.
@@ -134,6 +134,48 @@ def transcribe(
 
     for path, text in run(clips, model, modality=modality, num_beams=beams):
         print(f"{path}\t{text}" if len(clips) > 1 else text, flush=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Llama-SMoP or Llama-AVSR state dict, or fairseq AV-HuBERT .pt.")],
+    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    language_model: Annotated[str | None, typer.Option(help="The base model: name or folder.")] = None,
+    audio_tower: Annotated[str | None, typer.Option(help="The Whisper model: name or folder.")] = None,
+    video_tower: Annotated[Path | None, typer.Option(help="The AV-HuBERT .pt it started from; default: Large.")] = None,
+    rate_audio: int = 4,
+    rate_video: int = 2,
+    compression: str = "pool",
+    top_k: int = 2,
+    key_map: Annotated[Path | None, typer.Option(help="YAML rules that go before the built-in ones.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept missing and unexpected keys.")] = False,
+) -> None:
+    """Make a model folder of other people's checkpoints; every key is accounted for."""
+    from llama_smop.convert import convert as run
+
+    report = run(
+        source,
+        to,
+        language_model=language_model,
+        audio_tower=audio_tower,
+        video_tower=video_tower,
+        rate_audio=rate_audio,
+        rate_video=rate_video,
+        compression=compression,
+        top_k=top_k,
+        key_map=key_map,
+        partial=partial,
+    )
+    print(f"{report.summary()}\n{to}")
+
+
+@app.command()
+def info(config: Annotated[Path, typer.Option(help="YAML file of a training.")]) -> None:
+    """Memory and arithmetic that a training file asks for, beside the published sizes."""
+    from llama_smop.config import read_config
+    from llama_smop.memory import info as describe
+
+    print(describe(read_config(config)))
 
 
 @app.command()
