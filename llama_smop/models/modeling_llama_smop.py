@@ -1,69 +1,24 @@
 """Llama-SMoP: Whisper's encoder, AV-HuBERT, one projector and a language model, for audio, video or both."""
 
-from dataclasses import dataclass
-
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.import_utils import is_tracing
 
-from llama_smop.functional import SMoPOutput
 from llama_smop.models import checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
 from llama_smop.models.lora import inject_lora
+from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
 IGNORED_LABEL = -100
-
-
-@dataclass
-class SpeechFeatures:
-    """What the towers and the projector make of a batch.
-
-    tokens: (B, S, O) projected tokens, the audio tokens of every clip first, then the video tokens.
-    mask: (B, S) bool, True = real token.
-    audio_tokens: how many of the S places are audio's.
-    projection: the projector's output over the same (B, S) places.
-    states, state_masks: tower frames (B, F, D) before compression and their masks (B, F), by modality.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    audio_tokens: int
-    projection: SMoPOutput
-    states: dict[str, Tensor]
-    state_masks: dict[str, Tensor]
-
-
-@dataclass
-class LlamaSmopOutput(ModelOutput):
-    """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
-    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
-
-    logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
-    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). Losses that do not apply
-    are None.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    lm_loss: Tensor | None = None
-    load_balancing_loss: Tensor | None = None
-    router_z_loss: Tensor | None = None
-    ctc_loss: Tensor | None = None
-    expert_counts: Tensor | None = None
-    router_logits: Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class LlamaSmopPreTrainedModel(PreTrainedModel):

@@ -1,0 +1,50 @@
+"""What the model returns, and what passes from its towers to its language model."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from llama_smop.functional import SMoPOutput
+
+
+@dataclass
+class SpeechFeatures:
+    """What the towers and the projector make of a batch.
+
+    tokens: (B, S, O) projected tokens, the audio tokens of every clip first, then the video tokens.
+    mask: (B, S) bool, True = real token.
+    audio_tokens: how many of the S places are audio's.
+    projection: the projector's output over the same (B, S) places.
+    states, state_masks: tower frames (B, F, D) before compression and their masks (B, F), by modality.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    audio_tokens: int
+    projection: SMoPOutput
+    states: dict[str, Tensor]
+    state_masks: dict[str, Tensor]
+
+
+@dataclass
+class LlamaSmopOutput(ModelOutput):
+    """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
+    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
+
+    logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
+    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). Losses that do not apply
+    are None.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    lm_loss: Tensor | None = None
+    load_balancing_loss: Tensor | None = None
+    router_z_loss: Tensor | None = None
+    ctc_loss: Tensor | None = None
+    expert_counts: Tensor | None = None
+    router_logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
