@@ -163,9 +163,9 @@ def compared_cell(t: dict | None, ours: dict | None, scale: float) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def over_tokens(results: dict, of: Workload, which: str, best_modes: bool = False) -> Table | None:
+def over_tokens(results: dict, of: Workload, which: str, best_modes: bool = False, cache: str = "cold") -> Table | None:
     """Rows: rivals (and modes). Columns: tokens. Cells: time, and its ratio to our quickest."""
-    by_tokens = family(results, of, which)
+    by_tokens = family(results, of, which, cache)
     if not by_tokens:
         return None
     name, scale = unit(results)
@@ -183,10 +183,33 @@ def over_tokens(results: dict, of: Workload, which: str, best_modes: bool = Fals
         rows.append(row)
     floors = [next((t["floor_us"] for t in ts if BY_NAME[t["rival"]].exact), None) for ts in chosen.values()]
     rows.append(["roofline floor", *("–" if f is None else number(f / scale) for f in floors)])
+    noises = [max((t["noise"] for t in ts if t.get("noise") is not None), default=None) for ts in chosen.values()]
+    if any(n is not None for n in noises):
+        rows.append(["noise, at most", *("–" if n is None else f"{100 * n:.1f} %" for n in noises)])
+    warm = ", hot L2" if cache == "hot" else ""
     return Table(
-        f"{PASS_NAMES[which]}, {describe(of, tokens=False)} ({name})",
+        f"{PASS_NAMES[which]}{warm}, {describe(of, tokens=False)} ({name})",
         ["", *(f"T {T}" for T in chosen)],
         rows,
+    )
+
+
+def rates(results: dict, of: Workload, which: str) -> Table | None:
+    """Tokens a second, useful FLOP/s and share of its own floor, each rival in its best mode."""
+    prefix, factor = ("G", 1e3) if results["kind"] == "cpu" else ("T", 1.0)
+    by_tokens = {T: best(ts) for T, ts in family(results, of, which).items()}
+    rivals = [r for r in BY_NAME if any(r in found for found in by_tokens.values())]
+
+    def cell(t: dict | None) -> str:
+        if t is None:
+            return "–"
+        share = "–" if t["share_of_floor"] is None else f"{100 * t['share_of_floor']:.0f} %"
+        return f"{number(t['tokens_per_s'] / 1e3)} / {number(t['tflops'] * factor)} / {share}"
+
+    return Table(
+        f"{PASS_NAMES[which]}, {describe(of, tokens=False)} (thousand tokens/s / {prefix}FLOP/s / share of its floor)",
+        ["", *(f"T {T}" for T in by_tokens)],
+        [[label(r), *(cell(found.get(r)) for found in by_tokens.values())] for r in rivals],
     )
 
 
@@ -362,6 +385,9 @@ def all_tables(results: dict) -> list[Table]:
     found = []
     for of in series(results):
         found += [over_tokens(results, of, which) for which in ("both", "forward", "backward")]
+        if results["kind"] == "gpu":
+            found.append(over_tokens(results, of, "forward", cache="hot"))
+        found.append(rates(results, of, "both"))
         found.append(memory(results, of))
     found += [single_workloads(results, which) for which in ("both", "forward")]
     found += [model(results), correctness(results), stages(results), skipped(results)]
