@@ -52,7 +52,12 @@ def assembled_config(
         ValueError: a part that cannot be had, or parts that do not fit together.
     """
     sources = {"language_model": language_model, "audio_tower": audio_tower, "video_tower": video_tower}
-    sources = {part: str(source) for part, source in sources.items() if source is not None}
+    # A checkpoint that names a file must find it from any working directory.
+    sources = {
+        part: str(Path(source).absolute() if Path(source).exists() else source)
+        for part, source in sources.items()
+        if source is not None
+    }
     lora = {} if lora is None else lora
     if isinstance(lora, str) or "r" in lora:
         lora = {"language_model": lora}

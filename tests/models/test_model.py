@@ -156,6 +156,19 @@ def test_precomputed_states_stand_in_for_the_towers(model, processor):
     assert torch.isclose(loss, expected)
 
 
+def test_gradient_checkpointing_changes_no_gradient():
+    model, processor = small()
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    model.train()(**batch).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_bfloat16(processor):
     model = small()[0].bfloat16()
     output = model(**small()[1](text=TEXTS, **chosen(CLIPS, "audio_video")))
