@@ -28,7 +28,7 @@ def save(model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
 
-    with _without_bars():
+    with _quietly():
         return files.write_aside(folder, write)
 
 
@@ -42,7 +42,7 @@ def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSm
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model here (config.json is missing); give the folder a training run wrote")
     try:
-        with _without_bars():
+        with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
             return model.eval(), LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError, json.JSONDecodeError) as error:
@@ -50,13 +50,15 @@ def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSm
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws a bar over the weights of even the smallest model."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars over the weights of even the smallest model, and its notes on sharding."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -71,7 +73,7 @@ def publishing(trainer: Trainer) -> Iterator[None]:
     staging = run / STAGING
     trainer._get_output_dir = lambda trial: str(staging)
     try:
-        with _without_bars():
+        with _quietly():
             yield
     finally:
         del trainer._get_output_dir
