@@ -1,15 +1,16 @@
 """The public functions: `smop`, `route`, `expert_projection`, `grouped_mm`.
 
 All of them work in eager mode, under autograd, autocast, `torch.compile(fullgraph=True)`, activation checkpointing and
-CUDA graphs, and take `backend="auto" | "torch" | "triton" | "cuda"`. vmap is refused, and so are second derivatives
-(`grouped_mm` has them without activation and with "relu").
+CUDA graphs, and take `backend="auto" | "torch" | "triton" | "cuda"`. vmap and the other `torch.func` transforms,
+forward-mode derivatives and second derivatives are refused (`grouped_mm` has second derivatives without activation and
+with "relu").
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch
+from llama_smop.ops import autocast, dispatch, refusals
 from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
 from llama_smop.ops import route as _route
@@ -74,6 +75,7 @@ def route(
     dispatch.check_shape("gate_weight", gate_weight, ("R", "E", "D"))
     X = gate_weight.shape[1] if num_experts is None else num_experts
     _route.check(x, gate_weight, modality, mask, top_k, X)
+    refusals.refuse_forward_mode("smop::route", x, gate_weight)
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, X)
     return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
 
@@ -122,6 +124,7 @@ def expert_projection(
     """
     _projection.check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
     _projection.check_choices(x, weights, experts)
+    refusals.refuse_forward_mode("smop::expert_projection", x, weights, w1, b1, w2, b2, ln_weight, ln_bias)
     X = w1.shape[0]
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, weights.shape[1], X)
     if schedule is None:
@@ -176,6 +179,7 @@ def smop(
     flat_ids = [None if t is None else t.reshape(-1) for t in (modality, mask)]
     _route.check(flat, gate_weight, *flat_ids, top_k, total)
     _projection.check_parameters(flat, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    refusals.refuse_forward_mode("smop", flat, gate_weight, w1, b1, w2, b2, ln_weight, ln_bias)
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, total)
     r = Routing(*_route.route(flat, gate_weight, *flat_ids, top_k, total, backend))
     y, *_ = _projection.expert_projection(
@@ -218,5 +222,6 @@ def grouped_mm(
         (M, N) or (G, M, N) in a's dtype.
     """
     _grouped_mm.check(a, b, offs, bias, activation)
+    refusals.refuse_forward_mode("smop::grouped_mm", a, b, bias)
     backend = dispatch.resolve(backend, autocast.dtype_used(a), a.device, 1, offs.shape[0])
     return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from llama_smop.ops import cpu_memory
 
-VERIFIED_ON_GPU = True
-
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 

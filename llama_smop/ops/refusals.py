@@ -1,6 +1,19 @@
 """What the operators do not do, said in one line instead of by a wrong or a slow answer."""
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """PyTorch gives a custom operator's outputs no tangent: the derivative would silently be zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors): "
+            "use reverse mode, .backward() or torch.autograd.grad"
+        )
 
 
 def refuse_vmap(op: torch.library.CustomOpDef) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from llama_smop import DenseProjector, SMoPProjector, functional
 from llama_smop.ops import expert_projection, grouped_mm, route
@@ -215,6 +216,15 @@ def test_vmap_is_refused_by_name():
     b, offs = torch.randn(1, 3, 2), torch.tensor([4], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="smop::grouped_mm takes all tokens"):
         torch.vmap(lambda a: functional.grouped_mm(a, b, offs))(torch.randn(2, 4, 3))
+
+
+def test_forward_mode_is_refused_instead_of_being_zero():
+    module, x = layer(sharing="JEJR"), torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match="smop has no forward-mode derivative"):
+        torch.func.jvp(lambda x: module(x).hidden_states, (x,), (x,))
+    a, b, offs = torch.randn(4, 3), torch.randn(1, 3, 2), torch.tensor([4], dtype=torch.int32)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="smop::grouped_mm has no forward-mode"):
+        functional.grouped_mm(a, forward_ad.make_dual(b, b), offs)
 
 
 # -------------------------------------------------------------------------------------------------- partial gradients
