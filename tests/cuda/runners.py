@@ -94,7 +94,8 @@ class CudaPtx(Runner):
 ON_PTX = pytest.mark.skipif(extension.missing_for_ptx() is not None, reason=str(extension.missing_for_ptx()))
 
 
-def _gpu_reason() -> str | None:
+def gpu_reason() -> str | None:
+    """Why the installed extension cannot be run on a GPU here, or None when it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     return backend_cuda.unsupported(torch.bfloat16, torch.device("cuda"), 1, 1)
@@ -102,7 +103,7 @@ def _gpu_reason() -> str | None:
 
 def params(*runners: CudaPtx) -> list:
     """pytest parameters: the given runners, and the GPU."""
-    reason = _gpu_reason()
+    reason = gpu_reason()
     on_gpu = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
     gpu = Runner(backend="cuda", dtypes=CudaPtx.dtypes)
     return [pytest.param(r, id=str(r), marks=ON_PTX) for r in runners] + [pytest.param(gpu, id="gpu", marks=on_gpu)]
