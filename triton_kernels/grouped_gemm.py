@@ -64,14 +64,10 @@ def grouped_gemm_kernel(
         return
     m = first + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    out_mask = (m < end)[:, None] & (n < N)[None, :]
-    out_offset = m.to(tl.int64)[:, None] * N + n[None, :]
     if expert == num_experts:
         if ZERO_TAIL:
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + out_offset, zeros, mask=out_mask)
-            if pre_ptr is not None:
-                tl.store(pre_ptr + out_offset, zeros, mask=out_mask)
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            epilogue(zeros, m, n, expert, end, N, None, pre_ptr, out_ptr, None, False)
         return
 
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
@@ -95,16 +91,31 @@ def grouped_gemm_kernel(
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
 
+    if BLOCK_N <= 128:
+        epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+    else:  # in two halves: a wide tile's accumulators leave no registers for a saved tile beside them
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        n = tile_n * BLOCK_N + tl.arange(0, HALF)
+        epilogue(left, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(right, m, n + HALF, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+
+
+@triton.jit
+def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr):
+    """Bias and activation, or the activation's derivative, and the store of rows m < end and columns n < N."""
+    mask = (m < end)[:, None] & (n < N)[None, :]
+    offset = m.to(tl.int64)[:, None] * N + n[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GRADIENT:
-        saved = tl.load(pre_ptr + out_offset, mask=out_mask, other=0.0).to(tl.float32)
+        saved = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         acc *= derivative(saved, ACTIVATION)
     else:
         if pre_ptr is not None:
-            tl.store(pre_ptr + out_offset, acc, mask=out_mask)
+            tl.store(pre_ptr + offset, acc, mask=mask)
         acc = activate(acc, ACTIVATION)
-    tl.store(out_ptr + out_offset, acc, mask=out_mask)
+    tl.store(out_ptr + offset, acc, mask=mask)
 
 
 def grouped_gemm(

@@ -49,32 +49,43 @@ def grouped_wgrad_kernel(
     begin, end = expert_segment(expert, offs_ptr, tokens, DENSE)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_mask, n_mask = (m < M)[None, :], (n < N)[None, :]
-    a_cols = a_ptr + m.to(tl.int64)[None, :] * stride_am
+    a_cols = a_ptr + m.to(tl.int64) * stride_am
     b_cols = b_ptr + n.to(tl.int64)[None, :] * stride_bn
+    m_mask, n_mask = m < M, (n < N)[None, :]
 
     if bias_grad_ptr is not None:  # noqa: SIM102
         # A pass of its own, by the first column of programs only: the main loop keeps A in shared memory.
         if tile_n == 0:
             total = tl.zeros([BLOCK_M], tl.float32)
             for r0 in range(begin, end, BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                a = tl.load(a_cols + r.to(tl.int64)[:, None] * stride_ar, mask=(r < end)[:, None] & m_mask, other=0.0)
+                r = (r0 + tl.arange(0, BLOCK_R))[:, None]
+                a = tl.load(a_cols[None, :] + r.to(tl.int64) * stride_ar, mask=(r < end) & m_mask[None, :], other=0.0)
                 total += tl.sum(a.to(tl.float32), 0)
-            tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m < M)
+            tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m_mask)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for r0 in range(begin, end, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        r_mask = (r < end)[:, None]
-        a = tl.load(a_cols + r.to(tl.int64)[:, None] * stride_ar, mask=r_mask & m_mask, other=0.0)
-        if GATHER:
-            r = r - begin if DENSE else tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
-        b = tl.load(b_cols + r.to(tl.int64)[:, None] * stride_br, mask=r_mask & n_mask, other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    r = begin + tl.arange(0, BLOCK_R)
+    b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
+    for _ in range(begin, end, BLOCK_R):
+        r_mask = r < end
+        a_mask = m_mask[:, None] & r_mask[None, :]
+        a = tl.load(a_cols[:, None] + r.to(tl.int64)[None, :] * stride_ar, mask=a_mask, other=0.0)
+        b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=r_mask[:, None] & n_mask, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        r += BLOCK_R
+        # One block ahead: were b's address loaded where b is, the copies would be pipelined half as deep.
+        b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out_ptr + out_offset, acc, mask=(m < M)[:, None] & n_mask)
+    tl.store(out_ptr + out_offset, acc, mask=m_mask[:, None] & n_mask)
+
+
+@triton.jit
+def source_row(r, begin, end, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr, DENSE: tl.constexpr):
+    """The row of b that stands for row r: itself, or the token it is a choice of."""
+    if GATHER:
+        r = r - begin if DENSE else tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
+    return r
 
 
 def grouped_wgrad(

@@ -14,7 +14,8 @@ BACKWARD = 7  # 8 is the design's allowance
 
 
 def names(model: Model, tokens: int, **options) -> list[str]:
-    inputs = make(model, tokens).to("meta")
+    with torch.device("meta"):
+        inputs = make(model, tokens)
     with compiling_for(90), recording(execute=False) as recorder:
         through_backend(backend_triton, model, inputs, **options)
     return recorder.names()

@@ -1,0 +1,55 @@
+"""What a compiled kernel takes of a multiprocessor, read from its machine code."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+
+import triton
+
+TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")  # sm_90, sm_100, sm_80
+
+
+@dataclass
+class Resources:
+    cubin: bytes
+    num_warps: int
+    shared: int  # bytes a block, dynamic
+
+    def _dump(self, option: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @cached_property
+    def _usage(self) -> dict[str, int]:
+        return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", self._dump("-res-usage"))}
+
+    @property
+    def registers(self) -> int:
+        return self._usage["REG"]
+
+    @property
+    def spills(self) -> int:
+        """Bytes a thread keeps in local memory."""
+        return self._usage["STACK"] + self._usage["LOCAL"]
+
+    @cached_property
+    def instruction(self) -> str:
+        """The tensor-core instruction of the machine code, or "" when there is none."""
+        sass = self._dump("-sass")
+        return next((name for name in TENSOR_CORE if name in sass), "")
+
+    def blocks_per_multiprocessor(self, shared_limit: int) -> int:
+        """Resident blocks, by registers (65 536, allocated by 8 a thread), shared memory and 64 warps."""
+        by_registers = 65_536 // (-(-self.registers // 8) * 8 * 32 * self.num_warps)
+        by_shared = shared_limit // max(self.shared + 1024, 1)
+        return min(by_registers, by_shared, 64 // self.num_warps, 32)
+
+
+def of(compiled) -> Resources:
+    """Of what `Launch.compile` returns."""
+    return Resources(compiled.asm["cubin"], compiled.metadata.num_warps, compiled.metadata.shared)

@@ -1,0 +1,96 @@
+"""Every kernel with every tile of the shipped table, compiled for sm_80, sm_90 and sm_100; no GPU needed.
+
+What is compiled is what an operator launches: the chain runs on meta tensors and its launches are compiled instead of
+run. `pytest -m slow tests/kernels/test_compile.py -s` does all of it and prints the table.
+"""
+
+import pytest
+import torch
+
+from llama_smop.ops import backend_triton
+from llama_smop.triton_kernels.configs import SHARED_MEMORY
+from llama_smop.triton_kernels.launch import Launch, recording
+from tests.kernels import resources
+from tests.kernels.cases import Model, make, through_backend
+from tests.kernels.targets import compiling_for
+
+ARCHS = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = (48, 256, 1024, 4096, 16384)  # the dense-all order, and rows enough for each entry of the table
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+GEMMS = ("grouped_gemm_kernel", "grouped_wgrad_kernel")
+
+
+def launches(arch: int, dtype: torch.dtype, tokens: tuple[int, ...]) -> list[Launch]:
+    """The distinct launches of the default sizes, 1024 → 2048 → 2048, E 4, K 2, with dx."""
+    model = Model(1024, 2048, 2048, E=4, K=2, sharing="JEJR", dtype=dtype)
+    distinct = {}
+    for T in tokens:
+        with torch.device("meta"):
+            inputs = make(model, T)
+        with compiling_for(arch), recording(execute=False) as recorder:
+            through_backend(backend_triton, model, inputs)
+        for launch in recorder.launches:
+            absent = tuple(arg is None for arg in launch.args)
+            strides = launch.args[-5:] if launch.name in GEMMS else ()
+            options = (*launch.constexprs.values(), launch.num_warps, launch.num_stages)
+            distinct.setdefault((launch.name, absent, strides, options), launch)
+    return list(distinct.values())
+
+
+def describe(launch: Launch) -> str:
+    """The name and what sets this variant apart."""
+    c = launch.constexprs
+    if launch.name in GEMMS:
+        tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c.get('BLOCK_K', c.get('BLOCK_R'))}"
+        flags = [f for f in ("GATHER", "DENSE", "GRADIENT") if c.get(f)]
+        return " ".join(
+            [launch.name.removesuffix("_kernel"), tile, f"stages {launch.num_stages}", *map(str.lower, flags)]
+        )
+    return launch.name.removesuffix("_kernel") + (" dense" if c.get("DENSE") else "")
+
+
+def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys) -> None:
+    dtype = DTYPES[dtype_name]
+    rows, faults = [], []
+    for launch in launches(arch, dtype, tokens):
+        with compiling_for(arch):
+            used = resources.of(launch.compile())
+        blocks = used.blocks_per_multiprocessor(SHARED_MEMORY[arch])
+        what = f"sm_{arch} {dtype_name} {describe(launch)}"
+        rows.append(
+            f"{what:78} {used.num_warps:2} warps {used.registers:4} registers {used.spills:4} B spilled "
+            f"{used.shared / 1024:6.1f} KiB {blocks:3} blocks {used.instruction}"
+        )
+        if used.spills:
+            faults.append(f"{what} spills {used.spills} bytes a thread")
+        if blocks < 1:
+            faults.append(f"{what} does not fit a multiprocessor")
+        if launch.name in GEMMS and dtype != torch.float32 and used.instruction != TENSOR_CORE[arch]:
+            faults.append(f"{what} uses {used.instruction or 'no tensor core'}, not {TENSOR_CORE[arch]}")
+    with capsys.disabled():
+        print("", *rows, sep="\n")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "tokens"), [(80, "bf16", 16384), (90, "bf16", 4096), (100, "fp16", 16384)])
+def test_large_tiles(arch, dtype, tokens, capsys):
+    check(arch, dtype, (tokens,), capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_of_the_table(arch, dtype, capsys):
+    check(arch, dtype, TOKENS, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_in_tf32(arch, capsys):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        check(arch, "fp32", TOKENS, capsys)
+    finally:
+        torch.set_float32_matmul_precision(before)
