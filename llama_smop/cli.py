@@ -147,6 +147,7 @@ def convert(
     rate_video: int = 2,
     compression: str = "pool",
     top_k: int = 2,
+    lora_scale: Annotated[float, typer.Option(help="The authors' alpha / rank.")] = 0.125,
     key_map: Annotated[Path | None, typer.Option(help="YAML rules that go before the built-in ones.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing and unexpected keys.")] = False,
 ) -> None:
@@ -163,6 +164,7 @@ def convert(
         rate_video=rate_video,
         compression=compression,
         top_k=top_k,
+        lora_scale=lora_scale,
         key_map=key_map,
         partial=partial,
     )
