@@ -1,10 +1,28 @@
 """Batches by total frames: clips of like length together, every clip once an epoch, seeded, resumable, split over
 ranks."""
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+
+def split_fullest(sizes: Sequence[int], count: int) -> list[int]:
+    """Halves the largest of `sizes`, in place, until there are `count` of them; the sum stays."""
+    if sum(sizes) < count:
+        raise ValueError(f"{sum(sizes)} clips cannot be shared out over {count} batches")
+    parts = [[size] for size in sizes]
+    heap = [(-size, i) for i, size in enumerate(sizes)]
+    heapq.heapify(heap)
+    for _ in range(count - len(sizes)):
+        size, i = heapq.heappop(heap)
+        halves = [-size - (-size // 2), -size // 2]
+        at = parts[i].index(-size)
+        parts[i][at : at + 1] = halves
+        for half in halves:
+            heapq.heappush(heap, (-half, i))
+    return [size for part in parts for size in part]
 
 
 class FrameBatchSampler(Sampler[list[int]]):
@@ -64,11 +82,7 @@ class FrameBatchSampler(Sampler[list[int]]):
                 count = 0
             count += 1
         sizes.append(count)
-        while len(sizes) % self.world:
-            fullest = max(range(len(sizes)), key=sizes.__getitem__)
-            half = sizes[fullest] // 2
-            sizes[fullest : fullest + 1] = [sizes[fullest] - half, half]
-        return sizes
+        return split_fullest(sizes, -(-len(sizes) // self.world) * self.world)
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""

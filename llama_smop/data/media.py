@@ -54,24 +54,34 @@ def _check_file(path: str | os.PathLike) -> None:
         raise MediaError(path, "the file is empty")
 
 
-def _open(path: str | os.PathLike):
+def _content(path: str | os.PathLike) -> bytes:
     _check_file(path)
+    return Path(path).read_bytes()
+
+
+def _open(path: str | os.PathLike, content: bytes | None):
+    if content is None:
+        _check_file(path)
+    elif not content:
+        raise MediaError(path, "the file is empty")
     try:
-        return av.open(os.fspath(path), metadata_errors="ignore")
+        return av.open(os.fspath(path) if content is None else io.BytesIO(content), metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise MediaError(path, f"cannot be opened, it is truncated or not a media file ({reason})") from None
 
 
-def read_video(path: str | os.PathLike, fps: int = VIDEO_RATE, size: int = VIDEO_SIZE) -> np.ndarray:
+def read_video(
+    path: str | os.PathLike, fps: int = VIDEO_RATE, size: int = VIDEO_SIZE, content: bytes | None = None
+) -> np.ndarray:
     """Frames of a video, uint8 RGB (T, size, size, 3).
 
     Another frame rate is resampled to `fps` (the nearest frame in time), another size is scaled so that the shorter
-    side fits and cropped around the centre. Raises MediaError where the file is missing, empty, truncated, or has no
-    video.
+    side fits and cropped around the centre. content: the file's bytes where they are in memory already; `path` then
+    only names it. Raises MediaError where the file is missing, empty, truncated, or has no video.
     """
     frames, times = [], []
-    with _open(path) as container:
+    with _open(path, content) as container:
         if not container.streams.video:
             raise MediaError(path, "has no video stream")
         stream = container.streams.video[0]
@@ -119,16 +129,16 @@ def _nearest_frames(times: list[float | None], rate: float, fps: int) -> np.ndar
     return np.where(wanted - seen[after - 1] <= seen[after] - wanted, after - 1, after)
 
 
-def read_audio(path: str | os.PathLike, rate: int = AUDIO_RATE) -> np.ndarray:
+def read_audio(path: str | os.PathLike, rate: int = AUDIO_RATE, content: bytes | None = None) -> np.ndarray:
     """Samples of an audio file, or of the audio stream of a video, float32 (samples,), mono at `rate` Hz.
 
-    Channels are averaged, another rate is resampled. Raises MediaError where the file is missing, empty, truncated or
-    silent of samples, or holds NaN or infinity.
+    Channels are averaged, another rate is resampled. content: as in `read_video`. Raises MediaError where the file is
+    missing, empty, truncated or silent of samples, or holds NaN or infinity.
     """
     if Path(path).suffix.lower() in (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".au"):
-        samples, source = _read_sound_file(path)
+        samples, source = _read_sound_file(path, _content(path) if content is None else content)
     else:
-        samples, source = _read_audio_stream(path)
+        samples, source = _read_audio_stream(path, content)
     if not len(samples):
         raise MediaError(path, "holds no sound")
     if samples.ndim == 2:
@@ -141,23 +151,22 @@ def read_audio(path: str | os.PathLike, rate: int = AUDIO_RATE) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def _read_sound_file(path: str | os.PathLike) -> tuple[np.ndarray, int]:
-    _check_file(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-    declared = int.from_bytes(head[4:], "little")
-    if head[:4] == b"RIFF" and 0 < declared < 0xFFFFFF00 and declared + 8 > os.stat(path).st_size + 1:
+def _read_sound_file(path: str | os.PathLike, content: bytes) -> tuple[np.ndarray, int]:
+    declared = int.from_bytes(content[4:8], "little")
+    if content[:4] == b"RIFF" and 0 < declared < 0xFFFFFF00 and declared + 8 > len(content) + 1:
         # libsndfile would silently return what is there; a declared size of 0 or all ones comes from a pipe
-        raise MediaError(path, f"is truncated: {os.stat(path).st_size} of {declared + 8} bytes")
+        raise MediaError(path, f"is truncated: {len(content)} of {declared + 8} bytes")
+    if not content:
+        raise MediaError(path, "the file is empty")
     try:
-        return soundfile.read(os.fspath(path), dtype="float32")
+        return soundfile.read(io.BytesIO(content), dtype="float32")
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise MediaError(path, f"cannot be read as sound ({str(error).rstrip('.').split(': ')[-1]})") from None
 
 
-def _read_audio_stream(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def _read_audio_stream(path: str | os.PathLike, content: bytes | None) -> tuple[np.ndarray, int]:
     chunks = []
-    with _open(path) as container:
+    with _open(path, content) as container:
         if not container.streams.audio:
             raise MediaError(path, "has no audio stream, and no .wav lies beside it")
         stream = container.streams.audio[0]
