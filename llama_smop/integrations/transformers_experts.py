@@ -44,15 +44,36 @@ def experts_forward(
     order, inverse, offs = schedule(top_k_index.clamp(max=self.num_experts), self.num_experts, backend)
 
     # Rows past offs[-1] belong to skipped choices: any row may stand there, grouped_mm neither reads nor returns it.
-    row_of_choice = order.long().clamp(0, max(T * K - 1, 0))
-    rows = hidden_states.to(up_weight.dtype)[:, None].expand(T, K, D).reshape(T * K, D).index_select(0, row_of_choice)
+    choice = order.long().clamp(0, max(T * K - 1, 0))
+    rows = _Rows.apply(hidden_states.to(up_weight.dtype), choice // K, inverse)
     h = functional.grouped_mm(rows, up_weight, offs, bias=_bias(self, up_name), backend=backend)
     h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
     out = functional.grouped_mm(h, down_weight, offs, bias=_bias(self, "down_proj"), backend=backend)
 
     weights = torch.where(inverse >= 0, top_k_weights, 0)
-    chosen = out.index_select(0, inverse.clamp(min=0).long().view(-1)).view(T, K, D)
+    chosen = _Rows.apply(out, inverse.clamp(min=0).long().view(-1), choice[:, None]).view(T, K, D)
     return (chosen * weights[..., None]).sum(1).to(hidden_states.dtype)
+
+
+class _Rows(torch.autograd.Function):
+    """`source[index]`, where `uses` (rows of source, n) says which results came of each row, −1 for none.
+
+    So the backward is a gather and a sum of n, not a scatter: quick on a CPU, free of atomics on a GPU.
+    """
+
+    @staticmethod
+    def forward(source: Tensor, index: Tensor, uses: Tensor) -> Tensor:
+        return source.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (uses,) = ctx.saved_tensors
+        parts = grad.index_select(0, uses.clamp(min=0).long().view(-1)).view(*uses.shape, -1)
+        return parts.masked_fill((uses < 0)[..., None], 0.0).sum(1), None, None
 
 
 def _as_in_out(experts: nn.Module, name: str) -> Tensor:

@@ -173,6 +173,22 @@ def test_undo_returns_the_original_with_the_trained_weights():
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_other_dtypes(dtype):
+    model, x = Model().to(dtype), torch.randn(40, 12, dtype=dtype)
+    expected, expected_logits = model(x)
+    assert replace_experts(model).replaced == ["projector"]
+    out, logits = model(x)
+    assert out.dtype == logits.dtype == dtype and model.projector.experts.w1.dtype == dtype
+    near = (out - expected).abs().amax(-1) < 0.05 * expected.abs().max()
+    assert near.float().mean() > 0.9  # a near tie may be routed otherwise
+    torch.testing.assert_close(logits, expected_logits, rtol=2e-2, atol=2e-2)
+
+
+def unreadable(model):
+    model.projector.forward = lambda x, y: (x, y)
+
+
 def test_dry_run_lists_and_changes_nothing():
     model = Model()
     original = model.projector
@@ -215,6 +231,7 @@ def output_only(model):
         (dropout_inside, "its experts are not Sequential(Linear, ReLU | GELU | SiLU, Linear[, LayerNorm])"),
         (biased_gate, "its gate is not a plain Linear without bias"),
         (extra_part, "it has more parts than a gate and experts"),
+        (unreadable, "it cannot be called with hidden states alone (TypeError"),
         (output_only, "it does not return (output, router_logits)"),
     ],
 )

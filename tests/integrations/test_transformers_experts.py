@@ -44,15 +44,17 @@ def build(name: str):
 def run(model, implementation: str):
     model.set_experts_implementation(implementation)
     model.zero_grad()
-    out = model(input_ids=TOKENS, labels=TOKENS)
+    tokens = TOKENS.to(model.device)
+    out = model(input_ids=tokens, labels=tokens)
     out.loss.backward()
     return out.logits, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
 @pytest.mark.parametrize("implementation", ("smop", "smop_torch"))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_models_equal_eager(name, implementation):
-    model = build(name)
+def test_models_equal_eager(name, implementation, device):
+    model = build(name).to(device)
     expected, expected_grads = run(model, "eager")
     logits, grads = run(model, implementation)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -100,6 +102,15 @@ def test_skip_sentinels_contribute_nothing_and_take_no_gradient(name):
     assert not out[1].any()
     out.square().sum().backward()
     assert not weights.grad[ids >= 4].any() and not x.grad[1].any() and x.grad[0].any()
+
+
+def test_a_single_choice_may_be_skipped_too():
+    experts = next(m for m in build("mixtral").modules() if hasattr(m, "gate_up_proj"))
+    experts.config._experts_implementation = "smop"
+    x = torch.randn(3, 32, requires_grad=True)
+    out = experts(x, torch.tensor([[1], [4], [0]]), torch.ones(3, 1))
+    out.square().sum().backward()
+    assert not out[1].any() and not x.grad[1].any() and x.grad[0].any() and x.grad[2].any()
 
 
 def test_low_precision_follows_the_weights():
