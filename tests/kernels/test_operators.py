@@ -1,0 +1,93 @@
+"""The modules on the Triton backend: autograd, autocast, torch.compile in one graph, no synchronisation."""
+
+import copy
+
+import pytest
+import torch
+
+from llama_smop.projector import SMoPProjector
+from tests.kernels.cases import Model, error, make, through_backend
+from tests.kernels.runners import poisoned_memory, triton_params
+
+TOKENS, IN, HIDDEN, OUT = 90, 48, 56, 40
+
+
+def projector(dtype: torch.dtype = torch.float32, **options) -> SMoPProjector:
+    torch.manual_seed(0)
+    return SMoPProjector(IN, HIDDEN, OUT, backend="triton", dtype=dtype, **options)
+
+
+def batch(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TOKENS // 2, IN, generator=g).to(dtype)
+    modality = torch.randint(0, 2, x.shape[:2], generator=g)
+    mask = torch.rand(x.shape[:2], generator=g) > 0.2
+    return {"x": x.to(device), "modality": modality.to(device), "mask": mask.to(device)}
+
+
+def step(module, inputs: dict) -> dict[str, torch.Tensor]:
+    """Output, loss and gradients of one training step."""
+    inputs = dict(inputs, x=inputs["x"].detach().clone().requires_grad_())
+    module.zero_grad()
+    out = module(**inputs)
+    loss = out.hidden_states.float().square().mean() + 0.01 * out.load_balancing_loss + 0.001 * out.router_z_loss
+    loss.backward()
+    results = {"hidden_states": out.hidden_states.detach(), "loss": loss.detach(), "x": inputs["x"].grad}
+    return results | {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90)))
+def test_a_training_step_is_as_exact_as_pytorchs(runner, dtype):
+    dtype = torch.bfloat16 if torch.bfloat16 in runner.dtypes else torch.float16
+    module = projector(dtype)
+    plain, exact = copy.deepcopy(module), copy.deepcopy(module).double()
+    plain.backend = exact.backend = "torch"
+    with runner.running(), poisoned_memory():
+        results = step(module.to(runner.device), batch(dtype, runner.device))
+    truth = step(exact, {n: t.double() if t.is_floating_point() else t for n, t in batch(dtype).items()})
+    same_dtype = step(plain, batch(dtype))
+    for name, value in results.items():
+        off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5
+        assert off <= bound, f"{name} is off by {off:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize(("runner", "name"), triton_params(("compiled", 90)))
+def test_one_graph_forward_and_backward(runner, name):
+    """torch.compile(fullgraph=True) traces the layer on fake tensors: a read of a value would break the graph."""
+    with runner.running():
+        module, inputs = projector().to(runner.device), batch(device=runner.device)
+        eager = step(module, inputs)
+        module.compile(fullgraph=True, backend="aot_eager")
+        compiled = step(module, inputs)
+    for name, value in eager.items():
+        assert error(compiled[name], value) < 1e-7, f"{name} differs when compiled"  # the loss is rounded elsewhere
+
+
+@pytest.mark.parametrize(("runner", "name"), triton_params(("autocast", 90)))
+def test_autocast_runs_in_the_lower_dtype(runner, name):
+    with runner.running():
+        module, inputs = projector().to(runner.device), batch(device=runner.device)
+        dtype = runner.dtypes[1]
+        with torch.autocast(runner.device, dtype):
+            out = module(**inputs)
+        out.hidden_states.float().sum().backward()
+        lowered = copy.deepcopy(module).to(dtype)
+        exact = lowered(inputs["x"].to(dtype), inputs["modality"], inputs["mask"])
+    assert out.hidden_states.dtype == dtype and out.router_logits.dtype == torch.float32
+    assert torch.equal(out.hidden_states, exact.hidden_states)
+    assert module.w1.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nothing_synchronises_on_a_gpu():
+    from llama_smop.ops import backend_triton
+
+    model = Model(48, 80, 72, E=4, K=2)
+    inputs = make(model, 300, masked=0.2).to("cuda")
+    through_backend(backend_triton, model, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        through_backend(backend_triton, model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
