@@ -46,19 +46,29 @@ def release() -> None:
 def _take(size: int) -> mmap.mmap:
     granule = max(_HUGE_PAGE, 1 << (size.bit_length() - 3))  # token counts vary: sizes within a quarter share
     size = -(-size // granule) * granule
-    for mapping in reversed(tuple(_free)):
-        if len(mapping) == size:
-            try:
-                _free.remove(mapping)
+    passed = []
+    try:
+        while True:
+            mapping = _free.pop()
+            if len(mapping) == size:
                 return mapping
-            except ValueError:  # another thread was quicker
-                continue
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
+            passed.append(mapping)
+    except IndexError:  # nothing left that fits
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        return mapping
+    finally:
+        _free.extend(reversed(passed))
 
 
 def _give_back(watch: weakref.ref) -> None:
     _free.append(_used.pop(id(watch))[1])
-    while sum(map(len, tuple(_free))) > KEPT_BYTES:
-        _free.popleft()
+    kept = []
+    try:
+        while True:
+            kept.append(_free.pop())
+            if sum(map(len, kept)) > KEPT_BYTES:
+                kept.pop()
+                _free.clear()
+    except IndexError:
+        _free.extend(reversed(kept))

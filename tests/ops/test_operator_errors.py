@@ -220,6 +220,32 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch):
         dispatch.resolve("cuda", torch.float32, torch.device("cpu"))
 
 
+def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
+    class Fake:
+        VERIFIED_ON_GPU = False
+
+        def __init__(self, why_not):
+            self.why_not = why_not
+
+        def unsupported(self, *_):
+            return self.why_not
+
+    modules = {"cuda": Fake(None), "triton": Fake(None), "torch": Fake(None)}
+    monkeypatch.setattr(dispatch, "module", modules.get)
+    gpu = torch.device("cuda", 0)
+    assert dispatch.resolve("auto", torch.bfloat16, gpu) == "triton", "the CUDA extension waits for its verification"
+    modules["cuda"].VERIFIED_ON_GPU = True
+    assert dispatch.resolve("auto", torch.bfloat16, gpu) == "cuda"
+    modules["cuda"].why_not = modules["triton"].why_not = "not this dtype"
+    assert dispatch.resolve("auto", torch.float64, gpu) == "torch"
+    assert dispatch.resolve("auto", torch.bfloat16, torch.device("cpu")) == "torch"
+    with pytest.raises(RuntimeError, match='backend="cuda" cannot run: not this dtype; backend="auto" picks'):
+        dispatch.resolve("cuda", torch.float64, gpu)
+    modules["torch"].why_not = "no"
+    with pytest.raises(RuntimeError, match=r"no backend can serve dtype torch\.float64 on device cuda:0"):
+        dispatch.resolve("auto", torch.float64, gpu)
+
+
 def test_debug_switch(monkeypatch):
     for value, expected in (("1", True), ("0", False), ("", False)):
         monkeypatch.setenv("LLAMA_SMOP_DEBUG", value)

@@ -1,5 +1,7 @@
 """Bytes kept for backward, counted exactly, and the CPU memory that is kept between steps."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,36 @@ def test_kept_cpu_memory_is_bounded(monkeypatch):
     assert sum(len(m) for m in cpu_memory._free) <= 10 << 20
     cpu_memory.release()
     assert not cpu_memory._free
+
+
+def test_the_longest_unused_memory_goes_first(monkeypatch):
+    cpu_memory.release()
+    monkeypatch.setattr(cpu_memory, "KEPT_BYTES", 10 << 20)
+    sizes = (4, 2, 6)  # MiB
+    for size in sizes:
+        cpu_memory.empty((size << 18,), torch.empty(0))
+    assert [len(m) >> 20 for m in cpu_memory._free] == [2, 6]
+    cpu_memory.release()
+
+
+def test_threads_never_share_memory():
+    cpu_memory.release()
+    failures = []
+
+    def work(value):
+        for _ in range(200):
+            tensor = cpu_memory.empty((1 << 18,), torch.empty(0))
+            tensor[::4096] = value
+            if not (tensor[::4096] == value).all():
+                failures.append(value)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, "two live tensors had the same memory"
+    cpu_memory.release()
 
 
 def test_small_and_odd_requests_are_ordinary_tensors():
