@@ -157,14 +157,14 @@ def _correctness(dry: bool) -> list[Case]:
 
 
 def check_backend(w: Workload, backend: str, c: Context) -> dict:
-    """Errors of y and every gradient against float64, and whether they stay within twice PyTorch's own (+ 1e-5)."""
+    """Errors of y and every gradient, x's too, against float64; whether they stay within twice PyTorch's own + 1e-5."""
     rival = rivals.BY_NAME[f"ours_{backend}"]
     reason = c.excluded.get(rival.name) or rival.why_not(w, c.device)
     if reason:
         return {"skipped": [{"workload": w.key, "rival": rival.name, "reason": reason}]}
     c.starting("reference")
     problem = workloads.make(w, c.device, seed=1)
-    known = eager.reference(problem)
+    known = eager.reference(problem, with_dx=True)
     plain = rivals.errors(eager.EagerLoop(problem), problem, known)
     c.starting(rival.name)
     record = {"workload": w.key, "backend": backend}

@@ -18,7 +18,8 @@ def section(devices: list[tuple[dict, list[Path]]], root: Path) -> str:
             if of.expert != "projector" or of.sharing != "JEJR":
                 continue
             table = tables.over_tokens(results, of, "both", best_modes=True)
-            parts.append(f"Forward + backward of the 1B projector, {table.title.split(', ', 1)[1]}:\n")
+            modes = "" if results["kind"] == "cpu" else ", each in its best mode (eager, CUDA graph, torch.compile)"
+            parts.append(f"Forward + backward of the 1B projector, {table.title.split(', ', 1)[1]}{modes}:\n")
             table.title = ""
             parts.append(table.markdown())
             for picture in pictures:

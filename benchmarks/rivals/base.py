@@ -113,14 +113,17 @@ def roots_and_grads(y: Tensor, loss: Tensor | None, dy: Tensor) -> tuple[list[Te
     return ([y], [dy]) if loss is None else ([y, loss], [dy, torch.ones_like(loss)])
 
 
-def gradients(layer: Layer, problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and the gradients of every parameter, in the problem's layout; 0 where an expert got no token."""
-    y, loss = layer(problem.x, True)
+def gradients(layer: Layer, problem: Problem, with_dx: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """y and the gradients of every parameter (and of x), in the problem's layout; 0 where an expert got no token."""
+    x = problem.x.detach().requires_grad_(with_dx)
+    y, loss = layer(x, True)
     named = dict(layer.named_parameters())
     roots, grads = roots_and_grads(y, loss, problem.dy)
-    found = torch.autograd.grad(roots, list(named.values()), grads, allow_unused=True)
-    dense = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
-    return y.detach(), layer.stacked(dense)
+    wanted = [*named.values(), x] if with_dx else list(named.values())
+    found = torch.autograd.grad(roots, wanted, grads, allow_unused=True)
+    dense = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    stacked = layer.stacked(dict(zip(named, dense, strict=False)))
+    return y.detach(), {**stacked, "x": dense[-1]} if with_dx else stacked
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -133,7 +136,7 @@ def error(out: Tensor, reference: Tensor) -> float:
 
 def errors(layer: Layer, problem: Problem, reference: Reference) -> dict[str, float]:
     """Error of y and of each gradient against the reference, by name."""
-    y, grads = gradients(layer, problem)
+    y, grads = gradients(layer, problem, "x" in reference.grads)
     found = {"y": error(y, reference.y)}
     for name, expected in reference.grads.items():
         if float(expected.norm()) > 0:

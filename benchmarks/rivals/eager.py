@@ -48,10 +48,10 @@ class EagerLoop(Layer):
         }
 
 
-def reference(problem: Problem) -> Reference:
-    """The problem's exact inputs through the eager loop in float64."""
+def reference(problem: Problem, with_dx: bool = False) -> Reference:
+    """The problem's exact inputs through the eager loop in float64; with the gradient of x when asked."""
     exact = problem.to(torch.float64)
-    return Reference(*gradients(EagerLoop(exact), exact))
+    return Reference(*gradients(EagerLoop(exact), exact, with_dx))
 
 
 RIVAL = Rival("eager", "eager loop over experts", "peer", EagerLoop, modes=("eager", "compiled"))
