@@ -8,6 +8,8 @@
 // - rows as they lie: TMA, 2-D. A tile may run into the next expert's rows; those products are not stored.
 // - gathered rows: cp.async by all four producer warps.
 // - weight gradients: cp.async for both operands. A foreign row would be summed, so rows past the segment become zeros.
+#include <initializer_list>
+
 #include "gemm.cuh"
 #include "pipeline_sm90.cuh"
 #include "tensor_map.cuh"
@@ -223,6 +225,19 @@ cudaError_t sm_count(int& count) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// The tile width with the least rounds × work of a round. A tile costs its columns and, for A and the start of the
+// epilogue, about 32 more (an estimate, not yet measured). Wide tiles read less; narrow ones leave fewer SMs idle in
+// the last round, and with few tokens, when reading the weights is all, put every SM to it.
+int best_width(std::initializer_list<int> widths, int64_t row_tiles, int n, int sms) {
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (const int width : widths) {
+    const int64_t cost = ceil_div(row_tiles * ceil_div(n, width), sms) * (width + 32);
+    if (cost < least) least = cost, best = width;
+  }
+  return best;
+}
+
 // One block an SM, each walking its share of the tiles.
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), int64_t tiles, int sms, cudaStream_t stream, const Args&... args) {
@@ -263,27 +278,30 @@ bool wgrad_sm90_serves(const SmopWgrad& p) { return addressable(p.a, p.lda) && a
 cudaError_t launch_gemm_sm90(const SmopGemm& p, cudaStream_t stream) {
   int sms = 0;
   if (auto e = sm_count(sms)) return e;
-  // Narrow tiles where wide ones would leave SMs without work: few tokens, which are bound by reading the weights.
-  const bool wide = max_row_tiles(p.rows, p.experts, kBlockM) * ceil_div(p.n, 256) >= sms;
+  // What even routing gives: every expert has rows, and on average half a tile too many.
+  const int64_t busy = p.rows < p.experts ? p.rows : p.experts;
+  const int64_t even = p.rows / kBlockM + p.experts / 2, row_tiles = even > busy ? even : busy;
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    return wide ? launch_gemm<T, 256>(p, sms, stream) : launch_gemm<T, 128>(p, sms, stream);
+    switch (best_width({256, 128, 64}, row_tiles, p.n, sms)) {
+      case 256: return launch_gemm<T, 256>(p, sms, stream);
+      case 128: return launch_gemm<T, 128>(p, sms, stream);
+      default: return launch_gemm<T, 64>(p, sms, stream);
+    }
   });
 }
 
 cudaError_t launch_wgrad_sm90(const SmopWgrad& p, cudaStream_t stream) {
   int sms = 0;
   if (auto e = sm_count(sms)) return e;
-  const auto grid_of = [&](int block_n) {
-    WgradGrid grid{static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, block_n)), 0};
-    grid.tiles = static_cast<int64_t>(p.experts) * grid.row_tiles * grid.col_tiles;
-    return grid;
-  };
-  const bool wide = grid_of(256).tiles >= sms;
-  const WgradGrid grid = grid_of(wide ? 256 : 128);
+  const int64_t row_tiles = ceil_div(p.m, kBlockM);
+  const int width = best_width({256, 128}, p.experts * row_tiles, p.n, sms);
+  WgradGrid grid{static_cast<int>(row_tiles), static_cast<int>(ceil_div(p.n, width)), 0};
+  grid.tiles = static_cast<int64_t>(p.experts) * grid.row_tiles * grid.col_tiles;
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(wide ? grouped_wgrad_sm90<T, 256> : grouped_wgrad_sm90<T, 128>, grid.tiles, sms, stream, p, grid);
+    return launch(width == 256 ? grouped_wgrad_sm90<T, 256> : grouped_wgrad_sm90<T, 128>, grid.tiles, sms, stream, p,
+                  grid);
   });
 }
 

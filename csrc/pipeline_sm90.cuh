@@ -18,7 +18,7 @@ constexpr int kBlockM = 128, kBlockK = 64, kThreads = 384, kGroup = 128;  // thr
 constexpr int kConsumerWarps = 8, kProducerWarps = 4;
 constexpr int kBlockBytes = 64 * ptx::kSwizzleRow;  // a 64-row block of a tile
 constexpr int kABytes = kBlockM / 64 * kBlockBytes;
-constexpr int kRingBytes = 192 * 1024, kMaxStages = 6;
+constexpr int kRingBytes = 192 * 1024, kMaxStages = 8;
 constexpr int kLag = 2;  // stages of cp.async in flight behind the newest
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "the register file");

@@ -22,9 +22,9 @@ MODELS = {
     # Multiples of nothing: element-wise loads.
     "jedr-silu-odd": Model(37, 51, 29, E=5, K=3, sharing="JEDR", activation="silu", layer_norm=False),
     "all-active-fp32-norm": Model(33, 24, 50, E=3, K=3, sharing="JEJR", layer_norm_dtype=fp32),
-    "most-experts": Model(32, 24, 40, E=64, K=8, dtype=fp16),
+    "most-experts": Model(16, 24, 40, E=64, K=8, dtype=fp16),
     "many-experts": Model(32, 24, 40, E=17, K=5, dtype=fp16),
-    "one-expert": Model(200, 264, 136, E=1, K=1, sharing="JEJR"),
+    "one-expert": Model(200, 264, 248, E=1, K=1, sharing="JEJR"),
 }
 
 

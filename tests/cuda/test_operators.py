@@ -81,6 +81,52 @@ def test_layouts_choose_the_kernels(runner):
         assert error(other, results[0]) <= 1e-3 * results[0].float().square().mean().sqrt()
 
 
+@pytest.mark.parametrize("runner", params(CudaPtx(arch=90, sms=1)))
+@pytest.mark.parametrize(("n", "width"), [(56, 64), (120, 128), (248, 256)])
+def test_every_tile_width(runner, n, width):
+    """On one SM the narrowest tile that holds all columns is the cheapest: both products at each width, long in k."""
+    offs = torch.tensor([130, 130, 290], dtype=torch.int32)
+    a, b = operands((300, 200), (3, 200, n), bf16)
+    with runner.running():
+        compare(runner, a, b, offs)
+        rows = operands((300, n), (300, 8), bf16)[0]
+        compare(runner, a.t(), rows, offs)
+        if runner.device == "cpu":
+            product, _, wgrad = runners.launches.kernels
+            assert f", {width}, " in product
+            assert f", {max(width, 128)}>" in wgrad
+
+
+@pytest.mark.parametrize("runner", params(SM80, SM90))
+def test_caller_made_routing(runner):
+    """An expert chosen twice by a token counts twice; ids outside [0, X) are skipped and get no gate gradient."""
+    T, K, X, D, H, O = 50, 3, 4, 24, 40, 32
+    g = torch.Generator().manual_seed(7)
+    experts = torch.randint(0, X + 1, (T, K), generator=g, dtype=torch.int32)
+    experts[0] = 2
+
+    def leaf(*shape, scale=1.0):
+        return (torch.randn(shape, generator=g) * scale).to(bf16)
+
+    tensors = [
+        leaf(T, D), torch.rand(T, K, generator=g), leaf(X, H, D, scale=D**-0.5), leaf(X, H),
+        leaf(X, O, H, scale=H**-0.5), leaf(X, O), leaf(X, O), leaf(X, O),
+    ]  # fmt: skip
+    dy = leaf(T, O)
+    results = {}
+    with runner.running():
+        for name, device in (("cuda", runner.device), ("torch", "cpu")):
+            x, weights, *parameters = leaves = [t.to(device).clone().requires_grad_() for t in tensors]
+            y = functional.expert_projection(x, weights, experts.to(device), *parameters, backend=name)
+            results[name] = [t.detach().cpu() for t in (y, *torch.autograd.grad(y, leaves, dy.to(device)))]
+    x, weights, *parameters = leaves = [t.double().requires_grad_() for t in tensors]
+    y = oracle.expert_projection(x, weights, experts, *parameters)
+    exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    for got, plain, truth in zip(results["cuda"], results["torch"], exact, strict=True):
+        assert error(got, truth) <= 2 * error(plain, truth) + 1e-5
+    assert results["cuda"][2][experts == X].eq(0).all()
+
+
 @pytest.mark.parametrize("runner", params(SM80, SM90))
 def test_grouped_mm_gradients(runner):
     a, b = operands((70, 40), (3, 40, 24), bf16, seed=2)
