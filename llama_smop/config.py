@@ -33,7 +33,7 @@ class TinySection(Section):
     video_layers: int = Field(2, ge=1)
     text_layers: int = Field(3, ge=1)
     max_seconds: float = Field(3.0, gt=0)
-    ctc_weight: float = Field(0.5, ge=0)
+    ctc_weight: float = Field(1.5, ge=0)
 
 
 class ModelSection(Section):

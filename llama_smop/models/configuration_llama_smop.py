@@ -105,7 +105,7 @@ class LlamaSmopConfig(PreTrainedConfig):
         compression: "pool" averages them, "stack" concatenates them.
         audio_token_id, audio_end_token_id, video_token_id, video_end_token_id: the markers round the speech tokens.
         load_balancing_coef, router_z_coef: weights of the auxiliary losses in `loss`.
-        ctc_weight: weight of a CTC loss per text token on each tower's frames, 0 = no CTC heads.
+        ctc_weight: weight of a CTC loss per text token on each tower's compressed tokens, 0 = no CTC heads.
         freeze_towers: towers stay in eval mode and get no gradient (LoRA inside them still learns).
         tower_batch_norm_train: parity with the published training run, whose frozen AV-HuBERT normalises with
             batch statistics and moves its running ones.

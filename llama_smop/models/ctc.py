@@ -1,4 +1,4 @@
-"""CTC on a tower's frames, an auxiliary loss that helps when the towers are trained from scratch."""
+"""CTC on a tower's tokens, an auxiliary loss that helps when the towers are trained from scratch."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ def ctc_loss(logits: Tensor, mask: Tensor, labels: Tensor, *, blank: int, ignore
     """Mean over clips of CTC per text token (Graves et al. 2006).
 
     Args:
-        logits: (B, F, vocabulary), any float dtype; computed in float32.
-        mask: (B, F) bool, True = real frame, real frames first.
+        logits: (B, S, vocabulary), any float dtype; computed in float32.
+        mask: (B, S) bool, True = real token, real tokens first.
         labels: (B, L); ids in `ignored` are no targets.
         blank: the id that stands for "no token"; must not occur in a text.
     """

@@ -60,9 +60,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         self.multi_modal_projector = _projector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.ctc_weight:
-            widths = {"audio": config.audio_config.d_model, "video": config.video_config.hidden_size}
             vocabulary = config.text_config.vocab_size
-            self.ctc_heads = nn.ModuleDict({m: nn.Linear(widths[m], vocabulary) for m in config.modalities})
+            self.ctc_heads = nn.ModuleDict({m: nn.Linear(d, vocabulary) for m, d in config.token_features.items()})
         self.post_init()
         for part, lora in config.lora.items():
             inject_lora(getattr(self, part), lora)
@@ -270,17 +269,15 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
                 + config.router_z_coef * result.router_z_loss
             )
         if config.ctc_weight:
-            result.ctc_loss = sum(
-                ctc_loss(
-                    self.ctc_heads[m](frames),
-                    speech.state_masks[m],
-                    labels,
-                    blank=config.pad_token_id,
-                    ignored=(IGNORED_LABEL, *_as_tuple(config.eos_token_id)),
-                )
-                for m, frames in speech.states.items()
-            )
+            result.ctc_loss = sum(self._ctc_loss(m, speech, labels) for m in speech.states)
             result.loss = result.loss + config.ctc_weight * result.ctc_loss
+
+    def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
+        """On compressed tokens: with fewer places between the words than on frames, it is learned much sooner."""
+        rate = getattr(self.config, f"rate_{modality}")
+        tokens, mask = self.compress(speech.states[modality], speech.state_masks[modality], rate)
+        ignored = (IGNORED_LABEL, *_as_tuple(self.config.eos_token_id))
+        return ctc_loss(self.ctc_heads[modality](tokens), mask, labels, blank=self.config.pad_token_id, ignored=ignored)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def build_tiny(
     rate_audio: int = 4,
     rate_video: int = 2,
     compression: str = "pool",
-    ctc_weight: float = 0.5,
+    ctc_weight: float = 1.5,
     backend: str = "auto",
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
@@ -82,9 +82,9 @@ def build_tiny(
         video_config=AvHubertVideoConfig(
             frontend_channels=8,
             frontend_stride=4,
-            frontend_pool=False,
-            trunk_channels=(8, 16, 32, 64),
-            trunk_blocks=(1, 1, 1, 1),
+            frontend_pool=True,
+            trunk_channels=(16, 32, 64),
+            trunk_blocks=(1, 1, 1),
             norm="group",
             hidden_size=width,
             num_hidden_layers=video_layers,
