@@ -107,10 +107,13 @@ class Contest:
                 raise_if_device_is_lost(self.device, error)
         if not runs:
             return
-        self.starting(which)
-        timings, noise = measure.interleaved(
-            runs, measure.clock(self.device, cold), budget_s, min_rounds=min_rounds, max_rounds=40
-        )
+        clock, named = measure.clock(self.device, cold), {run: " ".join(key) for key, run in runs.items()}
+
+        def sample(run: Callable[[], object]) -> float:
+            self.starting(f"{named[run]} {which}")
+            return clock(run)
+
+        timings, noise = measure.interleaved(runs, sample, budget_s, min_rounds=min_rounds, max_rounds=40)
         for (name, mode), timing in timings.items():
             self.result.timings.append(self._record(name, mode, which, timing, noise, ceilings, cold))
 

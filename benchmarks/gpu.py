@@ -24,7 +24,6 @@ MODES = ("eager", "graph", "compiled")
 MAX_ATTEMPTS = 3  # children a case may cost
 BAN_AFTER = 2  # cases a rival may bring down before it is left out of all others
 SILENCE_S = 150  # without an event the child hangs (the longest silence is a compilation)
-SAVE_EVERY_S = 2.0
 
 
 @dataclass
@@ -140,8 +139,8 @@ def run(
         while (todo := [s for s in plan if _open(progress, s, dry)]) and time.time() < deadline:
             before = _position(progress)
             reason = _child(progress, todo, deadline, budget_s, dry, Path(out), command, log, silence_s, path, say)
-            if reason is None:
-                break
+            if reason is None or time.time() >= deadline:
+                break  # done; or out of time, which is nobody's fault
             if progress.case is not None:
                 say(f"  {reason} during {progress.running or 'the start'} of {progress.case}")
                 progress.blame(reason)
@@ -226,7 +225,7 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
     """Apply the child's events until it closes the pipe; what is wrong when it should be killed instead."""
     selector = selectors.DefaultSelector()
     selector.register(reading, selectors.EVENT_READ)
-    rest, saved = b"", 0.0
+    rest = b""
     while True:
         wait = min(max(silence_s, progress.patience_s + 10), deadline + 5 - time.time())
         if wait <= 0 or not selector.select(wait):
@@ -239,9 +238,8 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
         for line in lines:
             event = json.loads(line)
             progress.apply(event, say)
-            if event["event"] in ("end", "failed") and time.time() > saved + SAVE_EVERY_S:
+            if event["event"] in ("end", "failed"):
                 results.save(progress.found, path)
-                saved = time.time()
 
 
 def _kill(child: subprocess.Popen) -> None:
