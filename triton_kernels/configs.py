@@ -1,60 +1,16 @@
-"""Tile configurations: what a configuration is, where it can run, and which one a problem gets.
+"""Which configuration a problem gets.
 
 Nothing is timed at import or at the first call. `tables.py` is the shipped table; `python -m benchmarks tune` measures
 the candidates on a GPU and writes it anew.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-# Shared memory a block may ask for, bytes, by compute capability (CUDA programming guide, technical specifications).
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
-SMALLEST_SHARED_MEMORY = 101_376
-
-
-class GroupedShape(NamedTuple):
-    """A grouped product: `rows` in all, over `groups`; (rows, k) × (groups, k, n), or the (m, n) gradients of it."""
-
-    rows: int
-    groups: int
-    m: int  # rows of one output tile's matrix: the rows of a group on average, or a weight gradient's first dimension
-    n: int
-    k: int  # the dimension summed over
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8  # row tiles that go through all columns together, so that they share weights in L2
-
-    def shared_memory(self, dtype: torch.dtype) -> int:
-        """Bytes of the pipelined operand tiles; the epilogue's layout change reuses them."""
-        operands = (self.block_m + self.block_n) * self.block_k * dtype.itemsize * self.num_stages
-        return max(operands, self.block_m * self.block_n * dtype.itemsize)
-
-    def accumulators(self) -> int:
-        """Float32 accumulator registers a thread."""
-        return self.block_m * self.block_n // (32 * self.num_warps)
-
-    def supports(self, shape: GroupedShape, dtype: torch.dtype, arch: int) -> bool:
-        """Whether this tile fits the device and does not mostly compute padding.
-
-        A quarter of a block's shared memory or of its registers left over is not this function's business: what is
-        slower is for `tune` to say.
-        """
-        fits = self.shared_memory(dtype) <= SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
-        # Above 128 accumulators a thread, operands and addresses spill; wgmma needs 64 rows for its warp group.
-        registers = self.accumulators() <= 128
-        wgmma = arch != 90 or self.block_m >= 64
-        padding = self.block_n <= max(64, 2 * shape.n)
-        return fits and registers and wgmma and padding
+from .tables import TABLE
+from .tiles import GroupedShape, TileConfig
 
 
 class RouterConfig(NamedTuple):
@@ -77,27 +33,41 @@ def table_arch(arch: int) -> int:
     return max((a for a in (80, 90, 100) if a <= arch), default=80)
 
 
+def gemm_shape(rows: int, groups: int, n: int, k: int) -> GroupedShape:
+    """(rows, k) × (groups, k, n)."""
+    return GroupedShape(rows, groups, -(-rows // groups), n, k)
+
+
+def wgrad_shape(rows: int, groups: int, m: int, n: int) -> GroupedShape:
+    """The (groups, m, n) gradients, summed over rows."""
+    return GroupedShape(rows, groups, m, n, -(-rows // groups))
+
+
 @lru_cache(maxsize=4096)
 def gemm_config(arch: int, dtype: torch.dtype, precision: str, rows: int, groups: int, n: int, k: int) -> TileConfig:
-    """The tile for (rows, k) × (groups, k, n), chosen by the mean number of rows of a group."""
-    shape = GroupedShape(rows, groups, -(-rows // groups), n, k)
-    return _choose("gemm", shape, dtype, precision, arch, shape.m)
+    return _choose("gemm", gemm_shape(rows, groups, n, k), dtype, precision, arch)
 
 
 @lru_cache(maxsize=4096)
 def wgrad_config(arch: int, dtype: torch.dtype, precision: str, rows: int, groups: int, m: int, n: int) -> TileConfig:
-    """The tile for the (groups, m, n) gradients, chosen by the mean number of rows of a group, which is summed over."""
-    shape = GroupedShape(rows, groups, m, n, -(-rows // groups))
-    return _choose("wgrad", shape, dtype, precision, arch, shape.k)
+    return _choose("wgrad", wgrad_shape(rows, groups, m, n), dtype, precision, arch)
 
 
-def _choose(op: str, shape: GroupedShape, dtype: torch.dtype, precision: str, arch: int, group_rows: int) -> TileConfig:
-    from .tables import TABLE
+def entry(op: str, arch: int, kind: str, shape: GroupedShape) -> tuple[int | None, TileConfig]:
+    """The table's (mean rows of a group up to, tile) for a product."""
+    return _entries(op, arch, kind, shape)[-1]
 
-    entries = TABLE[op, table_arch(arch), kind(dtype, precision)]
-    # The entry made for this many rows first; then the smaller ones.
-    made_for = next((i for i, (up_to, _) in enumerate(entries) if up_to is None or group_rows <= up_to), -1)
-    for _, config in reversed(entries[: made_for + 1]):
+
+def _entries(op: str, arch: int, kind: str, shape: GroupedShape) -> tuple:
+    """The entries up to the one made for this many rows a group."""
+    entries = TABLE[op, table_arch(arch), kind]
+    group_rows = -(-shape.rows // shape.groups)
+    return entries[: 1 + next(i for i, (up_to, _) in enumerate(entries) if up_to is None or group_rows <= up_to)]
+
+
+def _choose(op: str, shape: GroupedShape, dtype: torch.dtype, precision: str, arch: int) -> TileConfig:
+    """The tile made for this many rows, or the next smaller one that fits."""
+    for _, config in reversed(_entries(op, arch, kind(dtype, precision), shape)):
         if config.supports(shape, dtype, arch):
             return config
     return FALLBACK

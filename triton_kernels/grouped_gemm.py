@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative
-from .configs import TileConfig, gemm_config
+from .configs import gemm_config
 from .launch import Launch, dot_precision, target_arch
 from .segments import block_of, max_tiles, tile_segment
+from .tiles import TileConfig
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "num_experts"])

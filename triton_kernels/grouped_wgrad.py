@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, wgrad_config
+from .configs import wgrad_config
 from .launch import Launch, dot_precision, target_arch
 from .segments import expert_segment
+from .tiles import TileConfig
 
 
 @triton.jit(do_not_specialize=["tokens"])

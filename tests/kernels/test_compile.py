@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llama_smop.ops import backend_triton
-from llama_smop.triton_kernels.configs import SHARED_MEMORY
 from llama_smop.triton_kernels.launch import Launch, recording
+from llama_smop.triton_kernels.tiles import SHARED_MEMORY
 from tests.kernels import resources
 from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import compiling_for

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_smop.ops import backend_triton
-from llama_smop.triton_kernels import configs, projection
+from llama_smop.triton_kernels import configs, projection, tiles
 from llama_smop.triton_kernels.launch import recording
 from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import compiling_for
@@ -63,5 +63,5 @@ def test_every_shape_gets_a_tile_that_fits():
                 for n in (1, 65, 4096):
                     for choose in (configs.gemm_config, configs.wgrad_config):
                         config = choose(arch, dtype, precision, rows, 4, n, n)
-                        limit = configs.SHARED_MEMORY.get(arch, configs.SMALLEST_SHARED_MEMORY)
+                        limit = tiles.SHARED_MEMORY.get(arch, tiles.SMALLEST_SHARED_MEMORY)
                         assert config.shared_memory(dtype) <= limit
