@@ -58,7 +58,7 @@ def corpus_show(
     clips: Annotated[int, typer.Option(min=1)] = 6,
 ) -> None:
     """Draw a contact sheet of a corpus."""
-    from llama_smop.data.corpus import contact_sheet
+    from llama_smop.data.contact_sheet import contact_sheet
 
     png = png or root / "contact_sheet.png"
     contact_sheet(root, png, n=clips)

@@ -17,14 +17,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -35,65 +35,13 @@ from llama_smop import files
 
 from . import mouth
 from .articulation import articulation
+from .grammar import GRID, CorpusError, Grammar
 from .media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
 from .speech import speak
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")
 SHARES = (0.80, 0.05, 0.10, 0.05)
-
-
-class CorpusError(ValueError):
-    """The corpus cannot be made as asked."""
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """Sentences are one word from each slot in turn; `spoken` respells what espeak-ng would misread."""
-
-    slots: tuple[tuple[str, tuple[str, ...]], ...]
-    spoken: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self):
-        if not self.slots:
-            raise CorpusError("a grammar needs at least one slot of words")
-        for name, words in self.slots:
-            if not words or len(set(words)) != len(words):
-                raise CorpusError(f"grammar slot {name!r}: expected distinct words, got {list(words)}")
-            for word in words:
-                if not word or word != word.lower() or not word.replace("'", "").isalpha():
-                    raise CorpusError(f"grammar slot {name!r}: a word is lower-case letters, got {word!r}")
-
-    @property
-    def size(self) -> int:
-        """How many different sentences there are."""
-        return prod(len(words) for _, words in self.slots)
-
-    def sentence(self, number: int) -> tuple[str, ...]:
-        """The words of sentence `number`, 0 ≤ number < size."""
-        words = []
-        for _, choices in reversed(self.slots):
-            number, k = divmod(number, len(choices))
-            words.append(choices[k])
-        return tuple(reversed(words))
-
-    def as_spoken(self, words: Iterable[str]) -> str:
-        respelt = dict(self.spoken)
-        return " ".join(respelt.get(word, word) for word in words)
-
-
-# GRID has 25 letters, most of which rhyme with "b" or "a"; these twelve sound and look different.
-GRID = Grammar(
-    slots=(
-        ("command", ("bin", "lay", "place", "set")),
-        ("colour", ("blue", "green", "red", "white")),
-        ("preposition", ("at", "by", "in", "with")),
-        ("letter", tuple("aefhilmoqrwx")),
-        ("digit", ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")),
-        ("adverb", ("again", "now", "please", "soon")),
-    ),
-    spoken=(("a", "eigh"),),  # espeak-ng says "a" as a schwa, and "ay" as "eye"
-)
 
 
 @dataclass(frozen=True)
@@ -258,7 +206,7 @@ def _start_worker(parent: int) -> None:
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

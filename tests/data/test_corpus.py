@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llama_smop.data import corpus as corpus_module
 from llama_smop.data.contact_sheet import contact_sheet
-from llama_smop.data.corpus import GRID, SPLITS, CorpusError, Grammar, Settings, _plan, make_corpus
+from llama_smop.data.corpus import SPLITS, Settings, _plan, make_corpus
+from llama_smop.data.grammar import GRID, CorpusError, Grammar
 from llama_smop.data.lrs3 import LabelError, load_clip, read_labels
 
 few = settings(derandomize=True, deadline=None, max_examples=25)
@@ -193,6 +194,26 @@ def test_impossible_settings_write_nothing(tmp_path, arguments, reason):
 def test_a_grammar_takes_words_that_fit_a_label_line(word):
     with pytest.raises(CorpusError, match="slot 'verb'"):
         Grammar((("verb", ("lay", word)),))
+
+
+def test_a_grammar_from_a_file(tmp_path):
+    path = tmp_path / "grammar.yaml"
+    path.write_text("slots:\n  verb: [lay, put]\n  letter: [a, b]\nspoken: {a: eigh}\n")
+    grammar = Grammar.from_file(path)
+    assert [grammar.sentence(i) for i in range(4)] == [("lay", "a"), ("lay", "b"), ("put", "a"), ("put", "b")]
+    assert grammar.as_spoken(("lay", "a")) == "lay eigh"
+    for text, reason in (
+        ("slots: {answer: [yes, maybe]}", "a word is text, got True"),
+        ("slots: [lay, put]", "list of words each"),
+        ("slots: {verb: [lay]}\nwords: 3", "and nothing else"),
+        ("slots: {verb: [lay", "no grammar in YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CorpusError, match=reason) as caught:
+            Grammar.from_file(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CorpusError, match=r"none\.yaml: no grammar"):
+        Grammar.from_file(tmp_path / "none.yaml")
 
 
 def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
