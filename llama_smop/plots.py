@@ -102,7 +102,7 @@ def expert_activation(shares: Mapping[str, Sequence[float]], experts_of: Mapping
     axes.set_xticks(range(experts))
     axes.set_xlabel("expert")
     axes.set_ylabel("share of choices, %")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
 
 

@@ -95,7 +95,7 @@ def _accuracy(evaluation: dict) -> str:
 
 
 def _clips(run: Path, transcripts: list[dict]) -> str:
-    parts = ["<h2>Three clips</h2>"]
+    parts = ["<h2>What it heard</h2>"]
     for clip in transcripts:
         path = run / clip["path"]
         strip = plots.clip_strip(read_video(path), read_audio(audio_path(path)))
