@@ -239,10 +239,11 @@ def furthest_from_floor(results: dict, backend: str = "triton", count: int = 2) 
 
 def _tune(dry: bool) -> list[Case]:
     def run(c: Context) -> dict:
-        if importlib.util.find_spec("benchmarks.tune") is None:
-            return {"note": "this checkout has no tuner"}
+        if importlib.util.find_spec("triton") is None:
+            return {"note": "triton is not installed"}
         from benchmarks import tune
 
+        c.starting("tuner", patience_s=c.budget_s)
         return {"note": tune.stage(furthest_from_floor(c.results), c.out / "tuned.json", c.budget_s, c.dry)}
 
     return [Case("Triton tile configurations", run)]
