@@ -58,6 +58,8 @@ def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_expert
 def unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the CUDA extension needs a CUDA device, got {device}"
+    if not torch.cuda.is_available():
+        return "the CUDA extension needs a CUDA device, and torch sees none"
     major, minor = torch.cuda.get_device_capability(device)
     built = extension().build_info()["architectures"]
     if not any(_runs(arch, major, minor) for arch in built.split(";")):

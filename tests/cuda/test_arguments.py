@@ -116,6 +116,9 @@ def test_it_says_why_it_cannot_serve(monkeypatch):
     assert "bfloat16 and float16, got torch.float32" in backend_cuda.unsupported(torch.float32, cuda, 2, 8)
     assert "1 to 128 experts, got 200" in backend_cuda.unsupported(bf16, cuda, 2, 200)
     assert "needs a CUDA device, got cpu" in backend_cuda.unsupported(bf16, cpu, 2, 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none" in backend_cuda.unsupported(bf16, cuda, 2, 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "built for sm_80, sm_90a; cuda is sm_100" in backend_cuda.unsupported(bf16, cuda, 2, 8)
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0)):
