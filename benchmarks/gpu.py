@@ -181,16 +181,12 @@ def _position(progress: Progress) -> tuple:
 
 def _child(progress, todo, deadline, budget_s, dry, out, command, log, silence_s, path, say) -> str | None:
     """Start a worker on `todo` and follow it. None when it ended well, else what happened to it."""
-    end, ends = time.time(), {}
-    for stage in todo:
-        end = min(deadline, end + stage.share * budget_s)
-        ends[stage.name] = end
     job = {
         "results": progress.found,
-        "stages": [s.name for s in todo],
+        "stages": {s.name: s.share * budget_s for s in todo},
+        "deadline": deadline,
         "finished": {name: state["finished"] for name, state in progress.found["stages"].items()},
         "excluded": progress.excluded,
-        "stage_ends": ends,
         "dry": dry,
         "out": str(out),
     }
