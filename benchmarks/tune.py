@@ -207,8 +207,8 @@ def main(arguments: list[str]) -> int:
     findings = tune(headline(options.dtype), options.out, options.budget)
     if options.write:
         note = (
-            f"Tuned by `python -m benchmarks tune` on {torch.cuda.get_device_name()}; the entries it could not beat, and\n"
-            "those of other architectures, are chosen by compile-time evidence and tile arithmetic."
+            f"Tuned by `python -m benchmarks tune` on {torch.cuda.get_device_name()}; the entries it could not\n"
+            "beat, and those of other architectures, are chosen by compile-time evidence and tile arithmetic."
         )
         Path(tables.__file__).write_text(render(improved(tables.TABLE, findings), note))
     return 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .configs import combine_rows, row_warps
 from .launch import Launch
-from .segments import block_of, max_tiles, tile_segment, tiles_per_expert
+from .segments import block_of, ceil_div, max_tiles, tile_segment, tiles_per_expert
 
 
 @triton.jit(do_not_specialize=["tokens", "num_experts", "eps"])
@@ -226,7 +226,7 @@ def combine_fwd(
 def combine_tiles(rows: int, tokens: int, num_experts: int, dense: bool) -> int:
     """Programs of `combine_bwd`, that is rows of its partial sums."""
     per_tile = combine_rows(rows)
-    return num_experts * triton.cdiv(tokens, per_tile) if dense else max_tiles(rows, num_experts, per_tile)
+    return num_experts * ceil_div(tokens, per_tile) if dense else max_tiles(rows, num_experts, per_tile)
 
 
 def combine_bwd(
@@ -255,7 +255,7 @@ def combine_bwd(
         (tiles,),
         (
             *(dy, z, weights, experts, order, offs, gamma, beta, mean, rstd, dz, dweights, partials),
-            *(T * K, triton.cdiv(T * K, max(tiles, 1)), T, num_experts, O),
+            *(T * K, ceil_div(T * K, max(tiles, 1)), T, num_experts, O),
         ),
         {
             "TOP_K": K,
@@ -277,7 +277,7 @@ def layer_norm_grad(
     X, O = dgamma.shape
     return Launch(
         layer_norm_grad_kernel,
-        (X, triton.cdiv(O, 64)),
+        (X, ceil_div(O, 64)),
         (partials, offs, dgamma, dbeta, tokens, X, O),
         {
             "ROWS": combine_rows(rows),

@@ -20,6 +20,7 @@ class RouterConfig(NamedTuple):
     num_stages: int
 
 
+ROUTER_TOKENS = 16  # tokens a block of the router
 FALLBACK = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
 
 
@@ -73,8 +74,9 @@ def _choose(op: str, shape: GroupedShape, dtype: torch.dtype, precision: str, ar
     return FALLBACK
 
 
-def router_config() -> RouterConfig:
-    return RouterConfig(block_t=16, block_d=128, num_warps=4, num_stages=3)
+def router_config(columns: int) -> RouterConfig:
+    """Narrower slices of D when the routers' columns are many, so that three of them fit any shared memory."""
+    return RouterConfig(ROUTER_TOKENS, max(32, min(128, 4096 // columns)), num_warps=4, num_stages=3)
 
 
 def router_splits(tokens: int) -> int:

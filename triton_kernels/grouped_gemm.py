@@ -12,7 +12,7 @@ from torch import Tensor
 from .activations import activate, derivative
 from .configs import gemm_config
 from .launch import Launch, dot_precision, target_arch
-from .segments import block_of, max_tiles, tile_segment
+from .segments import block_of, ceil_div, max_tiles, tile_segment
 from .tiles import TileConfig
 
 
@@ -148,10 +148,10 @@ def grouped_gemm(
     (rows, N), (X, K, _) = out.shape, b.shape
     dense = offs is None
     cfg = config or gemm_config(target_arch(), a.dtype, dot_precision(a.dtype), rows, X, N, K)
-    tiles_m = X * triton.cdiv(tokens, cfg.block_m) if dense else max_tiles(rows, X + zero_tail, cfg.block_m)
+    tiles_m = X * ceil_div(tokens, cfg.block_m) if dense else max_tiles(rows, X + zero_tail, cfg.block_m)
     return Launch(
         grouped_gemm_kernel,
-        (tiles_m * triton.cdiv(N, cfg.block_n),),
+        (tiles_m * ceil_div(N, cfg.block_n),),
         (a, b, bias, out, pre, order, offs, rows, tokens, X, N, K, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .configs import wgrad_config
 from .launch import Launch, dot_precision, target_arch
-from .segments import expert_segment
+from .segments import ceil_div, expert_segment
 from .tiles import TileConfig
 
 
@@ -113,7 +113,7 @@ def grouped_wgrad(
     cfg = config or wgrad_config(target_arch(), a.dtype, dot_precision(a.dtype), a.shape[0], X, M, N)
     return Launch(
         grouped_wgrad_kernel,
-        (X * triton.cdiv(M, cfg.block_m) * triton.cdiv(N, cfg.block_n),),
+        (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
         (a, b, out, bias_grad, order, offs, tokens, M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import router as _router
 from . import schedule as _schedule
 from .combine import combine_bwd, combine_fwd, layer_norm_grad, new_partials
-from .configs import router_config
+from .configs import ROUTER_TOKENS
 from .grouped_gemm import grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
 
@@ -58,9 +58,8 @@ def route_fwd(
     order, inverse, offs = _schedule.new_order(experts, num_experts)
 
     _router.router_fwd(x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts).run()
-    items_per_block = router_config().block_t * top_k
     _schedule.schedule(
-        experts, hist, items_per_block, num_experts, order, inverse, offs,
+        experts, hist, ROUTER_TOKENS * top_k, num_experts, order, inverse, offs,
         stats=stats, counts=counts, balance=balance, z=z,
     ).run()  # fmt: skip
     return logits, weights, experts, counts, balance, z, order, inverse, offs

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import router_config, router_splits
+from .configs import ROUTER_TOKENS, router_config, router_splits
 from .launch import Launch
-from .segments import block_of
+from .segments import block_of, ceil_div
 
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -223,7 +223,7 @@ def sum_splits_kernel(
 
 def router_blocks(tokens: int) -> int:
     """Blocks of tokens the router works in: the rows of its histogram. At least one, so that it is always written."""
-    return max(1, triton.cdiv(tokens, router_config().block_t))
+    return max(1, ceil_div(tokens, ROUTER_TOKENS))
 
 
 def router_fwd(
@@ -243,7 +243,8 @@ def router_fwd(
     Float32 gate products are always full float32: a routing must not turn on the low bits of TF32.
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
-    cfg = router_config()
+    columns = block_of(R * E)
+    cfg = router_config(columns)
     return Launch(
         router_fwd_kernel,
         (hist.shape[0],),
@@ -256,7 +257,7 @@ def router_fwd(
             "PRECISION": _precision(x),
             "BLOCK_T": cfg.block_t,
             "BLOCK_D": cfg.block_d,
-            "BLOCK_C": block_of(R * E),
+            "BLOCK_C": columns,
             "BLOCK_TOPK": block_of(K, least=1),
         },
         cfg.num_warps,
@@ -285,13 +286,14 @@ def router_bwd(
     Products are float32 (for 16-bit x three TF32 products): the balance loss's gradient would vanish in float16.
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
-    cfg = router_config()
+    columns = block_of(R * E)
+    cfg = router_config(columns)
     return Launch(
         router_bwd_kernel,
-        (partials.shape[0], triton.cdiv(D, cfg.block_d)),
+        (partials.shape[0], ceil_div(D, cfg.block_d)),
         (
             *(x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dweights, dbalance, dz, dx),
-            *(partials, T, triton.cdiv(T, partials.shape[0]), D),
+            *(partials, T, ceil_div(T, partials.shape[0]), D),
         ),
         {
             "E": E,
@@ -300,7 +302,7 @@ def router_bwd(
             "PRECISION": _precision(x),
             "BLOCK_T": cfg.block_t,
             "BLOCK_D": cfg.block_d,
-            "BLOCK_C": block_of(R * E),
+            "BLOCK_C": columns,
             "BLOCK_TOPK": block_of(K, least=1),
         },
         cfg.num_warps,
@@ -313,7 +315,7 @@ def sum_splits(partials: Tensor, out: Tensor) -> Launch:
     size = out.numel()
     return Launch(
         sum_splits_kernel,
-        (triton.cdiv(size, 1024),),
+        (ceil_div(size, 1024),),
         (partials, out, partials.shape[0], size),
         {"BLOCK": 1024},
         num_warps=4,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configs import schedule_items
 from .launch import Launch
-from .segments import block_of
+from .segments import block_of, ceil_div
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def histogram_kernel(
 
 
 def histogram_blocks(items: int) -> int:
-    return max(1, triton.cdiv(items, schedule_items()))
+    return max(1, ceil_div(items, schedule_items()))
 
 
 def histogram(experts: Tensor, hist: Tensor) -> Launch:
@@ -172,10 +172,10 @@ def schedule(
     """One launch: order, inverse and offs of the choices `experts` (T, K); with the router's stats, the losses too."""
     items, blocks = experts.numel(), hist.shape[0]
     R, E = (1, num_experts) if counts is None else counts.shape
-    per_program = triton.cdiv(schedule_items(), items_per_block)
+    per_program = ceil_div(schedule_items(), items_per_block)
     return Launch(
         schedule_kernel,
-        (1 + triton.cdiv(blocks, per_program),),
+        (1 + ceil_div(blocks, per_program),),
         (experts, hist, stats, order, inverse, offs, counts, balance, z, items, blocks, per_program),
         {
             "ITEMS_PER_BLOCK": items_per_block,

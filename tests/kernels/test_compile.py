@@ -9,7 +9,7 @@ import torch
 
 from llama_smop.ops import backend_triton
 from llama_smop.triton_kernels.launch import Launch, recording
-from llama_smop.triton_kernels.tiles import SHARED_MEMORY
+from llama_smop.triton_kernels.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
 from tests.kernels import resources
 from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import compiling_for
@@ -76,6 +76,20 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys) -> None:
 @pytest.mark.parametrize(("arch", "dtype", "tokens"), [(80, "bf16", 16384), (90, "bf16", 4096), (100, "fp16", 16384)])
 def test_large_tiles(arch, dtype, tokens, capsys):
     check(arch, dtype, (tokens,), capsys)
+
+
+@pytest.mark.parametrize("arch", [80])
+def test_the_router_of_128_experts_fits_the_smallest_shared_memory(arch):
+    model = Model(1024, 16, 16, E=64, K=8, sharing="DEDR", dtype=torch.float32)
+    with torch.device("meta"):
+        inputs = make(model, 300)
+    with compiling_for(arch):
+        with recording(execute=False) as recorder:
+            through_backend(backend_triton, model, inputs)
+        for launch in recorder.launches:
+            if launch.name.startswith(("router", "schedule", "combine")):
+                used = resources.of(launch.compile())
+                assert used.shared <= SMALLEST_SHARED_MEMORY and not used.spills, f"{launch.name}: {used.shared} bytes"
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ import math
 from dataclasses import replace
 
 from benchmarks import tune
+from benchmarks.workloads import Workload
 from llama_smop.triton_kernels import tables
+from llama_smop.triton_kernels.launch import recording
 from llama_smop.triton_kernels.tiles import TileConfig
+from tests.kernels.targets import compiling_for
 
 START = TileConfig(64, 64, 32, num_warps=4, num_stages=3)
 
@@ -25,6 +28,15 @@ def test_the_search_walks_to_the_quickest_tile():
 
     best, costs = tune.search(START, cost, deadline=math.inf)
     assert best == quickest and costs[START] == cost(START)
+
+
+def test_what_is_timed_are_the_five_products_of_a_step():
+    workload = Workload(40, "float32", in_features=24, hidden_features=32, out_features=48)
+    with compiling_for(90), recording(execute=False) as recorder:
+        for product in tune.products(workload, "cpu"):
+            assert product.shape.rows == 80 and START.supports(product.shape, workload.torch_dtype, 90)
+            product.build(START).run()
+    assert recorder.names()[2:] == 3 * ["grouped_gemm_kernel"] + 2 * ["grouped_wgrad_kernel"]
 
 
 def test_a_search_without_time_keeps_the_shipped_tile():
