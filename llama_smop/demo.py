@@ -197,13 +197,13 @@ def _facts(out: Path, config: TrainConfig, clips: int) -> None:
     manifest = files.read_json(out / "corpus" / "manifest.json")
     counts = manifest["counts"]
     projector, noise = config.model.projector, config.data.noise
-    snrs = ", ".join("clean" if s is None else f"{s:g}" for s in noise.snrs)
+    snrs = ", ".join(dict.fromkeys("clean" if s is None else f"{s:g} dB" for s in noise.snrs))
     minutes = sum(c["seconds"] for c in counts.values()) / 60
     facts = {
         "corpus": f"{clips} synthetic clips, {minutes:.0f} minutes, seed {config.run.seed}",
         "model": f"{projector.sharing}, {projector.num_experts} experts, top {projector.top_k}, trained from scratch",
         "training": f"{config.optimizer.steps} steps, {files.read_json(out / 'training_seconds.json'):.0f} s",
-        "training noise": f"babble at {snrs} dB, after a clean start",
+        "training noise": f"babble: {snrs}, after a clean start",
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("llama-smop", "torch", "transformers")),
     }
