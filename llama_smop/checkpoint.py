@@ -114,9 +114,10 @@ def latest(run: Path) -> Path | None:
     return None
 
 
-def discard_unfinished(run: Path) -> None:
-    """Remove what an interrupted save left."""
-    shutil.rmtree(run / STAGING, ignore_errors=True)
+def discard_unfinished(out: Path) -> None:
+    """Remove what interrupted writes left in a run's folder."""
+    for left in (out / "checkpoints" / STAGING, *out.glob(".*.writing-*"), *out.glob(".*.old-*")):
+        files.remove(left)
 
 
 def _sha256(path: Path) -> str:

@@ -83,6 +83,7 @@ class DataSection(Section):
     time_mask: bool = True
     keep_decoded: bool = False  # hold decoded clips in memory; for small corpora
     workers: int = Field(0, ge=0)
+    max_bad_clips: int = Field(10, ge=0)  # that many that cannot be read are named and replaced; one more ends the run
 
     @model_validator(mode="after")
     def _stages_follow(self):
@@ -117,6 +118,7 @@ class RunSection(Section):
     log_every: int = Field(20, ge=1)
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    max_bad_steps: int = Field(10, ge=1)  # steps in a row without a finite loss and gradient, which are skipped
 
 
 class TrainConfig(Section):

@@ -16,15 +16,15 @@ def write_aside(target: str | Path, write: Callable[[Path], None]) -> Path:
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("writing", "old"))
-    _remove(aside)
+    remove(aside)
     try:
         write(aside)
         if target.is_dir():  # a folder cannot be replaced in one step
             os.replace(target, old)
         os.replace(aside, target)
-        _remove(old)
+        remove(old)
     finally:
-        _remove(aside)
+        remove(aside)
     return target
 
 
@@ -40,7 +40,8 @@ def read_json(path: str | Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -17,6 +17,7 @@ from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise, NoiseFile
 from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+from llama_smop.setbacks import ReplacedClips, Setbacks
 
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
 
@@ -25,26 +26,31 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     """Run a training and return the folder of its model, `out/model`.
 
     `out/checkpoints` holds what a run needs to go on after an interruption; with `resume` it does, at the step it had
-    reached. `out/metrics.json` is the log: losses, expert load and learning rate by step.
+    reached. `out/metrics.json` is the log: losses, expert load and learning rate by step. Clips that could not be read
+    are in `out/bad_clips.json`.
 
     Raises:
-        ValueError, MediaError: a corpus, a label or a clip that cannot be used, by name.
+        ValueError, MediaError: a corpus or a label that cannot be used, or too many clips, by name.
+        RuntimeError: `run.max_bad_steps` steps in a row without a finite loss.
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
-    checkpoint.discard_unfinished(checkpoints)
+    args = _arguments(config, checkpoints)
+    if args.process_index == 0:
+        checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
     clips = training_clips(config)
     model, processor = build(config, [clip.text for clip in clips.clips.clips])
-    plan = training_plan(config, clips.clips)
+    record = out / "bad_clips.json" if args.process_index == 0 else None
     trainer = SmopTrainer(
         model=model,
-        args=_arguments(config, checkpoints),
-        train_dataset=clips,
+        args=args,
+        train_dataset=ReplacedClips(clips, config.data.max_bad_clips),
         processing_class=processor,
         data_collator=Collator(processor),
         callbacks=list(callbacks),
-        plan=plan,
+        plan=training_plan(config, clips.clips, args.process_index, args.world_size),
+        setbacks=Setbacks(record, config.data.max_bad_clips, config.run.max_bad_steps),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
@@ -114,10 +120,17 @@ def noise(config: TrainConfig) -> Noise | None:
     return Noise(source, section.snrs)
 
 
-def training_plan(config: TrainConfig, clips: Lrs3Dataset) -> TrainingPlan:
+def training_plan(config: TrainConfig, clips: Lrs3Dataset, rank: int = 0, world: int = 1) -> TrainingPlan:
+    """One process's share of the batches; in each step all of them draw the same modality."""
     data, optimizer = config.data, config.optimizer
     batches = FrameBatchSampler(
-        clips.lengths, data.max_frames, data.buckets, seed=config.run.seed, max_clips=data.max_clips
+        clips.lengths,
+        data.max_frames,
+        data.buckets,
+        seed=config.run.seed,
+        max_clips=data.max_clips,
+        rank=rank,
+        world=world,
     )
     steps = optimizer.steps or max(1, math.ceil(optimizer.epochs * len(batches) / optimizer.accumulate))
     stages = [Stage(round(s.until * steps) * optimizer.accumulate, s.modalities, s.noise) for s in data.stages]
@@ -132,30 +145,46 @@ class Collator:
 
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
-        return dict(self.processor(text=[item["text"] for item in items], **streams))
+        batch = dict(self.processor(text=[item["text"] for item in items], **streams))
+        return batch | {"bad_clips": {path: why for item in items for path, why in item["bad_clips"].items()}}
 
 
 class SmopTrainer(Trainer):
-    """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside."""
+    """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside, skips
+    steps whose loss or gradient is not finite.
 
-    def __init__(self, *args, plan: TrainingPlan, **kwargs):
+    On several processes the gradient is that of one process with their batches joined: the language model's loss is
+    the mean over all tokens of the joint batch. The auxiliary losses are means over the processes.
+    """
+
+    def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):
         super().__init__(*args, **kwargs)
-        self.plan = plan
+        self.plan, self.setbacks = plan, setbacks
         self._sums: dict[str, torch.Tensor] = defaultdict(float)
-        self._batches: dict[str, int] = defaultdict(int)
+        self._batches: dict[str, torch.Tensor] = defaultdict(float)
+        self._finite = True
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(
+        return DataLoader(  # not prepared by accelerate: the plan is this process's own already
             self.train_dataset,
             batch_sampler=self.plan,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
-        return self.accelerator.prepare(loader)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.setbacks.clips(inputs.pop("bad_clips"))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite = self._finite and bool(loss.isfinite())
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
+        if self.accelerator.num_processes > 1:
+            weight = self._token_share(inputs["labels"])
+            outputs.loss = outputs.loss + (weight - 1) * outputs.lm_loss
+            outputs.lm_loss = weight * outputs.lm_loss
         for name in LOSSES:
             if outputs[name] is not None:
                 self._add(name, outputs[name])
@@ -163,17 +192,37 @@ class SmopTrainer(Trainer):
             self._add("expert_counts", outputs.expert_counts)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _token_share(self, labels: torch.Tensor) -> torch.Tensor:
+        """Text tokens of this process's batch, by their mean over the processes."""
+        tokens = (labels[:, 1:] != -100).sum().float()
+        return tokens / self.accelerator.reduce(tokens, "mean")
+
+    def _clip_grad_norm(self, model):
+        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply."""
+        norm = super()._clip_grad_norm(model)
+        bad = torch.tensor(float(not (self._finite and math.isfinite(norm))), device=self.args.device)
+        finite, self._finite = not self.accelerator.reduce(bad, "sum"), True
+        if not finite:
+            model.zero_grad()
+            norm = torch.zeros(())
+        self.setbacks.step(self.state.global_step + 1, finite)
+        return norm
+
     def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] = self._sums[name] + value.detach()  # stays on the device until it is logged
-        self._batches[name] += 1
+        value, finite = value.detach(), value.detach().isfinite().all()  # stay on the device until they are logged
+        self._sums[name] = self._sums[name] + torch.where(finite, value, 0)
+        self._batches[name] = self._batches[name] + finite.float()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        for name, total in self._sums.items():
+        for name in sorted(self._sums):
+            total, batches = (self.accelerator.reduce(s[name], "sum") for s in (self._sums, self._batches))
             if name == "expert_counts":
                 load = (total / total.sum().clamp(min=1)).tolist()
                 logs |= {f"expert_load/{e}": round(share, 4) for e, share in enumerate(load)}
-            else:
-                logs[name] = round((total / self._batches[name]).item(), 5)
+            elif batches:
+                logs[name] = round((total / batches).item(), 5)
+        if self.setbacks.skipped_steps:
+            logs["skipped_steps"] = self.setbacks.skipped_steps
         self._sums.clear()
         self._batches.clear()
         super().log(logs, *args, **kwargs)
