@@ -17,7 +17,7 @@ def quiet(line: str) -> None:
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
-    gpu.run(out, budget_s=240, dry=True, only=[s.name for s in gpu_stages.stages() if s.name != "hot"], say=quiet)
+    gpu.run(out, budget_s=900, dry=True, only=[s.name for s in gpu_stages.stages() if s.name != "hot"], say=quiet)
     return out
 
 
@@ -44,7 +44,7 @@ def test_it_leaves_few_small_files(dry_run):
 def test_it_resumes_with_what_is_missing(dry_run):
     before = results.load(dry_run / "results.json")
     said = []
-    gpu.run(dry_run, 120, resume=True, dry=True, only=["correctness", "headline", "hot"], say=said.append)
+    gpu.run(dry_run, 900, resume=True, dry=True, only=["correctness", "headline", "hot"], say=said.append)
     after = results.load(dry_run / "results.json")
     assert [line for line in said if line.startswith(("correctness:", "headline:"))] == [], "measured twice"
     assert after["stages"]["hot"]["status"] == "done" and after["correctness"] == before["correctness"]
