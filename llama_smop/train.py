@@ -186,7 +186,7 @@ class SmopTrainer(Trainer):
             outputs.loss = outputs.loss + (weight - 1) * outputs.lm_loss
             outputs.lm_loss = weight * outputs.lm_loss
         for name in LOSSES:
-            if outputs[name] is not None:
+            if name in outputs:
                 self._add(name, outputs[name])
         if outputs.expert_counts is not None:
             self._add("expert_counts", outputs.expert_counts)
