@@ -43,12 +43,15 @@ def corpus_make(
     out: Path,
     clips: Annotated[int, typer.Option(min=8)] = 600,
     seed: int = 0,
+    grammar: Annotated[Path | None, typer.Option(help="YAML word lists; default: GRID's, with twelve letters.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write a corpus of synthetic talking faces into OUT; one seed, one set of bytes. Resumes when run again."""
     from llama_smop.data.corpus import make_corpus
+    from llama_smop.data.grammar import GRID, Grammar
 
-    print(make_corpus(out, clips=clips, seed=seed, workers=workers))
+    words = GRID if grammar is None else Grammar.from_file(grammar)
+    print(make_corpus(out, clips=clips, seed=seed, grammar=words, workers=workers))
 
 
 @corpus_app.command("show")
@@ -63,6 +66,21 @@ def corpus_show(
     png = png or root / "contact_sheet.png"
     contact_sheet(root, png, n=clips)
     print(png)
+
+
+@corpus_app.command("shard")
+def corpus_shard(
+    root: Path,
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "train.csv",
+    clips_per_shard: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the order of the clips.")] = 0,
+) -> None:
+    """Write a corpus as webdataset tar shards, to be streamed by `llama_smop.data.shards.ShardedClips`."""
+    from llama_smop.data.shards import write_shards
+
+    shards = write_shards(root, labels, out, clips_per_shard=clips_per_shard, seed=seed)
+    print(f"{out}\t{len(shards)} shards")
 
 
 @app.command()
