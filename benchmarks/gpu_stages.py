@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, rivals, workloads
+from benchmarks import environment, kernels, rivals, workloads
 from benchmarks.compare import Contest, describe, raise_if_device_is_lost
 from benchmarks.floors import Ceilings, measure_ceilings
 from benchmarks.rivals import eager
@@ -74,6 +74,7 @@ def stages() -> list[Stage]:
         Stage("backward", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("backward",), key="backward")),
         Stage("variations", 0.5, lambda dry: _timed(_sizes(workloads.variations(), dry), ("forward", "both"))),
         Stage("hot", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("forward",), key="hot", cold=False)),
+        Stage("kernels", 0.2, _kernels),
         Stage("compiled", 0.5, lambda dry: [] if dry else _compiled()),
     ]
 
@@ -267,6 +268,14 @@ def _tests(dry: bool) -> list[Case]:
         return {"note": f"exit {done.returncode}: {lines[-1][:200] if lines else 'no output'}"}
 
     return [Case("pytest -m gpu", run)]
+
+
+def _kernels(dry: bool) -> list[Case]:
+    def run(c: Context, w: Workload) -> dict:
+        return {"kernels": kernels.measured(w, c.device, 0.05 if c.dry else 2.0)}
+
+    declared = _sizes(kernels.workloads(torch.device("cuda")), dry)
+    return [Case(f"operators {w.key}", lambda c, w=w: run(c, w), w) for w in declared]
 
 
 def _model(dry: bool) -> list[Case]:

@@ -1,7 +1,6 @@
 """Single operators against PyTorch's own way: `python -m benchmarks kernels`, `pytest benchmarks --benchmark-only`."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -81,21 +80,29 @@ def _experts(p: Problem, routed, backend: str) -> Tensor:
     )
 
 
+def measured(w: Workload, device: torch.device, budget_s: float) -> list[dict]:
+    """One record for every operator and implementation; `budget_s` for each operator."""
+    found = []
+    with torch.no_grad():
+        for operator, runs in groups(w, device).items():
+            timings, noise = measure.interleaved(runs, measure.clock(device), budget_s)
+            for name, timing in timings.items():
+                record = {"operator": operator, "workload": w.key, "implementation": name}
+                found.append({**record, **timing.json(), "noise": round(max(noise, timing.median_error), 4)})
+    return found
+
+
 def run(path: Path | None = None, budget_s: float = 4.0, say: Callable[[str], None] = say) -> dict:
     """Time every operator on this machine's device; saved when `path` is given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = results.new("gpu" if device.type == "cuda" else "cpu")
     found["environment"] = environment.describe(device)
     for w in workloads(device):
-        with torch.no_grad():
-            for operator, runs in groups(w, device).items():
-                timings, noise = measure.interleaved(runs, measure.clock(device), budget_s)
-                for name, timing in timings.items():
-                    record = {"operator": operator, "workload": w.key, "implementation": name}
-                    found["kernels"].append({**record, **timing.json(), "noise": round(noise, 4)})
-                    say(f"{w.key}  {operator:16s} {name:18s} {timing.median_us:10.1f} µs "
-                        f"({timing.q1_us:.1f} to {timing.q3_us:.1f})")  # fmt: skip
-        found["workloads"][w.key] = asdict(w)
+        records = measured(w, device, budget_s)
+        for r in records:
+            spread = f"({r['q1_us']:.1f} to {r['q3_us']:.1f})"
+            say(f"{w.key}  {r['operator']:16s} {r['implementation']:18s} {r['median_us']:10.1f} µs {spread}")
+        results.add(found, {"kernels": records}, w)
     if path is not None:
         results.save(found, path)
     return found

@@ -267,6 +267,27 @@ def memory(results: dict, of: Workload) -> Table | None:
     return Table(f"memory, {describe(of, tokens=False)} (MB {kept})", header, rows)
 
 
+def kernels(results: dict) -> Table | None:
+    """Single operators; the ratio is to our quickest of the same operator."""
+    tokens = sorted({workload(results, k["workload"]).tokens for k in results["kernels"]})
+    if not tokens:
+        return None
+    name, scale = unit(results)
+    rows = []
+    for operator, who in dict.fromkeys((k["operator"], k["implementation"]) for k in results["kernels"]):
+        row = [f"{operator.replace('_', ' ')}, {who.replace('_', ' ')}"]
+        for T in tokens:
+            same = [
+                {**k, "rival": k["implementation"]}
+                for k in results["kernels"]
+                if k["operator"] == operator and workload(results, k["workload"]).tokens == T
+            ]
+            found = next((k for k in same if k["rival"] == who), None)
+            row.append(compared_cell(found, quickest_ours(same), scale))
+        rows.append(row)
+    return Table(f"single operators ({name})", ["", *(f"T {T}" for T in tokens)], rows)
+
+
 def correctness(results: dict) -> Table | None:
     """Backend by backend: shapes within twice PyTorch's own error against float64, and the worst tensor."""
     if not results["correctness"]:
@@ -391,7 +412,7 @@ def all_tables(results: dict) -> list[Table]:
         found.append(rates(results, of, "both"))
         found.append(memory(results, of))
     found += [single_workloads(results, which) for which in ("both", "forward")]
-    found += [model(results), correctness(results), stages(results), skipped(results)]
+    found += [kernels(results), model(results), correctness(results), stages(results), skipped(results)]
     return [t for t in found if t is not None]
 
 
