@@ -2,7 +2,8 @@
 
 Rows are brought into expert order by a stable sort, so every expert works on one contiguous segment and writes its
 weight gradient straight into the stacked tensor. Segment bounds are read on the host, so on a GPU this backend
-synchronises; the Triton and CUDA backends do not.
+synchronises; the Triton and CUDA backends do not. Products, LayerNorm and the sum over K accumulate in float32 (float64
+for float64 inputs); what lies between them is rounded to x's dtype, gate weights included where they multiply.
 """
 
 import torch
