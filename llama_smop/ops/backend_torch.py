@@ -159,7 +159,7 @@ def expert_projection_fwd(
     normed = z
     if ln_weight is not None:
         normed = cpu_memory.empty(z.shape, z)
-        gamma, beta = _in_acc_dtype(ln_weight, ln_bias, x.dtype)
+        gamma, beta = _affine(ln_weight, ln_bias, x)
         for e, rows in segments:
             n, m, r = torch.native_layer_norm(z[rows], (O,), gamma[e], beta[e], eps)
             normed[rows], mean[rows], rstd[rows] = n, m[:, 0], r[:, 0]
@@ -212,7 +212,7 @@ def expert_projection_bwd(
     db2 = torch.zeros_like(b2) if need_dparams and b2 is not None else None
     dln_weight = torch.zeros_like(ln_weight) if need_dparams and ln_weight is not None else None
     dln_bias = torch.zeros_like(ln_bias) if need_dparams and ln_bias is not None else None
-    gamma, beta = _in_acc_dtype(ln_weight, ln_bias, x.dtype)
+    gamma, beta = _affine(ln_weight, ln_bias, x)
 
     idle = set(range(X))
     for e, s in segments:
@@ -258,8 +258,10 @@ def expert_projection_bwd(
     return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
 
 
-def _in_acc_dtype(ln_weight: Tensor | None, ln_bias: Tensor | None, dtype: torch.dtype):
-    return (None, None) if ln_weight is None else (ln_weight.to(acc_dtype(dtype)), ln_bias.to(acc_dtype(dtype)))
+def _affine(ln_weight: Tensor | None, ln_bias: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """LayerNorm's parameters as PyTorch's kernels take them: in float32 on a CPU, in x's dtype elsewhere."""
+    dtype = acc_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+    return (None, None) if ln_weight is None else (ln_weight.to(dtype), ln_bias.to(dtype))
 
 
 def _segments(offs: Tensor) -> list[tuple[int, slice]]:
