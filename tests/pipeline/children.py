@@ -1,0 +1,87 @@
+"""Trainings in processes of their own, forked from a server that has done the imports already."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["llama_smop.train", "llama_smop.models.tiny", "tensorboard.summary.writer.event_file_writer"]
+)
+# What Python does to the file system; safetensors and torch.save open their files in C++, out of sight.
+WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+def start(target, *args) -> multiprocessing.Process:
+    child = CONTEXT.Process(target=_quiet, args=(target, *args))
+    child.start()
+    return child
+
+
+def run(target, *args) -> int:
+    """Exit code of a child."""
+    child = start(target, *args)
+    child.join()
+    return child.exitcode
+
+
+def _quiet(target, *args) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    target(*args)
+
+
+def train(config: dict, out: Path, die_at: int | None = None, die_in: str = "") -> None:
+    """A training; die_at: SIGKILL just before that change of the file system, counted from 1, of the paths in `out`
+    that hold `die_in`."""
+    from llama_smop.config import TrainConfig
+    from llama_smop.train import train
+
+    if die_at is not None:
+        _kill_before_write(str(out), die_in, die_at)
+    train(TrainConfig.model_validate(config), out)
+
+
+def _kill_before_write(folder: str, part: str, number: int) -> None:
+    left = number
+
+    def watch(event: str, args: tuple) -> None:
+        nonlocal left
+        writes = event in WRITES or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        path = str(args[0]) if args else ""
+        if writes and path.startswith(folder) and part in path:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def ranks(target, world: int, *args) -> None:
+    """Run `target(*args)` as torchrun would, in `world` processes over gloo; all must end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [start(_as_rank, rank, world, port, target, *args) for rank in range(world)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * world
+
+
+def _as_rank(rank: int, world: int, port: int, target, *args) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    target(*args)
