@@ -83,18 +83,22 @@ def test_layouts_choose_the_kernels(runner):
 
 @pytest.mark.parametrize("runner", params(CudaPtx(arch=90, sms=1)))
 @pytest.mark.parametrize(("n", "width"), [(56, 64), (120, 128), (248, 256)])
-def test_every_tile_width(runner, n, width):
-    """On one SM the narrowest tile that holds all columns is the cheapest: both products at each width, long in k."""
-    offs = torch.tensor([130, 130, 290], dtype=torch.int32)
-    a, b = operands((300, 200), (3, 200, n), bf16)
+def test_every_tile_width_round_the_ring(runner, n, width):
+    """Products long enough in k to use every stage of the shared-memory ring more than once, in two orders. On one SM
+    the narrowest tile that holds all columns is the cheapest, which chooses the width."""
+    a, b = operands((56, 1096), (2, 1096, n), bf16)
+    ends, rows = torch.tensor([20, 56], dtype=torch.int32), torch.tensor([30, 1090], dtype=torch.int32)
+    results = []
     with runner.running():
-        compare(runner, a, b, offs)
-        rows = operands((300, n), (300, 8), bf16)[0]
-        compare(runner, a.t(), rows, offs)
-        if runner.device == "cpu":
-            product, _, wgrad = runners.launches.kernels
-            assert f", {width}, " in product
-            assert f", {max(width, 128)}>" in wgrad
+        for seed in (0, 1):  # copies and products at once, and as late as allowed
+            runner.vary(seed)
+            results.append((compare(runner, a, b, ends), compare(runner, a, b[0], rows)))
+            if runner.device == "cpu":
+                product, _, wgrad = runners.launches.kernels
+                assert f", {width}, " in product
+                assert f", {max(width, 128)}>" in wgrad
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second), "differs from run to run"
 
 
 @pytest.mark.parametrize("runner", params(SM80, SM90))
