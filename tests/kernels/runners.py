@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import Phase
 
 from llama_smop.ops import dispatch
 from tests import ptxrun_support
@@ -28,7 +27,6 @@ class Runner:
     arch: int = 0
     device: str = "cuda"
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
-    phases: tuple[Phase, ...] = (Phase.explicit, Phase.generate)
 
     @property
     def module(self) -> ModuleType:
@@ -38,11 +36,8 @@ class Runner:
     def running(self) -> Iterator[ModuleType]:
         yield self.module
 
-    def vary(self, seed: int) -> None:
-        """Choose another order of everything asynchronous, if this runner can."""
-
-    def sees(self, *tensors: torch.Tensor | None) -> None:
-        """Told of each tensor the kernels may touch, where the runner must know."""
+    def vary(self, seed: int, races: bool = False) -> None:
+        """Choose another order of everything asynchronous, and look for data races, if this runner can."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +53,18 @@ class TritonPtx(Runner):
         with driver.active(arch=self.arch, mode="early", seed=0, strict=True):
             yield self.module
 
-    def vary(self, seed: int) -> None:
+    def vary(self, seed: int, races: bool = False) -> None:
         from triton.runtime.driver import driver
 
-        driver.active.options.update(mode=("early", "late", "mixed")[seed % 3], seed=seed)
+        driver.active.options.update(mode=("early", "late", "mixed")[seed % 3], seed=seed, races=races)
 
 
 @dataclass(frozen=True)
 class Interpreted(Runner):
-    """Triton's interpreter (TRITON_INTERPRET=1): slow, so explicit examples alone; bfloat16 is wrong there."""
+    """Triton's interpreter (TRITON_INTERPRET=1); bfloat16 is wrong there."""
 
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
-    phases: tuple[Phase, ...] = (Phase.explicit,)
 
 
 def triton_params(*cases: tuple) -> list:

@@ -18,6 +18,7 @@ ARCHS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (48, 256, 1024, 4096, 16384)  # the dense-all order, and rows enough for each entry of the table
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+A_REGISTER_OR_TWO = 8  # bytes: ptxas may keep them in local memory to reach the next step of occupancy
 GEMMS = ("grouped_gemm_kernel", "grouped_wgrad_kernel")
 
 
@@ -62,7 +63,7 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys) -> None:
             f"{what:78} {used.num_warps:2} warps {used.registers:4} registers {used.spills:4} B spilled "
             f"{used.shared / 1024:6.1f} KiB {blocks:3} blocks {used.instruction}"
         )
-        if used.spills:
+        if used.spills > A_REGISTER_OR_TWO:
             faults.append(f"{what} spills {used.spills} bytes a thread")
         if blocks < 1:
             faults.append(f"{what} does not fit a multiprocessor")
