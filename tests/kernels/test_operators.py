@@ -91,3 +91,24 @@ def test_nothing_synchronises_on_a_gpu():
         through_backend(backend_triton, model, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("runner", "name"), triton_params(("sorted", 90), ("dense", 90)))
+def test_the_operators_keep_their_contract(runner, name):
+    """torch.library.opcheck: nothing is mutated or aliased, and fake results have the shapes of the real ones."""
+    tokens = {"sorted": 80, "dense": 30}[name]
+    tests = ("test_schema", "test_faketensor")
+    model = Model(24, 40, 32, E=4, K=2, sharing="JEJR", activation="gelu", dtype=torch.float32)
+    with runner.running():
+        i = make(model, tokens, masked=0.2).to(runner.device)
+        route = (i.x, i.gate_weight, None, i.mask, model.K, model.X, "triton")
+        torch.library.opcheck(torch.ops.smop.route, route, test_utils=tests)
+        _, weights, experts, _, _, _, *schedule = torch.ops.smop.route(*route)
+        torch.library.opcheck(torch.ops.smop.schedule, (experts, model.X, "triton"), test_utils=tests)
+        projection = (i.x, weights, experts, *schedule, *i.parameters(), "gelu", 1e-5, "none", "triton")
+        torch.library.opcheck(torch.ops.smop.expert_projection, projection, test_utils=tests)
+        _, *saved = torch.ops.smop.expert_projection(*projection)
+        backward = (i.dy, *projection[:12], *saved, "gelu", 1e-5, True, True, True, "triton")
+        torch.library.opcheck(torch.ops.smop.expert_projection_bwd, backward, test_utils=tests)
+        product = (i.x, i.w1.transpose(1, 2), torch.tensor([5, 9, 9, 20], dtype=torch.int32).to(runner.device), i.b1)
+        torch.library.opcheck(torch.ops.smop.grouped_mm, (*product, "gelu", "triton"), test_utils=tests)
