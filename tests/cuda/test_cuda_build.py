@@ -75,11 +75,12 @@ def test_registers_shared_memory_and_spills(capsys):
             assert granted * threads * blocks <= 65536, f"{kernel} of {arch} takes {registers} registers"
             assert shared <= STATIC_SHARED_LIMIT
     assert set(table) == set(RESIDENT)
+    lines = [f"{'kernel (largest instance)':26}{'registers / static shared bytes':>40}"]
+    for kernel, archs in table.items():
+        lines.append(f"  {kernel:24}" + "".join(f"{a:>8} {max(c)[0]:3} / {max(c)[1]:5}" for a, c in archs.items()))
+    (extension.path("static").parents[1] / "resources.txt").write_text("\n".join(lines) + "\n")
     with capsys.disabled():
-        print(f"\n{'kernel (largest instance)':26}{'registers / static shared':>30}")
-        for kernel, archs in table.items():
-            cells = "  ".join(f"{a} {max(c)[0]:3} / {max(c)[1]:5}" for a, c in archs.items())
-            print(f"  {kernel:24}{cells:>30}")
+        print("", *lines, sep="\n")
 
 
 @needs_nvcc

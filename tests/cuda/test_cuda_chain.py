@@ -66,7 +66,7 @@ def test_the_order_of_warps_and_copies_does_not_show(runner, name):
     model, results = MODELS[name], []
     inputs = make(model, 70, seed=4, masked=0.2)
     with runner.running(), poisoned_memory():
-        for seed in (0, 1, 2, 4, 8):
+        for seed in (0, 1, 2, 4):
             runner.vary(seed)
             results.append(through_backend(runner.module, model, inputs.to(runner.device)))
     for result in results[1:]:
