@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/llama-smop demo --out $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .
