@@ -146,7 +146,7 @@ class Collator:
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
         batch = dict(self.processor(text=[item["text"] for item in items], **streams))
-        return batch | {"bad_clips": {path: why for item in items for path, why in item["bad_clips"].items()}}
+        return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 
 
 class SmopTrainer(Trainer):
@@ -174,7 +174,7 @@ class SmopTrainer(Trainer):
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.setbacks.clips(inputs.pop("bad_clips"))
+        self.setbacks.clips(inputs.pop("bad_clips", {}))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite = self._finite and bool(loss.isfinite())
         return loss
