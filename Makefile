@@ -8,7 +8,7 @@ OUT    ?= runs/demo
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/llama-smop demo --out $(OUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/llama-smop demo --out $(OUT)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
