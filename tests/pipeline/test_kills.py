@@ -88,9 +88,10 @@ def test_killed_twenty_times(config, whole, tmp_path):
     assert interrupted, "no kill fell into the writing of a checkpoint"
 
 
-def test_killed_while_the_model_is_written(config, whole, tmp_path):
+@pytest.mark.parametrize("write", (3, 10, 16))
+def test_killed_while_the_model_is_written(config, whole, tmp_path, write):
     out = tmp_path / "run"
-    assert children.run(children.train, config, out, 3, ".model.writing") == SIGKILL
-    assert list(out.glob(".model.writing-*")) and not (out / "model").exists()
+    assert children.run(children.train, config, out, write, ".model.writing") == SIGKILL
+    assert list(out.glob(".*model.writing-*")) and not (out / "model").exists()
     assert children.run(children.train, config, out) == 0
     same_run(out, whole)
