@@ -18,13 +18,14 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def derivative(saved, ACTIVATION: tl.constexpr):
-    """act'(pre-activation). `saved` is the pre-activation; for relu its output serves as well."""
+def activation_gradient(grad, saved, ACTIVATION: tl.constexpr):
+    """grad · act'(pre-activation). `saved` is the pre-activation; for relu its output serves as well."""
     if ACTIVATION == "relu":
-        return tl.where(saved > 0.0, 1.0, 0.0)
+        # not a product with 0 or 1: an infinite gradient is to vanish where the unit was off
+        return tl.where(saved > 0.0, grad, 0.0)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
-        return cdf + saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+        return grad * (cdf + saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved))
     else:
         s = tl.sigmoid(saved)
-        return s * (1.0 + saved * (1.0 - s))
+        return grad * s * (1.0 + saved * (1.0 - s))

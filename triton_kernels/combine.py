@@ -68,6 +68,12 @@ def combine_fwd_kernel(
     tl.store(y_ptr + token.to(tl.int64) * O + o, y, mask=o_mask)
 
 
+@triton.jit
+def add_three(a0, a1, a2, b0, b1, b2):
+    """Three sums in one reduction, and one wait of the program's warps for each other."""
+    return a0 + b0, a1 + b1, a2 + b2
+
+
 @triton.jit(do_not_specialize=["choices", "choices_per_program", "tokens", "num_experts"])
 def combine_bwd_kernel(
     dy_ptr,  # (T, O)
@@ -95,6 +101,7 @@ def combine_bwd_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DENSE: tl.constexpr,
+    STAGES: tl.constexpr,  # rows in flight
 ):
     tile = tl.program_id(0)
     if dweights_ptr is not None:  # choices that no row stands for
@@ -117,38 +124,39 @@ def combine_bwd_kernel(
         beta = tl.load(beta_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
     dgamma = tl.zeros([BLOCK_O], tl.float32)
     dbeta = tl.zeros([BLOCK_O], tl.float32)
-    for i in range(tl.minimum(end - first, ROWS)):
+    own_choice = first if DENSE else tl.load(order_ptr + first)
+    rows = tl.minimum(end - first, ROWS)
+    for i in tl.range(rows, num_stages=STAGES):
         row = first + i
         # The choices of this row's token that stand for this row; none for a token that passes the expert by.
         if DENSE:
-            token = (row - expert * tokens).to(tl.int64)
-            choice = token * TOP_K + k
+            choice = (row - expert * tokens).to(tl.int64) * TOP_K + k
             hit = (tl.load(experts_ptr + choice, mask=k < TOP_K, other=-1) == expert) & (k < TOP_K)
         else:
-            own_choice = tl.load(order_ptr + row)
-            token = (own_choice // TOP_K).to(tl.int64)
-            choice = token * TOP_K + k
+            choice = (own_choice // TOP_K).to(tl.int64) * TOP_K + k
             hit = choice == own_choice
+            own_choice = tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0)  # a row ahead: dy's address waits
+        token = tl.min(choice, 0) // TOP_K
         weight = tl.sum(tl.load(weights_ptr + choice, mask=hit, other=0.0), 0)
-        routed = tl.sum(hit.to(tl.int32), 0) > 0
+        mask = o_mask & (tl.sum(hit.to(tl.int32), 0) > 0)
         z_offset = row.to(tl.int64) * O + o
-        dz = tl.zeros([BLOCK_O], tl.float32)
-        if routed:
-            dy = tl.load(dy_ptr + token * O + o, mask=o_mask, other=0.0).to(tl.float32)
-            z = tl.load(z_ptr + z_offset, mask=o_mask, other=0.0).to(tl.float32)
-            out = z
+        dy = tl.load(dy_ptr + token * O + o, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
+        if gamma_ptr is not None:
+            # Rows nothing was routed to have no statistics: z and dy are 0 there, and so is all that follows.
+            rstd = tl.where(mask, tl.load(rstd_ptr + row), 0.0)
+            normed = tl.where(mask, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+            dnormed = dy * gamma
+            sum_d, sum_dn, shift = tl.reduce((dnormed, dnormed * normed, dy * beta), 0, add_three)
+            dweight = sum_dn + shift
+            dz = weight * rstd * (dnormed - sum_d / O - normed * (sum_dn / O))
+            dgamma += weight * dy * normed
+            dbeta += weight * dy
+        else:
+            dweight = tl.sum(dy * z, 0)
             dz = weight * dy
-            if gamma_ptr is not None:
-                rstd = tl.load(rstd_ptr + row)
-                normed = tl.where(o_mask, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
-                out = normed * gamma + beta
-                dgamma += dz * normed
-                dbeta += dz
-                dnormed = dz * gamma
-                dz = rstd * (dnormed - tl.sum(dnormed, 0) / O - normed * (tl.sum(dnormed * normed, 0) / O))
-            if dweights_ptr is not None:
-                dweight = tl.sum(dy * out, 0)
-                tl.store(dweights_ptr + choice, tl.zeros([BLOCK_TOPK], tl.float32) + dweight, mask=hit)
+        if dweights_ptr is not None:
+            tl.store(dweights_ptr + choice, tl.zeros([BLOCK_TOPK], tl.float32) + dweight, mask=hit)
         tl.store(dz_ptr + z_offset, dz, mask=o_mask)
     if partials_ptr is not None:
         partial = partials_ptr + tile.to(tl.int64) * 2 * O + o
@@ -265,6 +273,7 @@ def combine_bwd(
             "BLOCK_X": block_of(num_experts + 1),
             "BLOCK_C": 128,
             "DENSE": dense,
+            "STAGES": 3,
         },
         row_warps(block),
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, derivative
+from .activations import activate, activation_gradient
 from .configs import gemm_config
 from .launch import Launch, dot_precision, target_arch
 from .segments import block_of, ceil_div, max_tiles, tile_segment
@@ -77,7 +77,8 @@ def grouped_gemm_kernel(
         row = row - expert * tokens if DENSE else tl.load(order_ptr + row) // TOP_K
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
-    b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx + k.to(tl.int64)[:, None] * stride_bk + n[None, :] * stride_bn
+    b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
+    b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
     n_mask = (n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -111,7 +112,7 @@ def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: 
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GRADIENT:
         saved = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        acc *= derivative(saved, ACTIVATION)
+        acc = activation_gradient(acc, saved, ACTIVATION)
     else:
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, acc, mask=mask)
