@@ -79,9 +79,14 @@ def router_config(columns: int) -> RouterConfig:
     return RouterConfig(ROUTER_TOKENS, max(32, min(128, 4096 // columns)), num_warps=4, num_stages=3)
 
 
+def router_bwd_config(columns: int) -> RouterConfig:
+    """More tokens at once where the routers' columns are few: a step waits for loads, however few they are."""
+    return RouterConfig(max(16, min(32, 512 // columns)), max(32, min(128, 4096 // columns)), 4, 2)
+
+
 def router_splits(tokens: int) -> int:
     """Splits of the tokens over programs in the gate's gradient: its partial sums are this many times the gate."""
-    return max(1, min(32, -(-tokens // 64)))
+    return max(1, min(64, -(-tokens // 64)))
 
 
 def schedule_items() -> int:

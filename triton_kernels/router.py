@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import ROUTER_TOKENS, router_config, router_splits
+from .configs import ROUTER_TOKENS, router_bwd_config, router_config, router_splits
 from .launch import Launch
 from .segments import block_of, ceil_div
 
@@ -212,12 +212,15 @@ def sum_splits_kernel(
     out_ptr,  # (size,)
     splits,
     size,
+    BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partials_ptr + split * size + i, mask=i < size, other=0.0)
+    for s0 in range(0, splits, BLOCK_S):
+        split = (s0 + tl.arange(0, BLOCK_S))[:, None]
+        mask = (split < splits) & (i < size)[None, :]
+        total += tl.sum(tl.load(partials_ptr + split * size + i[None, :], mask=mask, other=0.0), 0)
     tl.store(out_ptr + i, total, mask=i < size)
 
 
@@ -287,7 +290,7 @@ def router_bwd(
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
     columns = block_of(R * E)
-    cfg = router_config(columns)
+    cfg = router_bwd_config(columns)
     return Launch(
         router_bwd_kernel,
         (partials.shape[0], ceil_div(D, cfg.block_d)),
@@ -315,9 +318,9 @@ def sum_splits(partials: Tensor, out: Tensor) -> Launch:
     size = out.numel()
     return Launch(
         sum_splits_kernel,
-        (ceil_div(size, 1024),),
+        (ceil_div(size, 128),),
         (partials, out, partials.shape[0], size),
-        {"BLOCK": 1024},
+        {"BLOCK_S": 32, "BLOCK": 128},
         num_warps=4,
     )
 
