@@ -4,7 +4,6 @@ forward    out = act(A · B_e + bias_e)                 A's rows may be gathered
 gradient   out = (A · B_e) ⊙ act'(saved)               saved: the ReLU's output, or gelu's and silu's pre-activation
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -177,7 +176,3 @@ def grouped_gemm(
 def keeps_pre(activation: str | None) -> bool:
     """Whether act' needs the pre-activation; the ReLU's own output tells its derivative."""
     return activation in ("gelu", "silu")
-
-
-def pre_like(out: Tensor, activation: str | None) -> Tensor:
-    return torch.empty_like(out) if keeps_pre(activation) else out.new_empty(0)
