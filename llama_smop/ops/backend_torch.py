@@ -3,7 +3,8 @@
 Rows are brought into expert order by a stable sort, so every expert works on one contiguous segment and writes its
 weight gradient straight into the stacked tensor. Segment bounds are read on the host, so on a GPU this backend
 synchronises; the Triton and CUDA backends do not. Products, LayerNorm and the sum over K accumulate in float32 (float64
-for float64 inputs); what lies between them is rounded to x's dtype, gate weights included where they multiply.
+for float64 inputs). In forward what lies between them is rounded to x's dtype, gate weights included where they
+multiply; in backward only operands of products are, and only where the machine multiplies in that dtype.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_smop.ops import cpu_memory
+from llama_smop.ops.cpu_products import linear, outer, product_dtype
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
@@ -202,7 +204,7 @@ def expert_projection_bwd(
 
     choice = order[:rows].long()
     row_token = choice // K
-    row_weight = weights.reshape(-1)[choice][:, None].to(dy.dtype)
+    row_weight = weights.reshape(-1)[choice][:, None]
     dweight_rows = weights.new_empty(rows) if need_dweights else None
     dx_rows = cpu_memory.empty((rows, D), x) if need_dx else None
 
@@ -212,38 +214,42 @@ def expert_projection_bwd(
     db2 = torch.zeros_like(b2) if need_dparams and b2 is not None else None
     dln_weight = torch.zeros_like(ln_weight) if need_dparams and ln_weight is not None else None
     dln_bias = torch.zeros_like(ln_bias) if need_dparams and ln_bias is not None else None
-    gamma, beta = _affine(ln_weight, ln_bias, x)
+    acc, product = acc_dtype(x.dtype), product_dtype(x)
+    gamma, beta = (None, None) if ln_weight is None else (ln_weight.to(acc), ln_bias.to(acc))
 
     idle = set(range(X))
     for e, s in segments:
         idle.remove(e)
-        # Rows are gathered an expert at a time: small blocks stay in cache for the products that follow.
+        # Rows are gathered an expert at a time: small blocks stay in cache for the products that follow. What is
+        # row-wise is computed in the accumulating dtype: PyTorch sums LayerNorm's gradients over rows in the input's.
         tokens = row_token[s]
-        dy_rows = dy.index_select(0, tokens)
+        dy_rows = dy.index_select(0, tokens).to(acc)
         dz = dy_rows * row_weight[s]
         if ln_weight is None:
             if need_dweights:
-                dweight_rows[s] = torch.linalg.vecdot(dy_rows, z[s])
+                dweight_rows[s] = torch.linalg.vecdot(dy_rows, z[s].to(acc))
         else:
+            z_rows = z[s].to(acc)
             if need_dweights:
-                normed = torch.native_layer_norm(z[s], (O,), gamma[e], beta[e], eps)[0]
+                normed = torch.native_layer_norm(z_rows, (O,), gamma[e], beta[e], eps)[0]
                 dweight_rows[s] = torch.linalg.vecdot(dy_rows, normed)
             stats = mean[s, None], rstd[s, None]
             wanted = [True, need_dparams, need_dparams]
-            dz, dgamma, dbeta = _layer_norm_backward(dz, z[s], (O,), *stats, gamma[e], beta[e], wanted)
+            dz, dgamma, dbeta = _layer_norm_backward(dz, z_rows, (O,), *stats, gamma[e], beta[e], wanted)
             if need_dparams:
                 dln_weight[e], dln_bias[e] = dgamma, dbeta
-        dh = dz @ w2[e]
-        dh = _activation_backward(dh, h[s], pre[s] if pre.numel() else pre, activation)
+        dz, h_rows = dz.to(product), h[s].to(product)
+        dh = linear(dz, w2[e].t())
+        dh = _activation_backward(dh, h_rows, pre[s].to(product) if pre.numel() else pre, activation)
         if need_dparams:
-            torch.mm(dz.t(), h[s], out=dw2[e])
-            torch.mm(dh.t(), x.index_select(0, tokens), out=dw1[e])
+            outer(dz, h_rows, out=dw2[e])
+            outer(dh, x.index_select(0, tokens), out=dw1[e])
             if db2 is not None:
-                torch.sum(dz, 0, out=db2[e])
+                db2[e] = dz.sum(0)
             if db1 is not None:
-                torch.sum(dh, 0, out=db1[e])
+                db1[e] = dh.sum(0)
         if need_dx:
-            torch.mm(dh, w1[e], out=dx_rows[s])
+            linear(dh, w1[e].t(), out=dx_rows[s])
     if need_dparams:
         for e in idle:
             dw1[e].zero_()
@@ -277,7 +283,7 @@ def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, T
     if segments:
         x_rows = x.index_select(0, order[: segments[-1][1].stop].long() // top_k)
         for e, rows in segments:
-            _linear_out(x_rows[rows], w1[e], None if b1 is None else b1[e], h[rows])
+            linear(x_rows[rows], w1[e], None if b1 is None else b1[e], out=h[rows])
     if activation == "relu":
         return h.relu_(), h.new_empty(0)
     return _activate(h, activation), h
@@ -286,15 +292,8 @@ def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, T
 def _expert_output(h: Tensor, segments, w2: Tensor, b2: Tensor | None) -> Tensor:
     z = cpu_memory.empty((h.shape[0], w2.shape[1]), h)
     for e, rows in segments:
-        _linear_out(h[rows], w2[e], None if b2 is None else b2[e], z[rows])
+        linear(h[rows], w2[e], None if b2 is None else b2[e], out=z[rows])
     return z
-
-
-def _linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight.t(), out=out)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:
@@ -331,11 +330,11 @@ def grouped_mm(
     if b.dim() == 2:
         out = a.new_zeros(offs.shape[0], a.shape[0], b.shape[1])
         for g, rows in segments:
-            torch.mm(a[:, rows], b[rows], out=out[g])
+            outer(a[:, rows].t(), b[rows], out=out[g])
         return out, out.new_empty(0)
     out = a.new_zeros(a.shape[0], b.shape[2])
     for g, rows in segments:
-        _linear_out(a[rows], b[g].t(), None if bias is None else bias[g], out[rows])
+        linear(a[rows], b[g].t(), None if bias is None else bias[g], out=out[rows])
     if activation in (None, "relu"):
         return _activate(out, activation), out.new_empty(0)
     return _activate(out, activation), out
