@@ -48,7 +48,24 @@ def test_linear_rounds_once(without_fast_products, dtype, transposed, bias):
 def test_outer_rounds_once(without_fast_products, dtype, rows):
     a, b = normal(rows, 70, seed=0, dtype=dtype), normal(rows, 45, seed=1, dtype=dtype)
     out = torch.full((70, 45), float("nan"), dtype=dtype)
-    assert_rounded_once(cpu_products.outer(a, b, out=out), a.double().t() @ b.double(), dtype)
+    cpu_products.outer(a, b, out=out)
+    assert_rounded_once(out, a.double().t() @ b.double(), dtype)
+
+
+@pytest.mark.parametrize("transposed", (False, True), ids=("rows", "columns"))
+def test_float32_in_parts(monkeypatch, transposed):
+    """Few rows and a weight whose last part is short, as AVX2 takes them."""
+    monkeypatch.setattr(cpu_products, "_cpu_is_avx2", lambda: True)
+    monkeypatch.setattr(cpu_products, "PART_ROWS", 16)
+    rows, shift = normal(11, 70, seed=0, dtype=torch.float32), normal(45, seed=2, dtype=torch.float32)
+    weight = normal(70, 45, seed=1, dtype=torch.float32)
+    weight = weight.t() if transposed else weight.t().contiguous()
+    exact = rows.double() @ weight.double().t()
+    assert relative_error(cpu_products.linear(rows, weight), exact) < 1e-6
+    assert relative_error(cpu_products.linear(rows, weight, shift), exact + shift.double()) < 1e-6
+    out = torch.full((70, 45), float("nan"))
+    cpu_products.outer(rows, rows[:, :45], out=out)
+    assert relative_error(out, rows.double().t() @ rows[:, :45].double()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
