@@ -15,8 +15,8 @@ from torch import Tensor
 from llama_smop.ops import cpu_memory
 
 BLOCK_BYTES = 1 << 20  # of a weight in float32, a thread, at few rows: about a core's L2 cache
-# A float32 product of MKL with at most so many rows, in `linear` and in `outer`, is up to a quarter quicker on a part of
-# the weight at a time. Measured with AVX2 (Zen 3, weights of 2048 by 1024 and 2048); on other CPUs it is left whole.
+# A float32 product of MKL with at most so many rows, in `linear` and in `outer`, is up to a quarter quicker on a part
+# of the weight at a time. Measured with AVX2 (Zen 3, weights of 2048 by 1024 and 2048); other CPUs take it whole.
 FEW_ROWS_LINEAR, FEW_ROWS_OUTER, PART_ROWS = 128, 16, 512
 
 
