@@ -77,7 +77,7 @@ def route(
     _route.check(x, gate_weight, modality, mask, top_k, X)
     refusals.refuse_forward_mode("smop::route", x, gate_weight)
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, X)
-    return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
+    return Routing(*_route.run(x, gate_weight, modality, mask, top_k, X, backend))
 
 
 def expert_projection(
@@ -128,8 +128,10 @@ def expert_projection(
     X = w1.shape[0]
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, weights.shape[1], X)
     if schedule is None:
-        schedule = _projection.schedule(experts, X, backend)
-    y, *_ = _projection.expert_projection(
+        schedule = _projection.run_schedule(experts, X, backend)
+    else:
+        _projection.check_schedule(experts, X, *schedule)
+    y, *_ = _projection.run(
         x, weights, experts, *schedule, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
     )
     return y
@@ -181,8 +183,8 @@ def smop(
     _projection.check_parameters(flat, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
     refusals.refuse_forward_mode("smop", flat, gate_weight, w1, b1, w2, b2, ln_weight, ln_bias)
     backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, total)
-    r = Routing(*_route.route(flat, gate_weight, *flat_ids, top_k, total, backend))
-    y, *_ = _projection.expert_projection(
+    r = Routing(*_route.run(flat, gate_weight, *flat_ids, top_k, total, backend))
+    y, *_ = _projection.run(
         flat, r.weights, r.experts, r.order, r.inverse, r.offs, w1, b1, w2, b2, ln_weight, ln_bias,
         activation, eps, recompute, backend,
     )  # fmt: skip
@@ -224,4 +226,4 @@ def grouped_mm(
     _grouped_mm.check(a, b, offs, bias, activation)
     refusals.refuse_forward_mode("smop::grouped_mm", a, b, bias)
     backend = dispatch.resolve(backend, autocast.dtype_used(a), a.device, 1, offs.shape[0])
-    return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]
+    return _grouped_mm.run(a, b, offs, bias, activation, backend)[0]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
+
 
 class Launch(NamedTuple):
     kernel: Any  # triton.JITFunction
@@ -28,13 +30,61 @@ class Launch(NamedTuple):
             recorder.launches.append(self)
         if _held_back or 0 in self.grid:
             return
-        self.kernel[self.grid](*self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        if INTERPRETED or self.kernel.pre_run_hooks:
+            self._run_by_name()
+            return
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        constants = *self.constexprs.values(), self.num_warps, self.num_stages
+        key = id(self.kernel), device, constants, _specialization(self.args)
+        known = _compiled_for(active)
+        compiled = known.get(key)
+        if compiled is None:
+            known[key] = self._run_by_name()
+        else:
+            grid = (*self.grid, 1, 1)[:3]
+            compiled[grid](*self.args, *self.constexprs.values(), stream=active.get_current_stream(device))
+
+    def _run_by_name(self):
+        return self.kernel[self.grid](
+            *self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+        )
 
     def compile(self):
         """Compile for the driver's target without launching; tensors may be on the meta device."""
         return self.kernel.warmup(
             *self.args, grid=self.grid, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
         )
+
+
+# Compiled kernels by what Triton specialises them on. Its own look-up binds and describes all arguments anew, at every
+# launch, and takes twice the time of this one, for which a step of few tokens waits. A new driver empties the table.
+_compiled: dict[tuple, Any] = {}
+_driver: Any = None
+
+
+def _compiled_for(active: Any) -> dict[tuple, Any]:
+    global _driver
+    if active is not _driver:
+        _compiled.clear()
+        _driver = active
+    return _compiled
+
+
+def _specialization(args: tuple) -> tuple:
+    """At least what Triton tells arguments apart by.
+
+    A tensor's dtype and alignment to 16 bytes; whether an integer is 1, a multiple of 16, wider than 32 bits.
+    """
+    found = []
+    for arg in args:
+        if type(arg) is int:
+            found.append(1 if arg == 1 else (arg % 16 == 0, arg.bit_length() > 31))
+        elif isinstance(arg, torch.Tensor):
+            found.append((arg.dtype, arg.data_ptr() % 16 == 0))
+        else:
+            found.append(type(arg))
+    return tuple(found)
 
 
 class Recorder:
@@ -64,18 +114,14 @@ def recording(execute: bool = True) -> Iterator[Recorder]:
         _held_back -= not execute
 
 
-def interpreted() -> bool:
-    return triton.knobs.runtime.interpret
-
-
 def target_arch() -> int:
     """Compute capability × 10 of the device Triton drives, e.g. 90."""
-    return 80 if interpreted() else triton.runtime.driver.active.get_current_target().arch
+    return 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 def device_type() -> str:
     """Where tensors must live for a launch: "cuda" on a GPU; the driver decides."""
-    return "cpu" if interpreted() else triton.runtime.driver.active.get_active_torch_device().type
+    return "cpu" if INTERPRETED else triton.runtime.driver.active.get_active_torch_device().type
 
 
 def dot_precision(dtype: torch.dtype) -> str:

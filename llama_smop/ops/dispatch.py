@@ -86,10 +86,14 @@ def check_in_range(name: str, ids: Tensor, low: int, high: int) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
     """Raise ValueError unless `tensor` has `shape`; a string in `shape` names a size that may be anything."""
-    fits = tensor.dim() == len(shape) and all(isinstance(w, str) or h == w for h, w in zip(tensor.shape, shape))  # noqa: B905
+    have = tensor.shape
+    fits = len(have) == len(shape)
+    if fits:
+        for h, wanted in zip(have, shape):  # noqa: B905
+            fits = fits and (isinstance(wanted, str) or h == wanted)
     if not fits:
         expected = "(" + ", ".join(str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(have)}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:

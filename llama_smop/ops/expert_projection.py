@@ -7,7 +7,8 @@ weights themselves. `recompute` drops h or z and pays one grouped GEMM in backwa
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch, refusals
+from llama_smop.ops import direct, dispatch, refusals
+from llama_smop.ops.autocast import Autocast
 from llama_smop.ops.backend_torch import acc_dtype
 
 RECOMPUTE = ("none", "h", "z", "hz")
@@ -16,6 +17,10 @@ RECOMPUTE = ("none", "h", "z", "hz")
 @torch.library.custom_op("smop::schedule", mutates_args=())
 def schedule(experts: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     dispatch.check_shape("experts", experts, ("T", "K"))
+    return _schedule(experts, num_experts, backend)
+
+
+def _schedule(experts, num_experts, backend) -> tuple[Tensor, Tensor, Tensor]:
     dispatch.check_integer("experts", experts)
     dispatch.check_in_range("experts (num_experts itself skips a choice)", experts, 0, num_experts)
     return dispatch.module(backend).schedule(experts.to(torch.int32).contiguous(), num_experts)
@@ -107,8 +112,17 @@ def expert_projection(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
     check_choices(x, weights, experts)
-    check_dtypes(x, w1, b1, w2, b2, ln_weight, ln_bias)
     check_schedule(experts, w1.shape[0], order, inverse, offs)
+    return _expert_projection(
+        x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias,
+        activation, eps, recompute, backend,
+    )  # fmt: skip
+
+
+def _expert_projection(
+    x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
+) -> tuple[Tensor, ...]:
+    check_dtypes(x, w1, b1, w2, b2, ln_weight, ln_bias)
     weights = weights.to(acc_dtype(x.dtype))
     tensors = _contiguous(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
     return dispatch.module(backend).expert_projection_fwd(*tensors, activation, eps)
@@ -163,6 +177,10 @@ def expert_projection_bwd(
     need_dparams: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _expert_projection_bwd(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, h, pre, z, mean, rstd, activation, eps, need_dx, need_dweights, need_dparams, backend)  # fmt: skip  # noqa: E501
+
+
+def _expert_projection_bwd(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias, h, pre, z, mean, rstd, activation, eps, need_dx, need_dweights, need_dparams, backend) -> tuple[Tensor, ...]:  # fmt: skip  # noqa: E501
     weights = weights.to(acc_dtype(x.dtype))
     tensors = _contiguous(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
     grads = dispatch.module(backend).expert_projection_bwd(
@@ -204,7 +222,7 @@ def _backward(ctx, dy, *_):
     needs = ctx.needs_input_grad
     params = (w1, b1, w2, b2, ln_weight, ln_bias)
     need_dparams = any(needs[6:12])
-    dx, dweights, *dparams = expert_projection_bwd(
+    dx, dweights, *dparams = run_bwd(
         dy, x, weights, experts, order, inverse, offs, *params, *saved,
         ctx.activation, ctx.eps, needs[0], needs[1], need_dparams, ctx.backend,
     )  # fmt: skip
@@ -217,4 +235,8 @@ expert_projection.register_autograd(_backward, setup_context=_setup_context)
 refusals.refuse_double_backward(expert_projection_bwd)
 refusals.refuse_vmap(expert_projection)
 refusals.refuse_vmap(schedule)
-_AUTOCAST = autocast.register(expert_projection, {"x", "w1", "b1", "w2", "b2"})
+# `run` and `run_schedule` are for arguments that the checks above have seen.
+run_schedule = direct.call(schedule, _schedule)
+_AUTOCAST = Autocast(expert_projection, {"x", "w1", "b1", "w2", "b2"})
+run = direct.call(expert_projection, _expert_projection, _setup_context, _backward, autocast=_AUTOCAST)
+run_bwd = direct.call(expert_projection_bwd, _expert_projection_bwd, autocast=Autocast(expert_projection_bwd))

@@ -5,7 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch, refusals
+from llama_smop.ops import direct, dispatch, refusals
+from llama_smop.ops.autocast import Autocast
 
 
 def check(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> None:
@@ -47,6 +48,10 @@ def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     check(a, b, offs, bias, activation)
+    return _grouped_mm(a, b, offs, bias, activation, backend)
+
+
+def _grouped_mm(a, b, offs, bias, activation, backend) -> tuple[Tensor, Tensor]:
     check_dtypes(a, b, bias)
     check_offsets(offs, a.shape[0] if b.dim() == 3 else a.shape[1])
     if 1 not in b.stride()[-2:]:
@@ -87,7 +92,7 @@ def _backward(ctx, grad, _):
     need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
 
     def product(p, q):
-        return grouped_mm(p, q, offs, None, None, ctx.backend)[0]
+        return run(p, q, offs, None, None, ctx.backend)[0]
 
     if b.dim() == 2:  # out[g] = a[:, g] · b[g, :]; rows past the last offset take no part, so their gradient is 0
         da = product(b, grad.transpose(1, 2)).t() if need_a else None
@@ -109,4 +114,5 @@ def _backward(ctx, grad, _):
 
 grouped_mm.register_autograd(_backward, setup_context=_setup_context)
 refusals.refuse_vmap(grouped_mm)
-_AUTOCAST = autocast.register(grouped_mm, {"a", "b", "bias"})
+# For arguments that `check` has seen.
+run = direct.call(grouped_mm, _grouped_mm, _setup_context, _backward, autocast=Autocast(grouped_mm, {"a", "b", "bias"}))

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch, refusals
+from llama_smop.ops import direct, dispatch, refusals
+from llama_smop.ops.autocast import Autocast
 from llama_smop.ops.backend_torch import acc_dtype
 
 
@@ -61,15 +62,22 @@ def route(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(x, gate_weight, modality, mask, top_k, num_experts)
+    return _route(x, gate_weight, modality, mask, top_k, num_experts, backend)
+
+
+def _route(x, gate_weight, modality, mask, top_k, num_experts, backend) -> tuple[Tensor, ...]:
     check_dtypes(x, gate_weight)
-    R = gate_weight.shape[0]
     if modality is not None:
         dispatch.check_in_range("modality", modality, 0, 1)
-    modality = None if R == 1 or modality is None else modality.to(torch.int32).contiguous()
-    mask = None if mask is None else mask.contiguous()
     return dispatch.module(backend).route_fwd(
-        x.contiguous(), gate_weight.contiguous(), modality, mask, top_k, num_experts
+        x.contiguous(), gate_weight.contiguous(), *_tokens(gate_weight, modality, mask), top_k, num_experts
     )
+
+
+def _tokens(gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """modality and mask as backends take them."""
+    modality = None if gate_weight.shape[0] == 1 or modality is None else modality.to(torch.int32).contiguous()
+    return modality, None if mask is None else mask.contiguous()
 
 
 @route.register_fake
@@ -109,15 +117,21 @@ def route_bwd(
     need_dx: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    modality = None if gate_weight.shape[0] == 1 or modality is None else modality.to(torch.int32).contiguous()
-    mask = None if mask is None else mask.contiguous()
+    return _route_bwd(
+        x, gate_weight, modality, mask, logits, weights, experts, counts,
+        dlogits, dweights, dbalance, dz, need_dx, backend,
+    )  # fmt: skip
+
+
+def _route_bwd(
+    x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dweights, dbalance, dz, need_dx, backend
+) -> tuple[Tensor, Tensor]:
     dlogits = None if dlogits is None else dlogits.contiguous()
     dweights = None if dweights is None else dweights.contiguous()
     dx, dgate = dispatch.module(backend).route_bwd(
         x.contiguous(),
         gate_weight.contiguous(),
-        modality,
-        mask,
+        *_tokens(gate_weight, modality, mask),
         logits,
         weights,
         experts,
@@ -151,11 +165,13 @@ def _backward(ctx, dlogits, dweights, _experts, _counts, dbalance, dz, *_schedul
     if all(g is None for g in (dlogits, dweights, dbalance, dz)):
         return (None,) * 7
     need_dx = ctx.needs_input_grad[0]
-    dx, dgate = route_bwd(*ctx.saved_tensors, dlogits, dweights, dbalance, dz, need_dx, ctx.backend)
+    dx, dgate = run_bwd(*ctx.saved_tensors, dlogits, dweights, dbalance, dz, need_dx, ctx.backend)
     return dx if need_dx else None, dgate if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 route.register_autograd(_backward, setup_context=_setup_context)
 refusals.refuse_double_backward(route_bwd)
 refusals.refuse_vmap(route)
-_AUTOCAST = autocast.register(route, {"x", "gate_weight"})
+# `run` is for arguments that `check` has seen.
+run = direct.call(route, _route, _setup_context, _backward, autocast=Autocast(route, {"x", "gate_weight"}))
+run_bwd = direct.call(route_bwd, _route_bwd, autocast=Autocast(route_bwd))

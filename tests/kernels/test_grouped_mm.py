@@ -124,3 +124,19 @@ def test_a_callers_routing_may_repeat_and_skip_experts(runner, order):
         ("x", "weights", "w1", "b1", "w2", "b2", "gamma", "beta"), grads, exact_grads, strict=True
     ):
         assert error(got, truth) < 1e-5 * (1 + truth.abs().max()), f"the gradient of {name} is wrong"
+
+
+@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp32", 80)))
+def test_a_kernel_compiled_for_one_call_serves_only_calls_like_it(runner, dtype):
+    """Alignment, a size of 1 and dtypes are compiled into a kernel: each call after another that differs in one."""
+    dtype = DTYPES[dtype]
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{dtype} is not for this runner")
+    g = torch.Generator().manual_seed(0)
+    offs = offsets("tail")
+    with runner.running():
+        for _ in range(2):  # the second time from the table
+            for shift, K, N in ((0, 32, 48), (1, 32, 48), (0, 32, 1), (0, 1, 48), (0, 33, 48)):
+                storage = torch.randn(ROWS * K + shift, generator=g).to(dtype)
+                a = storage[shift:].view(ROWS, K)
+                check(runner, a, torch.randn(len(offs), K, N, generator=g).to(dtype), offs)
