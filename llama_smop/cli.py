@@ -97,6 +97,18 @@ def train(
 
 
 @app.command()
+def ablate(
+    config: Annotated[Path, typer.Option(help="Grid file (YAML) or a shipped one's name, such as ablation/sharing.")],
+    out: Out,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: the grid's.")] = None,
+) -> None:
+    """Train and score every cell of a grid, then write one table and pictures. Goes on when run again."""
+    from llama_smop.ablation import ablate as run
+
+    print(run(config, out, jobs=jobs))
+
+
+@app.command()
 def evaluate(
     model: Model,
     root: Annotated[Path, typer.Option(help="Corpus in the LRS3 layout.")],

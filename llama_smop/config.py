@@ -1,10 +1,12 @@
 """What a training file (YAML) may say. Unknown keys are errors; defaults are the recipe's where it has one."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llama_smop.compose import compose
 
 Modality = Literal["audio", "video", "audiovisual"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -130,37 +132,14 @@ class TrainConfig(Section):
     run: RunSection = RunSection()
 
 
-def read_config(path: str | Path, overrides: dict | None = None) -> TrainConfig:
-    """A checked TrainConfig from a YAML file; `overrides` are nested keys that replace the file's.
+def read_config(
+    sources: str | Path | Sequence[str | Path], overrides: Mapping | None = None, settings: Sequence[str] = ()
+) -> TrainConfig:
+    """A checked TrainConfig from one or more YAML files, by path or shipped name; later ones override earlier.
+
+    overrides: nested keys that replace the files'. settings: "key.path=value" each, as `--set` takes them, last of all.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value out of range; one line, naming file and key.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping with the keys model, data and optimizer")
-    try:
-        return TrainConfig.model_validate(_merge(content, overrides or {}))
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(map(_one_line, error.errors()))) from None
-
-
-def _merge(base: dict, overrides: dict) -> dict:
-    merged = dict(base)
-    for key, value in overrides.items():
-        deeper = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if deeper else value
-    return merged
-
-
-def _one_line(error: dict) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "file"
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    return compose(sources, overrides, settings).check(TrainConfig)

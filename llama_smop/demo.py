@@ -19,6 +19,7 @@ from llama_smop.data.corpus import GRID, make_corpus
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise
 from llama_smop.evaluate import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.expert_use import expert_activation
 from llama_smop.report import write_report
 from llama_smop.score import word_errors
 from llama_smop.train import train
@@ -119,32 +120,6 @@ def _no_input(model, processor, test: Lrs3Dataset) -> float:
         blank = {"audio": item["audio"] * 0, "video": torch.zeros_like(item["video"])}
         texts += transcribe_items(model, processor, [blank])
     return word_errors([clip.text for clip in test.clips], texts).wer
-
-
-@torch.inference_mode()
-def expert_activation(model, processor, data: Lrs3Dataset) -> dict | None:
-    """Shares of each modality's choices by expert over audio-visual clips, and which experts it can choose."""
-    projector = model.multi_modal_projector
-    if model.config.projector_config.kind != "smop":
-        return None
-    X, E = projector.w1.shape[0], projector.num_experts
-    counts = torch.zeros(2, X, dtype=torch.long)
-    for index in range(len(data)):
-        item = data[index]
-        inputs = processor(audio=[item["audio"]], video=[item["video"]])
-        streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask")}
-        speech = model.get_speech_features(**streams)
-        chosen, split = speech.projection.expert_indices[0], speech.audio_tokens
-        for m, ids in enumerate((chosen[:split], chosen[split:])):
-            counts[m] += torch.bincount(ids.flatten().long(), minlength=X + 1)[:X]
-    separate = X == 2 * E
-    return {
-        "sharing": projector.sharing,
-        "shares": {m: (counts[i] / counts[i].sum()).tolist() for i, m in enumerate(("audio", "video"))},
-        "experts_of": {
-            m: list(range(i * E, (i + 1) * E)) if separate else list(range(E)) for i, m in enumerate(("audio", "video"))
-        },
-    }
 
 
 def _transcripts(out: Path, model, processor, seed: int) -> None:

@@ -55,6 +55,9 @@ class SmopTrainer(Trainer):
                 self._add(name, outputs[name])
         if outputs.expert_counts is not None:
             self._add("expert_counts", outputs.expert_counts)
+        if outputs.router_entropy is not None:
+            for modality, entropy in zip(("audio", "video"), outputs.router_entropy, strict=True):
+                self._add(f"router_entropy/{modality}", entropy)  # a batch without that modality is not counted
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _token_share(self, labels: torch.Tensor) -> torch.Tensor:

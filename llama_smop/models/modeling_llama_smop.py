@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.import_utils import is_tracing
 
+from llama_smop.expert_use import router_entropy
 from llama_smop.models import checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
@@ -260,6 +261,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         result.router_logits, result.expert_counts = projection.router_logits, projection.expert_counts
         if config.projector_config.kind == "smop":
             result.load_balancing_loss, result.router_z_loss = projection.load_balancing_loss, projection.router_z_loss
+            result.router_entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
         if labels is None:
             return
         if config.projector_config.kind == "smop":

@@ -33,8 +33,8 @@ class LlamaSmopOutput(ModelOutput):
     + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
 
     logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
-    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). Losses that do not apply
-    are None.
+    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). router_entropy: (2,)
+    nats, mean over real audio and real video tokens, NaN without any. Losses that do not apply are None.
     """
 
     loss: Tensor | None = None
@@ -44,6 +44,7 @@ class LlamaSmopOutput(ModelOutput):
     router_z_loss: Tensor | None = None
     ctc_loss: Tensor | None = None
     expert_counts: Tensor | None = None
+    router_entropy: Tensor | None = None
     router_logits: Tensor | None = None
     past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None

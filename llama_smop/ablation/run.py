@@ -1,0 +1,169 @@
+"""Runs a grid: a child process for each cell, several at a time, none of them twice."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llama_smop import files
+from llama_smop.ablation.grid import Cell, GridConfig, cells, read_grid
+from llama_smop.data.corpus import make_corpus
+
+
+def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:
+    """Train and score every cell of a grid file that `out` does not hold yet; `out/results.json` is its path.
+
+    An interrupted cell goes on from its newest checkpoint. A grid may grow: a file with more seeds or axes may be run
+    into the same folder, and only what is new is computed.
+
+    Raises:
+        ValueError: a grid file, base or setting that cannot be used; a folder that another run is using, or that
+            holds a cell of another setting.
+        RuntimeError: cells that failed, each with its last log line; the others are in the results.
+    """
+    grid, beside = read_grid(config)
+    out = Path(out).absolute()
+    corpus = None if grid.corpus is None else out / "corpus"
+    planned = list(cells(grid, beside, corpus))
+    jobs = jobs or grid.jobs
+    threads = grid.threads or max(1, (os.cpu_count() or 1) // jobs)
+    with _alone(out):
+        for cell in planned:
+            _claim(out / "cells" / cell.name, cell, grid)
+        if grid.corpus is not None:
+            make_corpus(corpus, clips=grid.corpus.clips, seed=grid.corpus.seed)
+        failures = run_children([out / "cells" / cell.name for cell in planned], jobs, threads)
+        machine = {
+            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU",
+            "jobs": jobs,
+            "threads": threads,
+            "versions": {package: version(package) for package in ("llama-smop", "torch", "transformers")},
+        }
+        collect(out, grid, planned, failures, machine)
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(planned)} cells failed; the same command tries them again: "
+            + "; ".join(f"{name}: {line}" for name, line in failures.items())
+        )
+    return out / "results.json"
+
+
+def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict[str, str], machine: dict) -> None:
+    """Write `out/results.json`: what was asked, and every cell with its result or the line it failed with."""
+    records = []
+    for cell in planned:
+        facts = {key: value for key, value in asdict(cell).items() if key != "config"}
+        done = out / "cells" / cell.name / "result.json"
+        records.append(facts | (files.read_json(done) if done.exists() else {"failed": failures[cell.name]}))
+    manifest = out / "corpus" / "manifest.json"
+    content = {
+        "synthetic": grid.corpus is not None,
+        "corpus": files.read_json(manifest) if grid.corpus is not None else str(planned[0].config.data.root),
+        "grid": grid.model_dump(mode="json"),
+        "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root"}}),
+        "machine": machine,
+        "cells": records,
+    }
+    files.write_json(out / "results.json", content)
+
+
+def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, str]:
+    """Run the cells that have no result, `jobs` at a time; {name: last log line} of those that failed."""
+    waiting = [folder for folder in folders if not (folder / "result.json").exists()]
+    running: dict[Path, tuple[subprocess.Popen, int]] = {}
+    failures: dict[str, str] = {}
+    devices = _devices()
+    with tqdm(desc="cells", unit="step", smoothing=0.05, mininterval=float("inf")) as bar:  # refreshed by _show
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    slot = min(set(range(jobs)) - {slot for _, slot in running.values()})
+                    folder = waiting.pop(0)
+                    running[folder] = (_start(folder, threads, devices[slot % len(devices)] if devices else None), slot)
+                time.sleep(0.2)
+                for folder, (child, _) in list(running.items()):
+                    if child.poll() is None:
+                        continue
+                    del running[folder]
+                    if child.returncode or not (folder / "result.json").exists():
+                        failures[folder.name] = _last_line(folder / "log.txt") or f"ended with {child.returncode}"
+                        bar.write(f"{folder.name} failed: {failures[folder.name]}")
+                _show(bar, folders, failures)
+        finally:
+            for child, _ in running.values():
+                child.terminate()
+            for child, _ in running.values():
+                child.wait()
+    return failures
+
+
+def _start(folder: Path, threads: int, device: str | None) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    if device is not None:  # one each: a training that sees several would spread over them
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    command = [sys.executable, "-m", "llama_smop.ablation.cell", str(folder), str(os.getpid())]
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(  # in a session of its own: Ctrl-C is for this process, which ends them
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible and count else [str(i) for i in range(count)]
+
+
+def _show(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
+    """Steps over all cells; those of cells that have not begun are taken to be as many as of those that have."""
+    states = []
+    for folder in folders:
+        path = folder / "progress.json"
+        states.append(files.read_json(path) if path.exists() else None)
+    known = [state["of"] for state in states if state]
+    if known:
+        bar.total = sum(known) + (len(folders) - len(known)) * max(known)
+    done = sum((folder / "result.json").exists() for folder in folders)
+    shown = f"{done}/{len(folders)} cells" + (f", {len(failures)} failed" if failures else "")
+    steps = sum(state["step"] for state in states if state)
+    if (steps, shown) != (bar.n, bar.postfix):
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update(steps - bar.n)
+        bar.refresh()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
+    """Raises ValueError: the folder holds a cell that was asked differently."""
+    asked = {"config": cell.config.model_dump(mode="json"), "score": grid.score.model_dump(mode="json")}
+    note = folder / "cell.json"
+    if note.exists():
+        if files.read_json(note) != asked:
+            raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
+    else:
+        files.write_json(note, asked)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another ablation is running in this folder") from None
+        yield
