@@ -1,4 +1,5 @@
-"""The command line: `llama-smop demo | corpus | train | evaluate | transcribe | convert | info | report`.
+"""The command line: `llama-smop demo | corpus | configs | train | ablate | evaluate | transcribe | convert | info |
+report`.
 
 Commands import what they need when they run, so that `--help` is quick. A user's mistake ends in one line on stderr
 and exit status 1; LLAMA_SMOP_DEBUG=1 shows where it came from.
@@ -22,6 +23,11 @@ app.add_typer(corpus_app, name="corpus")
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Model = Annotated[Path, typer.Option(help="Model folder that training or convert wrote.")]
+Configs = Annotated[
+    list[str],
+    typer.Option(help="YAML file, or a shipped one's name; may be repeated, later ones override. See `configs`."),
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, after all files; may be repeated.")]
 Beams = Annotated[int, typer.Option(min=1, help="Beam width; 1 is greedy.")]
 
 
@@ -84,16 +90,26 @@ def corpus_shard(
 
 
 @app.command()
+def configs() -> None:
+    """List the training and grid files that come with the package."""
+    from llama_smop.compose import shipped, summary
+
+    for name, path in shipped().items():
+        print(f"{name:20s} {summary(path)}")
+
+
+@app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file; llama_smop/configs has examples.")],
+    config: Configs,
     out: Out,
+    settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint in OUT.")] = True,
 ) -> None:
-    """Train a model as CONFIG says. Run again after an interruption, it goes on where it was."""
+    """Train a model as the CONFIGs say. Run again after an interruption, it goes on where it was."""
     from llama_smop.config import read_config
     from llama_smop.train import train as run
 
-    print(run(read_config(config), out, resume=resume))
+    print(run(read_config(config, settings=settings or ()), out, resume=resume))
 
 
 @app.command()
@@ -202,17 +218,22 @@ def convert(
 
 
 @app.command()
-def info(config: Annotated[Path, typer.Option(help="YAML file of a training.")]) -> None:
+def info(config: Configs, settings: Settings = None) -> None:
     """Memory and arithmetic that a training file asks for, beside the published sizes."""
     from llama_smop.config import read_config
     from llama_smop.memory import info as describe
 
-    print(describe(read_config(config)))
+    print(describe(read_config(config, settings=settings or ())))
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a demo.")]) -> None:
-    """Write the HTML report of a finished demo again."""
+def report(run: Annotated[Path, typer.Argument(help="Folder of a demo or of an ablation.")]) -> None:
+    """Write the report of a finished demo, or the page of an ablation, again."""
+    if (run / "results.json").exists():
+        from llama_smop.ablation.page import write_page
+
+        print(write_page(run))
+        return
     from llama_smop.report import write_report
 
     print(write_report(run))

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"audio": "#d1495b", "video": "#2e86ab", "audiovisual": "#3a7d44"}
@@ -24,14 +25,15 @@ STYLE = {
 }
 
 
-def _figure(*size: float, **kwargs):
+def subplots(*size: float, **kwargs):
+    """`plt.subplots` of that size in inches, in the style of the reports."""
     with plt.rc_context(STYLE):
         return plt.subplots(figsize=size, **kwargs)
 
 
 def losses(log: Sequence[Mapping]) -> Figure:
     """Language-model and CTC loss, and the two router losses, against training steps, from a Trainer's log."""
-    figure, (left, right) = _figure(9, 3.2, ncols=2)
+    figure, (left, right) = subplots(9, 3.2, ncols=2)
     panels = (
         (left, (("lm_loss", "language model", "#333333"), ("ctc_loss", "CTC of the towers", "#b08900"))),
         (right, (("load_balancing_loss", "load balancing", "#7b2d8b"), ("router_z_loss", "router z", "#00897b"))),
@@ -56,7 +58,7 @@ def losses(log: Sequence[Mapping]) -> Figure:
 
 def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Figure:
     """WER in per cent by SNR and modality; video, which hears no noise, is a level line."""
-    figure, axes = _figure(6.2, 3.6)
+    figure, axes = subplots(6.2, 3.6)
     snrs = sorted({r["snr"] for r in rows if r["snr"] is not None})
     ticks = [*snrs, (snrs[-1] + 5) if snrs else 0]
     for modality in COLOURS:
@@ -84,7 +86,16 @@ def expert_activation(shares: Mapping[str, Sequence[float]], experts_of: Mapping
 
     shares: by modality, one number for each of the X experts. experts_of: the experts a modality can choose.
     """
-    figure, axes = _figure(6.2, 3.0)
+    figure, axes = subplots(6.2, 3.0)
+    draw_expert_activation(axes, shares, experts_of)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("share of choices, %")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
+def draw_expert_activation(axes: Axes, shares: Mapping[str, Sequence[float]], experts_of: Mapping[str, Sequence[int]]):
+    """The bars of `expert_activation`; dotted: an even load."""
     experts = len(next(iter(shares.values())))
     width = 0.8 / len(shares)
     for i, (modality, values) in enumerate(shares.items()):
@@ -100,15 +111,11 @@ def expert_activation(shares: Mapping[str, Sequence[float]], experts_of: Mapping
         )
         axes.hlines(100 / len(own), min(own) - 0.45, max(own) + 0.45, color="#777777", linestyle=":")
     axes.set_xticks(range(experts))
-    axes.set_xlabel("expert")
-    axes.set_ylabel("share of choices, %")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    return figure
 
 
 def clip_strip(frames: np.ndarray, audio: np.ndarray, columns: int = 10) -> Figure:
     """Frames uint8 (T, H, W, 3) of a clip side by side over the waveform (samples,)."""
-    figure, axes = _figure(9, 1.75, nrows=2, height_ratios=(3, 1))
+    figure, axes = subplots(9, 1.75, nrows=2, height_ratios=(3, 1))
     chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
     axes[0].imshow(np.concatenate(list(frames[chosen]), axis=1))
     axes[1].fill_between(*_envelope(audio), color="#555555", linewidth=0)
@@ -125,7 +132,7 @@ def _envelope(audio: np.ndarray, bins: int = 600):
 
 def projector_bars(rows: Sequence[Mapping]) -> Figure:
     """Throughput and memory of projectors side by side; a row has name, tokens_per_second, kept_bytes, parameters."""
-    figure, panels = _figure(9, 1.0 + 0.42 * len(rows), ncols=3, sharey=True)
+    figure, panels = subplots(9, 1.0 + 0.42 * len(rows), ncols=3, sharey=True)
     measures = (
         ("tokens_per_second", 1e-3, "thousand tokens/s\n(forward + backward)"),
         ("kept_bytes", 1e-6, "MB kept for backward"),

@@ -15,12 +15,16 @@ import torch
 from tqdm import tqdm
 
 from llama_smop import files
-from llama_smop.ablation.grid import Cell, GridConfig, cells, read_grid
+from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read_grid
+from llama_smop.ablation.page import write_page
+from llama_smop.config import TrainConfig
 from llama_smop.data.corpus import make_corpus
 
 
 def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:
-    """Train and score every cell of a grid file that `out` does not hold yet; `out/results.json` is its path.
+    """Train and score every cell of a grid file that `out` does not hold yet, and return the path of its page.
+
+    `out/results.json` has everything that was measured; `out/README.md` and the pictures beside it are made of that.
 
     An interrupted cell goes on from its newest checkpoint. A grid may grow: a file with more seeds or axes may be run
     into the same folder, and only what is new is computed.
@@ -50,12 +54,13 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
             "versions": {package: version(package) for package in ("llama-smop", "torch", "transformers")},
         }
         collect(out, grid, planned, failures, machine)
+        page = write_page(out)
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(planned)} cells failed; the same command tries them again: "
             + "; ".join(f"{name}: {line}" for name, line in failures.items())
         )
-    return out / "results.json"
+    return page
 
 
 def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict[str, str], machine: dict) -> None:
@@ -65,16 +70,19 @@ def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict
         facts = {key: value for key, value in asdict(cell).items() if key != "config"}
         done = out / "cells" / cell.name / "result.json"
         records.append(facts | (files.read_json(done) if done.exists() else {"failed": failures[cell.name]}))
-    manifest = out / "corpus" / "manifest.json"
     content = {
         "synthetic": grid.corpus is not None,
-        "corpus": files.read_json(manifest) if grid.corpus is not None else str(planned[0].config.data.root),
+        "corpus": _made_corpus(out / "corpus", grid) if grid.corpus is not None else str(planned[0].config.data.root),
         "grid": grid.model_dump(mode="json"),
         "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root"}}),
         "machine": machine,
         "cells": records,
     }
     files.write_json(out / "results.json", content)
+
+
+def _made_corpus(corpus: Path, grid: GridConfig) -> dict:
+    return grid.corpus.model_dump() | {"counts": files.read_json(corpus / "manifest.json")["counts"]}
 
 
 def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, str]:
@@ -149,12 +157,16 @@ def _last_line(log: Path) -> str:
 
 def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
     """Raises ValueError: the folder holds a cell that was asked differently."""
-    asked = {"config": cell.config.model_dump(mode="json"), "score": grid.score.model_dump(mode="json")}
     note = folder / "cell.json"
     if note.exists():
-        if files.read_json(note) != asked:
+        found = files.read_json(
+            note
+        )  # checked again, so that what was written before a field was there has its default
+        asked = (TrainConfig.model_validate(found["config"]), ScoreSection.model_validate(found["score"]))
+        if asked != (cell.config, grid.score):
             raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
     else:
+        asked = {"config": cell.config.model_dump(mode="json"), "score": grid.score.model_dump(mode="json")}
         files.write_json(note, asked)
 
 

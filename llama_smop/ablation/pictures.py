@@ -1,0 +1,186 @@
+"""The pictures of an ablation, made from its results; bands and bars run from the lowest to the highest seed."""
+
+from collections.abc import Callable, Mapping
+from math import log
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llama_smop.ablation.results import MODALITIES, Setting, by_setting, conditions, mean_wer, wers
+from llama_smop.plots import NAMES, draw_expert_activation, subplots
+
+SHARINGS = {"JEJR": "#7b2d8b", "JEDR": "#00897b", "DEDR": "#d1495b", "dense": "#555555"}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+AXES = {"num_experts": "experts E", "top_k": "active experts K", "rates": "compression (audio, video)"}
+
+
+def pictures(results: Mapping) -> dict[str, Figure]:
+    """By file name, those that the results have something to show in."""
+    groups = by_setting(results)
+    if not groups:
+        return {}
+    figures = {"wer_snr.png": wer_against_snr(results)}
+    for axis in AXES:
+        if len({getattr(s, axis) for s in groups if s.sharing != "dense"}) > 1:
+            figures[f"wer_{axis}.png"] = wer_against(results, axis)
+    if any(cell["expert_activation"] for seeds in groups.values() for cell in seeds.values()):
+        figures["expert_activation.png"] = activation(results)
+    if any(cell["router_entropy"] for seeds in groups.values() for cell in seeds.values()):
+        figures["router_entropy.png"] = entropy(results)
+    return figures
+
+
+def one_of_each_sharing(results: Mapping) -> dict[Setting, dict[int, Mapping]]:
+    """The first setting of every sharing: where other axes vary too, pictures by sharing show their first values."""
+    first: dict[str, Setting] = {}
+    groups = by_setting(results)
+    for setting in groups:
+        first.setdefault(setting.sharing, setting)
+    return {setting: groups[setting] for setting in first.values()}
+
+
+def wer_against_snr(results: Mapping) -> Figure:
+    """A row for each kind of noise, a column for each modality; lips hear no noise and get a bar for each sharing."""
+    groups, scored = one_of_each_sharing(results), conditions(results)
+    modalities = [m for m in MODALITIES if any(wers(c, m) for cells in groups.values() for c in cells.values())]
+    noises = list(dict.fromkeys(noise for noise, snr in scored if snr is not None)) or [None]
+    widths = [1 if m == "video" else 2 for m in modalities]
+    figure, panels = subplots(
+        2 + 1.9 * sum(widths),
+        3.5 * len(noises),
+        nrows=len(noises),
+        ncols=len(modalities),
+        squeeze=False,
+        sharey=True,
+        width_ratios=widths,
+    )
+    for number, (row, noise) in enumerate(zip(panels, noises, strict=True)):
+        snrs = sorted(snr for kind, snr in scored if kind == noise and snr is not None)
+        places: list[tuple] = [(noise, snr) for snr in snrs] + [(None, None)] * ((None, None) in scored)
+        for axes, modality in zip(row, modalities, strict=True):
+            axes.set_title(NAMES[modality])
+            if modality == "video" and number:
+                axes.axis("off")
+                axes.set_title("")
+            elif modality == "video":
+                _bars(axes, groups, lambda cell: wers(cell, "video").get((None, None)))
+            if modality == "video":
+                continue
+            for setting, cells in groups.items():
+                values = [[100 * wers(cell, modality)[place] for cell in cells.values()] for place in places]
+                _line(axes, range(len(places)), values, SHARINGS[setting.sharing], setting.sharing)
+            axes.set_xticks(range(len(places)), [*(f"{s:g}" for s in snrs), *["clean"] * (len(places) - len(snrs))])
+            axes.set_xlabel("SNR in dB" if noise is None else f"{Path(noise).stem}, SNR in dB")
+        row[0].set_ylabel("word error rate, %")
+    for axes, modality in zip(panels[0], modalities, strict=True):
+        if modality != "video":
+            axes.legend(frameon=False)
+            break
+    panels[0][0].set_ylim(bottom=0)
+    return figure
+
+
+def wer_against(results: Mapping, axis: str) -> Figure:
+    """Mean WER over the scored conditions against E, K or the rates: a panel for each modality, a line for each
+    sharing and value of the other axes; dense is a level line."""
+    groups = by_setting(results)
+    modalities = [m for m in MODALITIES if any(wers(c, m) for cells in groups.values() for c in cells.values())]
+    values = sorted({getattr(s, axis) for s in groups if s.sharing != "dense"})
+    others = [name for name in AXES if name != axis]
+    rest = list(dict.fromkeys(tuple(getattr(s, n) for n in others) for s in groups if s.sharing != "dense"))
+    figure, panels = subplots(2.4 + 3.0 * len(modalities), 3.5, ncols=len(modalities), squeeze=False, sharey=True)
+    for axes, modality in zip(panels[0], modalities, strict=True):
+        for setting, cells in groups.items():
+            if setting.sharing == "dense" and axis != "rates":
+                level = fmean(100 * mean_wer(cell, modality) for cell in cells.values())
+                axes.axhline(level, color=SHARINGS["dense"], linestyle=":", label=setting.label(list(groups)))
+        for sharing in dict.fromkeys(s.sharing for s in groups if s.sharing != "dense" or axis == "rates"):
+            for number, fixed in enumerate(rest if sharing != "dense" else rest[:1]):
+                line = {
+                    getattr(s, axis): [100 * mean_wer(cell, modality) for cell in cells.values()]
+                    for s, cells in groups.items()
+                    if s.sharing == sharing and (sharing == "dense" or tuple(getattr(s, n) for n in others) == fixed)
+                }
+                at = [value for value in values if value in line]
+                label = ", ".join([sharing, *_fixed(others, fixed, rest)]) if sharing != "dense" else sharing
+                marker = MARKERS[number % len(MARKERS)]
+                _line(axes, [values.index(v) for v in at], [line[v] for v in at], SHARINGS[sharing], label, marker)
+        axes.set_xticks(range(len(values)), [str(v) for v in values])
+        axes.set_title(NAMES[modality])
+        axes.set_xlabel(AXES[axis])
+    panels[0][0].set_ylabel("mean word error rate, %")
+    panels[0][0].set_ylim(bottom=0)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def activation(results: Mapping) -> Figure:
+    """Shares of the choices on test clips: a row for each sparse sharing, a column for each seed. Experts are not the
+    same ones from seed to seed, so there is no mean over seeds."""
+    groups = {s: cells for s, cells in one_of_each_sharing(results).items() if s.sharing != "dense"}
+    seeds = sorted({seed for cells in groups.values() for seed in cells})
+    figure, panels = subplots(
+        1.2 + 2.7 * len(seeds), 0.7 + 2.0 * len(groups), nrows=len(groups), ncols=len(seeds), squeeze=False, sharey=True
+    )
+    for row, (setting, cells) in zip(panels, groups.items(), strict=True):
+        for axes, seed in zip(row, seeds, strict=True):
+            axes.set_title(f"{setting.sharing}, seed {seed}")
+            if seed in cells and (shown := cells[seed]["expert_activation"]):
+                draw_expert_activation(axes, shown["shares"], shown["experts_of"])
+        row[0].set_ylabel("share of choices, %")
+    for axes in panels[-1]:
+        axes.set_xlabel("expert")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def entropy(results: Mapping) -> Figure:
+    """Mean entropy of the router's softmax over real tokens, in nats, against training steps, by modality."""
+    groups = {s: cells for s, cells in one_of_each_sharing(results).items() if s.sharing != "dense"}
+    modalities = [
+        m for m in ("audio", "video")
+        if any(m in point for cells in groups.values() for c in cells.values() for point in c["router_entropy"])
+    ]  # fmt: skip
+    figure, panels = subplots(1 + 4 * len(modalities), 3.3, ncols=len(modalities), squeeze=False, sharey=True)
+    for axes, modality in zip(panels[0], modalities, strict=True):
+        for setting, cells in groups.items():
+            curves = [{p["step"]: p[modality] for p in c["router_entropy"] if modality in p} for c in cells.values()]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = [[curve[step] for curve in curves] for step in steps]
+            _line(axes, steps, values, SHARINGS[setting.sharing], setting.sharing, marker=None)
+        for experts in sorted({s.num_experts for s in groups}):
+            axes.axhline(log(experts), color="#999999", linestyle=":", label=f"uniform, ln {experts}")
+        axes.set_title(f"{modality} tokens")
+        axes.set_xlabel("step")
+    panels[0][0].set_ylabel("router entropy, nats")
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][-1].legend(frameon=False)
+    return figure
+
+
+def _line(axes, x, values, colour: str, label: str, marker: str | None = "o") -> None:
+    x = list(x)
+    axes.plot(x, [fmean(v) for v in values], color=colour, label=label, marker=marker, markersize=4)
+    axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
+
+
+def _bars(axes, groups: Mapping[Setting, Mapping[int, Mapping]], value: Callable[[Mapping], float | None]) -> None:
+    for place, (setting, cells) in enumerate(groups.items()):
+        found = np.array([100 * v for v in map(value, cells.values()) if v is not None])
+        if len(found):
+            around = [[found.mean() - found.min()], [found.max() - found.mean()]]
+            axes.bar(
+                place, found.mean(), 0.7, color=SHARINGS[setting.sharing], yerr=around, capsize=3, ecolor="#222222"
+            )
+    axes.set_xticks(range(len(groups)), [s.sharing for s in groups], rotation=45)
+    axes.grid(axis="x", visible=False)
+
+
+def _fixed(names: list[str], values: tuple, all_values: list[tuple]) -> list[str]:
+    """The values of the other axes, where they vary."""
+    short = {"num_experts": "E", "top_k": "K", "rates": "rates"}
+    varying = [len({v[i] for v in all_values}) > 1 for i in range(len(names))]
+    return [f"{short[n]} {v}" for n, v, varies in zip(names, values, varying, strict=True) if varies]
