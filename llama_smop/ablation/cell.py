@@ -7,6 +7,7 @@ FOLDER/used.json       wall and CPU seconds up to the newest checkpoint
 FOLDER/result.json     written last
 """
 
+import fcntl
 import os
 import sys
 import threading
@@ -112,7 +113,7 @@ def _now() -> str:
 
 
 def _end_with(parent: int) -> None:
-    """A cell ends itself when whoever started it has been killed: two must never write into one folder."""
+    """A cell ends itself when whoever started it has been killed."""
 
     def watch():
         while os.getppid() == parent:
@@ -123,5 +124,8 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1])
     _end_with(int(sys.argv[2]))
-    run_cell(Path(sys.argv[1]))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until one that was orphaned in this folder has ended
+        run_cell(folder)
