@@ -174,14 +174,15 @@ class LlamaSmopProcessor(ProcessorMixin):
     # -- features --------------------------------------------------------------------------------------------------
 
     def _log_mel(self, audio: list[np.ndarray], frames: list[int]) -> dict[str, Tensor]:
-        mel = self.feature_extractor(
-            audio,
-            sampling_rate=SAMPLING_RATE,
-            padding="max_length",
-            max_length=self.audio_window * SAMPLES_PER_FRAME,
-            return_tensors="pt",
-        )
-        return {"input_features": mel["input_features"], "audio_mask": prefix_mask(frames)}
+        # Clips fill little of the window. Beyond the longest one all columns of silence are alike: one is computed.
+        extractor, window = self.feature_extractor, self.audio_window * SAMPLES_PER_FRAME
+        hop = extractor.hop_length
+        samples = min(window, -(-(max(map(len, audio)) + extractor.n_fft) // hop) * hop)
+        mel = extractor(
+            audio, sampling_rate=SAMPLING_RATE, padding="max_length", max_length=samples, return_tensors="pt"
+        )["input_features"]
+        silence = mel[..., -1:].expand(-1, -1, (window - samples) // hop)
+        return {"input_features": torch.cat([mel, silence], dim=-1), "audio_mask": prefix_mask(frames)}
 
     def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
         values = video[0].new_zeros(len(video), max(frames), *video[0].shape[1:])

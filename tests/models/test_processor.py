@@ -50,6 +50,17 @@ def test_without_text_prompts_end_at_the_right_for_generation(processor):
     assert batch["attention_mask"][0, 0] == 0
 
 
+@pytest.mark.parametrize("lengths", ([1], [399, 5000], [16000, 24000, 31234], [-1], [0, 300], [-200], [-401]))
+def test_the_features_are_those_of_the_whole_window(processor, lengths):
+    """Silence beyond the longest clip is filled in, not computed; lengths up to 0 count back from the window's end."""
+    window, random = processor.audio_window * 320, np.random.default_rng(0)
+    audio = [random.standard_normal(n if n > 0 else window + n).astype(np.float32) for n in lengths]
+    whole = processor.feature_extractor(audio, sampling_rate=16000, max_length=window, return_tensors="pt")
+    features = processor._log_mel(audio, [25] * len(audio))["input_features"]
+    assert features.shape == whole["input_features"].shape
+    torch.testing.assert_close(features, whole["input_features"], rtol=0, atol=1e-6)
+
+
 def test_audio_is_cut_or_padded_to_the_video(processor):
     audio, video = clip(30, 0)
     even = processor(audio=[audio], video=[video])
