@@ -82,8 +82,8 @@ def corpus_shard(
     clips_per_shard: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Draws the order of the clips.")] = 0,
 ) -> None:
-    """Write a corpus as webdataset tar shards, to be streamed by `llama_smop.data.shards.ShardedClips`."""
-    from llama_smop.data.shards import write_shards
+    """Write a corpus as webdataset tar shards, which a training reads as `data.shards`. Resumes when run again."""
+    from llama_smop.data.shards.write import write_shards
 
     shards = write_shards(root, labels, out, clips_per_shard=clips_per_shard, seed=seed)
     print(f"{out}\t{len(shards)} shards")

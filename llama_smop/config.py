@@ -75,8 +75,12 @@ class StageSection(Section):
 
 
 class DataSection(Section):
-    root: Path
+    """Clips in the LRS3 layout (`root`, `train`), or shards of them that `llama-smop corpus shard` wrote (`shards`)."""
+
+    root: Path | None = None
     train: str = "train.csv"
+    shards: str | None = None  # a folder, https://…, or "pipe:COMMAND {name}", as webdataset opens them
+    window: int = Field(512, ge=1)  # clips of shards among which a data worker makes batches; twice that many are held
     stages: tuple[StageSection, ...] = (StageSection(),)
     max_frames: int = Field(1500, ge=1)  # video frames (25 a second) in a batch
     max_clips: int | None = Field(None, ge=1)
@@ -86,6 +90,21 @@ class DataSection(Section):
     keep_decoded: bool = False  # hold decoded clips in memory; for small corpora
     workers: int = Field(0, ge=0)
     max_bad_clips: int = Field(10, ge=0)  # that many that cannot be read are named and replaced; one more ends the run
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.root is None) == (self.shards is None):
+            raise ValueError("give either root (clips in the LRS3 layout) or shards")
+        if self.shards is None:
+            if "window" in self.model_fields_set:
+                raise ValueError("window goes with shards, not with root")
+        elif "train" in self.model_fields_set:
+            raise ValueError("train names labels under root; shards hold their own")
+        elif self.keep_decoded:
+            raise ValueError("keep_decoded is for small corpora under root, not for shards")
+        elif self.shards.startswith("pipe:") and "{name}" not in self.shards:
+            raise ValueError(f'the command in shards must hold {{name}}, the file to fetch, got "{self.shards}"')
+        return self
 
     @model_validator(mode="after")
     def _stages_follow(self):

@@ -1,11 +1,11 @@
 """What a long training meets and goes on from, up to a limit: clips that cannot be read, losses that are no number."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from llama_smop import files
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class ReplacedClips(Dataset):
-    """`DrawnClips` in which a clip that cannot be read gives way to the one nearest in length.
+    """`DrawnClips` in which a clip that cannot be read gives way to the one nearest in length, of the same shard where
+    there are shards.
 
     Batches so keep their size and no step is left without data. The item says what was passed over under "bad_clips",
     {path: reason}.
@@ -33,20 +34,14 @@ class ReplacedClips(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict:
         bad = {}
-        for index in self._nearest(draw.index):
+        for index in chain([draw.index], self.clips.source.nearest(draw.index)):
             try:
                 return self.clips[replace(draw, index=index)] | {"bad_clips": bad}
             except MediaError as error:
                 bad[error.path] = error.reason
                 if len(bad) > self.limit:
                     raise
-        raise ValueError("no clip of the corpus can be read")
-
-    def _nearest(self, index: int) -> Iterator[int]:
-        yield index
-        lengths = np.asarray(self.clips.clips.lengths)
-        order = np.argsort(np.abs(lengths - lengths[index]), kind="stable")
-        yield from (int(i) for i in order if i != index)
+        raise ValueError(f"no clip can be read that could take the place of {next(iter(bad))}")
 
 
 class Setbacks:

@@ -10,10 +10,9 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments, s
 
 from llama_smop import checkpoint, files
 from llama_smop.config import TrainConfig
-from llama_smop.data.batching import FrameBatchSampler
-from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.data.noise import Babble, Noise, NoiseFile
-from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan
+from llama_smop.data.noise import Noise, NoiseFile
+from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
+from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
 from llama_smop.setbacks import ReplacedClips, Setbacks
 from llama_smop.trainer import LossBar, SmopTrainer
@@ -36,8 +35,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     if args.process_index == 0:
         checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
-    clips = training_clips(config)
-    model, processor = build(config, [clip.text for clip in clips.clips.clips])
+    clips = training_clips(config, args.world_size)
+    model, processor = build(config, clips.source.texts)
     record = out / "bad_clips.json" if args.process_index == 0 else None
     trainer = SmopTrainer(
         model=model,
@@ -46,7 +45,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         processing_class=processor,
         data_collator=Collator(processor),
         callbacks=list(callbacks),
-        plan=training_plan(config, clips.clips, args.process_index, args.world_size),
+        plan=training_plan(config, clips.source, args.process_index, args.world_size),
         setbacks=Setbacks(record, config.data.max_bad_clips, config.run.max_bad_steps),
     )
     trainer.remove_callback(ProgressCallback)
@@ -95,41 +94,39 @@ def build(config: TrainConfig, texts: Sequence[str]):
     return model, processor
 
 
-def training_clips(config: TrainConfig) -> DrawnClips:
-    data = config.data
+def training_clips(config: TrainConfig, world: int = 1) -> DrawnClips:
+    """What a training draws from, on each of `world` processes."""
+    data, seed = config.data, config.run.seed
     masked = data.time_mask
     transform = ClipTransform(
         AudioTransform(train=True) if masked else AudioTransform(train=True, mask_window=1),
         VideoTransform(train=True) if masked else VideoTransform(train=True, mask_window=1),
     )
-    clips = Lrs3Dataset(data.root, data.train, transform=transform, noise=noise(config), seed=config.run.seed)
-    return DrawnClips(clips, keep_decoded=data.keep_decoded)
-
-
-def noise(config: TrainConfig) -> Noise | None:
-    section = config.data.noise
-    if section is None:
-        return None
-    if section.source == "babble":
-        source = Babble.from_labels(config.data.root, config.data.train)
+    if data.shards is None:
+        clips = FolderClips(data.root, data.train, seed, data.keep_decoded)
     else:
-        source = NoiseFile(section.source)
-    return Noise(source, section.snrs)
+        from llama_smop.data.shards.index import read_index
+        from llama_smop.data.shards.read import ShardClips
+
+        clips = ShardClips(read_index(data.shards), world, max(1, data.workers), data.window, seed)
+    noise = None
+    if data.noise is not None:
+        source = clips.babble if data.noise.source == "babble" else NoiseFile(data.noise.source)
+        noise = Noise(source, data.noise.snrs)
+    return DrawnClips(clips, transform, noise, seed)
 
 
-def training_plan(config: TrainConfig, clips: Lrs3Dataset, rank: int = 0, world: int = 1) -> TrainingPlan:
+def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: int = 1) -> TrainingPlan:
     """One process's share of the batches; in each step all of them draw the same modality."""
     data, optimizer = config.data, config.optimizer
-    batches = FrameBatchSampler(
-        clips.lengths,
-        data.max_frames,
-        data.buckets,
-        seed=config.run.seed,
+    batches = clips.batches(
+        rank,
+        world,
+        max_frames=data.max_frames,
+        num_buckets=data.buckets,
         max_clips=data.max_clips,
-        rank=rank,
-        world=world,
     )
-    steps = optimizer.steps or max(1, math.ceil(optimizer.epochs * len(batches) / optimizer.accumulate))
+    steps = optimizer.steps or max(1, math.ceil(batches_in(batches, optimizer.epochs) / optimizer.accumulate))
     stages = [Stage(round(s.until * steps) * optimizer.accumulate, s.modalities, s.noise) for s in data.stages]
     return TrainingPlan(batches, stages, seed=config.run.seed)
 

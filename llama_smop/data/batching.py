@@ -25,6 +25,13 @@ def split_fullest(sizes: Sequence[int], count: int) -> list[int]:
     return [size for part in parts for size in part]
 
 
+def nearest_in_length(lengths: Sequence[int], index: int) -> Iterator[int]:
+    """The other clips, the nearest in length first."""
+    lengths = np.asarray(lengths)
+    order = np.argsort(np.abs(lengths - lengths[index]), kind="stable")
+    return (int(i) for i in order if i != index)
+
+
 class FrameBatchSampler(Sampler[list[int]]):
     """Yields lists of clip indices whose padded size, clips × longest, is at most `max_frames`.
 

@@ -51,15 +51,23 @@ class NoiseFile:
         return _stretch(self.samples, samples, rng)
 
 
+@dataclass(frozen=True)
+class Sound:
+    """A sound file that is in memory already; `path` names it."""
+
+    path: str
+    content: bytes
+
+
 class Babble:
     """`speakers` clips of a corpus talking at once, each as loud as the others."""
 
-    def __init__(self, paths: Sequence[str | os.PathLike], speakers: int = 6):
-        if not paths or speakers < 1:
+    def __init__(self, clips: Sequence[str | os.PathLike | Sound], speakers: int = 6):
+        if not clips or speakers < 1:
             raise ValueError(
-                f"babble needs clips and at least one speaker, got {len(paths)} clips, {speakers} speakers"
+                f"babble needs clips and at least one speaker, got {len(clips)} clips, {speakers} speakers"
             )
-        self.paths = [Path(path) for path in paths]
+        self.clips = [clip if isinstance(clip, Sound) else Path(clip) for clip in clips]
         self.speakers = speakers
 
     @classmethod
@@ -72,17 +80,19 @@ class Babble:
 
     def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
         total = np.zeros(samples, dtype=np.float32)
-        for i in rng.integers(len(self.paths), size=self.speakers):
-            voice = _babbler(self.paths[i])
-            level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))
-            if level > 0:
-                total += _stretch(voice, samples, rng) / np.float32(level)
+        for i in rng.integers(len(self.clips), size=self.speakers):
+            voice = _babbler(self.clips[i])
+            if voice is not None:
+                total += _stretch(voice, samples, rng)
         return total
 
 
-@lru_cache(maxsize=64)
-def _babbler(path: Path) -> np.ndarray:
-    return read_audio(audio_path(path))
+@lru_cache(maxsize=256)  # a shard's clips; those of LRS3 take 80 MB
+def _babbler(clip: Path | Sound) -> np.ndarray | None:
+    """A clip's sound at a level of 1; None where it is silent."""
+    voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
+    level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))
+    return voice / np.float32(level) if level > 0 else None
 
 
 @dataclass(frozen=True)

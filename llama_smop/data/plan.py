@@ -4,6 +4,7 @@ The plan is a function of its seed alone, so a run that resumes at step n draws 
 worker needs no state: everything a clip's augmentation depends on is in its `Draw`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -11,9 +12,9 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .batching import FrameBatchSampler
-from .lrs3 import Lrs3Dataset, load_clip
-from .transforms import clip_rng
+from .noise import Noise
+from .sources import ClipSource
+from .transforms import ClipTransform, clip_rng
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stage:
 class TrainingPlan(Sampler[list[Draw]]):
     """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality."""
 
-    def __init__(self, batches: FrameBatchSampler, stages: Sequence[Stage], seed: int = 0):
+    def __init__(self, batches: Sampler[list[int]], stages: Sequence[Stage], seed: int = 0):
         self.batches, self.stages, self.seed = batches, tuple(stages), seed
 
     def __len__(self) -> int:
@@ -55,38 +56,36 @@ class TrainingPlan(Sampler[list[Draw]]):
 
     def _epochs(self) -> Iterator[tuple[int, list[int]]]:
         for epoch in count():
-            self.batches.load_state_dict(self.batches.state_dict() | {"epoch": epoch, "batch": 0})
+            self.batches.set_epoch(epoch)
             for batch in self.batches:
                 yield epoch, batch
 
 
-class DrawnClips(Dataset):
-    """The items of a `Lrs3Dataset`, asked for by `Draw`.
+def batches_in(batches: Sampler[list[int]], epochs: float) -> int:
+    """How many batches so many epochs are, from the first on; their lengths may differ."""
+    part, whole = math.modf(epochs)
+    lengths = []
+    for epoch in range(int(whole) + bool(part)):
+        batches.set_epoch(epoch)
+        lengths.append(len(batches))
+    last = part * lengths.pop() if part else 0
+    return math.ceil(sum(lengths) + last)
 
-    keep_decoded: hold decoded clips in memory, about 0.7 MB a second of video; for corpora of minutes, not hours.
+
+class DrawnClips(Dataset):
+    """The items of a source, asked for by `Draw`: dicts of `audio`, `video`, `text` and `id` as of `Lrs3Dataset`.
+
+    What a clip's augmentation draws depends on (seed, epoch, number of the clip) alone.
     """
 
-    def __init__(self, clips: Lrs3Dataset, keep_decoded: bool = False):
-        self.clips = clips
-        self._decoded: dict[tuple[int, str], np.ndarray] | None = {} if keep_decoded else None
+    def __init__(self, source: ClipSource, transform: ClipTransform, noise: Noise | None = None, seed: int = 0):
+        self.source, self.transform, self.noise, self.seed = source, transform, noise, seed
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.source)
 
     def __getitem__(self, draw: Draw) -> dict:
-        audio, video = self._load(draw.index, draw.modality)
-        rng = clip_rng(self.clips.seed, draw.epoch, draw.index)
-        audio, video = self.clips.transform(audio, video, rng, self.clips.noise if draw.noisy else None)
-        clip = self.clips.clips[draw.index]
+        clip = self.source.load(draw.index, draw.modality, draw.epoch)
+        rng = clip_rng(self.seed, draw.epoch, draw.index)
+        audio, video = self.transform(clip.audio, clip.video, rng, self.noise if draw.noisy else None)
         return {"audio": audio, "video": video, "text": clip.text, "id": clip.id}
-
-    def _load(self, index: int, modality: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        path = self.clips.clips[index].video_path(self.clips.root)
-        if self._decoded is None:
-            return load_clip(path, modality)
-        streams = ("audio", "video") if modality == "audiovisual" else (modality,)
-        for stream in streams:
-            if (index, stream) not in self._decoded:
-                both = load_clip(path, stream)
-                self._decoded[index, stream] = both[0] if stream == "audio" else both[1]
-        return tuple(self._decoded[index, s] if s in streams else None for s in ("audio", "video"))

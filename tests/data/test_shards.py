@@ -1,21 +1,31 @@
+import json
+import logging
+import math
 import tarfile
 from collections import Counter
-from types import SimpleNamespace
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError
+from llama_smop.data.noise import Noise
+from llama_smop.data.plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
+from llama_smop.data.shards import read
+from llama_smop.data.shards.index import Shard, ShardError, read_index
+from llama_smop.data.shards.plan import Deal, ShardBatches
+from llama_smop.data.shards.read import ShardClips
+from llama_smop.data.shards.write import write_shards
+from llama_smop.data.sources import FolderClips
 from llama_smop.data.transforms import ClipTransform
+from llama_smop.setbacks import ReplacedClips
 
-webdataset = pytest.importorskip("webdataset")
-
-from llama_smop.data.shards import Shard, ShardedClips, ShardError, plan_epoch, read_index, write_shards  # noqa: E402
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("webdataset")
 
 few = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -28,12 +38,48 @@ def shards(small_corpus, tmp_path_factory):
     return out
 
 
-def stream(source, **settings_):
-    return ShardedClips(source, transform=ClipTransform.training(), **{"max_clips": 2, **settings_})
+@pytest.fixture
+def fetched(monkeypatch):
+    """Names of the files that were opened in this process, in order."""
+    names, opened = [], read.open_file
+
+    def open_file(source, name):
+        names.append(name)
+        return opened(source, name)
+
+    monkeypatch.setattr(read, "open_file", open_file)
+    return names
+
+
+def clips(source, **settings_):
+    return ShardClips(read_index(source), **settings_)
+
+
+def drawn(source, noise=None, seed=0):
+    return DrawnClips(source, ClipTransform.training(), noise, seed)
+
+
+def plan(source, batches=None, seed=0, **settings_):
+    """Clean audio only, over as many batches as asked for or one epoch."""
+    made = source.batches(**{"max_clips": 2, **settings_})
+    return TrainingPlan(made, [Stage(batches or len(made), {"audio": 1}, noisy=False)], seed)
+
+
+def loader(source, plan, **settings_):
+    return DataLoader(drawn(source), batch_sampler=plan, collate_fn=list, **settings_)
 
 
 def ids(batches):
     return [[item["id"] for item in batch] for batch in batches]
+
+
+def same(one, other):
+    assert (one["id"], one["text"]) == (other["id"], other["text"])
+    for stream in ("audio", "video"):
+        np.testing.assert_array_equal(one[stream], other[stream])
+
+
+# ---- writing
 
 
 def test_shards_are_ordinary_tars_with_every_clip_once(small_corpus, shards):
@@ -41,11 +87,10 @@ def test_shards_are_ordinary_tars_with_every_clip_once(small_corpus, shards):
     for path in shards.glob("*.tar"):
         with tarfile.open(path) as tar:
             names.update(tar.getnames())
-    expected = Counter(f"{n:08d}.{suffix}" for n in range(9) for suffix in ("mp4", "wav", "json"))
-    assert names == expected
-    clip = Lrs3Dataset(small_corpus, "train.csv").clips[4]
-    index = read_index(shards)
-    assert {n: f for s in index for n, f in zip(s.numbers, s.frames, strict=True)}[4] == clip.n_frames
+    assert names == Counter(f"{n:08d}.{suffix}" for n in range(9) for suffix in ("mp4", "wav", "json"))
+    index, labels = read_index(shards), read_labels(small_corpus, "train.csv")
+    assert {n: f for s in index.shards for n, f in zip(s.numbers, s.frames, strict=True)}[4] == labels[4].n_frames
+    assert set(index.words) == {word for clip in labels for word in clip.text.split()}
 
 
 def test_writing_goes_on_after_an_interruption_and_gives_the_same_bytes(small_corpus, shards, tmp_path):
@@ -61,20 +106,19 @@ def test_writing_goes_on_after_an_interruption_and_gives_the_same_bytes(small_co
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
-def test_items_are_those_of_the_plain_dataset(small_corpus, shards):
-    plain = Lrs3Dataset(small_corpus, "train.csv", transform=ClipTransform.training(), seed=5)
-    by_id = {plain.clips[i].id: i for i in range(len(plain))}
-    data = stream(shards, seed=5)
-    for epoch in (0, 1):
-        data.set_epoch(epoch)
-        plain.set_epoch(epoch)
-        items = [item for batch in data for item in batch]
-        assert sorted(item["id"] for item in items) == sorted(by_id)
-        for item in items:
-            expected = plain[by_id[item["id"]]]
-            assert item["text"] == expected["text"]
-            np.testing.assert_array_equal(item["audio"], expected["audio"])
-            assert torch.equal(item["video"], expected["video"])
+def test_unusable_clips_and_folders_are_named(small_corpus, corpus_copy, tmp_path):
+    clip = read_labels(corpus_copy, "train.csv")[3].video_path(corpus_copy)
+    clip.unlink()
+    with pytest.raises(MediaError, match=rf"{clip.name}: no such file"):
+        write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=2, progress=False)
+    assert not (tmp_path / "shards" / "index.json").exists()
+    with pytest.raises(ShardError, match="of other clips_per_shard: choose another folder"):
+        write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=3, progress=False)
+    with pytest.raises(ShardError, match="is not empty and holds no shards"):
+        write_shards(small_corpus, "train.csv", small_corpus / "labels", progress=False)
+
+
+# ---- planning
 
 
 @st.composite
@@ -89,119 +133,208 @@ def some_shards(draw):
     return shards
 
 
-@given(some_shards(), st.integers(1, 6), st.integers(100, 800), st.integers(0, 3), st.integers(1, 40), st.booleans())
+@given(
+    some_shards(),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(100, 800),
+    st.integers(0, 3),
+    st.integers(1, 40),
+)
 @few
-def test_consumers_share_every_clip_in_equally_many_batches(shards, consumers, max_frames, epoch, window, shuffle):
-    if len(shards) < consumers:
+def test_consumers_share_every_clip_in_equally_many_batches(shards, world, workers, max_frames, epoch, window):
+    if len(shards) < world * workers:
         with pytest.raises(ShardError, match="write smaller shards or use fewer workers"):
-            plan_epoch(shards, consumers, max_frames=max_frames)
+            Deal(shards, world * workers)
         return
-    settings_ = {"max_frames": max_frames, "window": window, "shuffle": shuffle, "epoch": epoch}
+    deal = Deal(shards, world * workers, window)
+    windows = deal.windows(epoch)
+    assert Counter(place for own in windows for w in own for place in w) == Counter(range(len(shards)))
+    ranks = [ShardBatches(deal, max_frames, rank=rank, world=world) for rank in range(world)]
+    for rank in ranks:
+        rank.set_epoch(epoch)
     try:
-        plans = plan_epoch(shards, consumers, **settings_)
+        batches = [list(rank) for rank in ranks]
     except ShardError as error:
         assert "fewer clips than another has batches" in str(error)
         return
     frames = {n: f for s in shards for n, f in zip(s.numbers, s.frames, strict=True)}
-    batches = [[b for w in plan for b in w.batches] for plan in plans]
     assert Counter(n for own in batches for b in own for n in b) == Counter(frames.keys())
-    assert len({len(own) for own in batches}) == 1
-    for plan in plans:
-        for w in plan:
-            held = {n for s in w.shards for n in s.numbers}
-            for batch in w.batches:
-                assert held.issuperset(batch), "a batch needs a clip that is not in memory"
-                assert len(batch) == 1 or len(batch) * max(frames[n] for n in batch) <= max_frames
-    assert plans == plan_epoch(shards, consumers, **settings_)
+    assert {len(own) for own in batches} == {len(rank) for rank in ranks} and len({len(own) for own in batches}) == 1
+    for rank, own in enumerate(batches):
+        for worker in range(workers):
+            held = [{n for place in w for n in shards[place].numbers} for w in windows[rank * workers + worker]]
+            turns = [next(i for i, h in enumerate(held) if h.issuperset(batch)) for batch in own[worker::workers]]
+            assert turns == sorted(turns), "a batch goes back to shards that its worker has left"
+        for batch in own:
+            assert len(batch) == 1 or len(batch) * max(frames[n] for n in batch) <= max_frames
+    assert batches == [list(rank) for rank in ranks]
 
 
-def test_ranks_share_the_clips(shards):
-    seen, lengths = Counter(), set()
-    for rank in range(2):
-        data = stream(shards, rank=rank, world=2, workers=2)
-        batches = ids(data)
-        lengths.add(len(batches))
-        assert len(batches) == len(data)
-        seen.update(name for batch in batches for name in batch)
-    assert len(seen) == 9 and set(seen.values()) == {1}
-    assert len(lengths) == 1
-
-
-@pytest.mark.parametrize("batch", range(7))
-def test_resuming_gives_the_rest_of_the_epoch(shards, batch):
-    whole = stream(shards, workers=3)
-    whole.set_epoch(2)
-    expected = ids(whole)
-    resumed = stream(shards, workers=3)
-    resumed.load_state_dict(whole.state_dict(batch))
-    resumed.set_epoch(2)  # as the Trainer does
-    assert ids(resumed) == expected[batch:]
-    resumed.set_epoch(3)
-    whole.set_epoch(3)
-    assert ids(resumed) == ids(whole), "the epoch after a resumed one differs"
-
-
-def test_data_workers_change_nothing(shards, monkeypatch):
-    data = stream(shards, workers=2)
-    data.set_epoch(1)
-    state = data.state_dict(1)
-    alone = ids(data)
-    loader = DataLoader(data, batch_size=None, num_workers=2, collate_fn=list)
-    assert ids(loader) == alone
-    data.load_state_dict(state)
-    assert ids(loader) == alone[1:]
-    monkeypatch.setattr("llama_smop.data.shards.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=3))
-    with pytest.raises(ValueError, match="3 workers, which does not divide the 2 planned"):
-        next(iter(data))
-
-
-def test_epochs_and_seeds_shuffle(shards):
+def test_epochs_and_seeds_shuffle_and_every_epoch_has_its_own_length(shards):
     def epoch(number, seed=0):
-        data = stream(shards, seed=seed)
-        data.set_epoch(number)
-        return ids(data)
+        batches = clips(shards, seed=seed).batches(max_clips=2)
+        batches.set_epoch(number)
+        return list(batches)
 
     assert epoch(0) == epoch(0)
     assert epoch(0) != epoch(1)
     assert epoch(0) != epoch(0, seed=1)
+    batches, lengths = clips(shards, workers=2, window=3).batches(max_clips=2), []
+    for number in range(4):
+        batches.set_epoch(number)
+        lengths.append(len(list(batches)))
+    assert batches_in(batches, 4) == sum(lengths)
+    assert batches_in(batches, 2.5) == sum(lengths[:2]) + math.ceil(lengths[2] / 2)
 
 
-def test_a_stored_position_of_another_run_is_refused(shards):
-    state = stream(shards, workers=2).state_dict(1)
-    with pytest.raises(ValueError, match=r"stored run had consumers 2 \(now 1\)"):
-        stream(shards).load_state_dict(state)
+def test_ranks_of_a_step_draw_one_modality_and_share_the_clips(shards):
+    stages = [Stage(12, {"audio": 1, "video": 1, "audiovisual": 1}, noisy=True)]
+    source = clips(shards, world=2, workers=2)
+    plans = [list(TrainingPlan(source.batches(rank, 2, max_clips=2), stages)) for rank in range(2)]
+    for step in zip(*plans, strict=True):
+        assert len({draw.modality for batch in step for draw in batch}) == 1
+    first = Counter(draw.index for batches in plans for batch in batches for draw in batch if draw.epoch == 0)
+    assert first == Counter(range(9))
+
+
+# ---- reading
+
+
+def test_items_are_those_of_the_plain_source(small_corpus, shards):
+    plain, sharded = drawn(FolderClips(small_corpus, "train.csv"), seed=5), drawn(clips(shards), seed=5)
+    assert len(plain) == len(sharded) == 9
+    for modality in ("audio", "video", "audiovisual"):
+        for epoch in (0, 1):
+            for number in range(9):
+                draw = Draw(number, epoch, modality, noisy=False)
+                same(sharded[draw], plain[draw])
+
+
+@pytest.mark.parametrize("workers", (1, 2, 3))
+def test_a_loader_that_goes_on_in_mid_epoch_gives_the_rest(shards, workers):
+    """Over the end of an epoch, with as many data workers, without any, and from every place."""
+    source = clips(shards, workers=workers, window=3)
+    whole = plan(source, batches=9)
+    expected = ids(loader(source, whole))
+    assert ids(loader(source, whole, num_workers=workers)) == expected
+    for skipped in (1, 4, 7):
+        rest = accelerate.skip_first_batches(loader(source, whole, num_workers=workers), skipped)
+        assert ids(rest) == expected[skipped:]
+
+
+def read_ahead(source):
+    """Wait for what its thread is reading."""
+    assert all(shard.result(timeout=60) for shard in source._held.values())
+
+
+def test_going_on_fetches_nothing_that_was_passed(shards, fetched):
+    whole = plan(clips(shards, window=3))
+    deal = clips(shards, window=3).deal
+    windows = [[deal.shards[place] for place in window] for window in deal.windows(0)[0]]
+    source = clips(shards, window=3)
+    list(loader(source, whole))
+    read_ahead(source)
+    assert fetched[:5] == [shard.name for window in windows for shard in window], "not in the order they are dealt"
+    next_epoch = {deal.shards[place].name for place in deal.windows(1)[0][0]}
+    for skipped, batch in enumerate(whole):
+        source = clips(shards, window=3)
+        fetched.clear()
+        next(iter(accelerate.skip_first_batches(loader(source, whole), skipped)))
+        read_ahead(source)
+        at = next(i for i, window in enumerate(windows) if any(batch[0].index in shard.numbers for shard in window))
+        passed = {shard.name for window in windows[:at] for shard in window} - next_epoch
+        assert fetched[: len(windows[at])] == [shard.name for shard in windows[at]]
+        assert not passed & set(fetched), f"after {skipped} batches"
+
+
+def test_the_next_window_is_read_ahead_and_past_ones_are_let_go(shards):
+    source = clips(shards, window=3)
+    for now, after in pairwise(source.deal.windows(0)[0]):
+        source.load(source.index.shards[now[0]].numbers[0], "audio", 0)
+        assert set(source._held) == {*now, *after}
+        read_ahead(source)
 
 
 def test_shards_through_a_command(shards):
-    assert ids(stream(f"pipe:cat {shards}/{{name}}")) == ids(stream(shards))
+    source = clips(f"pipe:cat {shards}/{{name}}")
+    assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
 
 
-def test_damage_is_named(small_corpus, tmp_path):
+def test_a_command_that_fails_is_tried_again(shards, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(read, "WAITS_S", (0, 0))
+    monkeypatch.setattr(read.logger, "propagate", True)
+    script = tmp_path / "fetch"
+    script.write_text(
+        f'#!/bin/sh\ncase $1 in *.json) ;; *) echo x >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -gt "$2" ] || '
+        f"exit 1;; esac\ncat {shards}/$1\n"
+    )
+    script.chmod(0o755)
+    source = clips(f"pipe:{script} {{name}} 2")
+    with caplog.at_level(logging.WARNING):
+        assert source.load(0, "audio", 0).text
+    assert sum("trying again" in record.getMessage() for record in caplog.records) == 2
+    (tmp_path / "calls").unlink()
+    with pytest.raises(ShardError, match=r"clips-00000\d\.tar 99: cannot be read"):
+        clips(f"pipe:{script} {{name}} 99").load(0, "audio", 0)
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_damage_is_named(small_corpus, tmp_path, workers):
     out = tmp_path / "shards"
     write_shards(small_corpus, "train.csv", out, clips_per_shard=3, progress=False)
     tar = out / "clips-000001.tar"
     whole = tar.read_bytes()
+    source = clips(out)
     for share in (0.9, 0.4):
         tar.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(ShardError, match=r"clips-000001\.tar: (is truncated|cannot be read)"):
-            list(stream(out))
+        with pytest.raises(ShardError, match=rf"^{tar}: (is truncated|cannot be read)"):
+            list(loader(clips(out), plan(source), num_workers=workers))
     tar.unlink()
-    with pytest.raises(ShardError, match=r"clips-000001\.tar: cannot be read"):
-        list(stream(out))
+    with pytest.raises(ShardError, match=rf"^{tar}: cannot be read"):
+        list(loader(clips(out), plan(source), num_workers=workers))
+
+
+def test_an_index_that_cannot_be_used_is_named(shards, tmp_path):
     with pytest.raises(ShardError, match=r"index\.json: not the index"):
-        stream(tmp_path / "nowhere")
-    (out / "index.json").write_text('{"format": 99}')
-    with pytest.raises(ShardError, match="expected an index of format 1"):
-        stream(out)
+        read_index(tmp_path / "nowhere")
+    index = json.loads((shards / "index.json").read_text())
+    for change, message in (
+        ({"format": 1}, "expected an index of format 2; `llama-smop corpus shard`"),
+        ({"shards": index["shards"][1:]}, "expected every clip once"),
+        ({"shards": [index["shards"][0] | {"name": "../x.tar"}]}, "expected plain names"),
+    ):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ShardError, match=message):
+            read_index(tmp_path)
 
 
-def test_unusable_clips_and_folders_are_named(small_corpus, corpus_copy, tmp_path):
-    clip = Lrs3Dataset(corpus_copy, "train.csv").clips[3].video_path(corpus_copy)
-    clip.unlink()
-    with pytest.raises(MediaError, match=rf"{clip.name}: no such file"):
-        write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=2, progress=False)
-    assert not (tmp_path / "shards" / "index.json").exists()
-    with pytest.raises(ShardError, match="of other clips_per_shard: choose another folder"):
-        write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=3, progress=False)
-    with pytest.raises(ShardError, match="is not empty and holds no shards"):
-        write_shards(small_corpus, "train.csv", small_corpus / "labels", progress=False)
+def test_a_bad_clip_gives_way_to_its_nearest_of_the_same_shard(corpus_copy, tmp_path):
+    labels = read_labels(corpus_copy, "train.csv")
+    bad = labels[4].video_path(corpus_copy)
+    bad.write_bytes(bad.read_bytes()[:1500])
+    write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=5, progress=False)
+    source = clips(tmp_path / "shards")
+    item = ReplacedClips(drawn(source), limit=2)[Draw(4, 0, "video", False)]
+    shard = next(s for s in source.index.shards if 4 in s.numbers)
+    assert list(item["bad_clips"]) == [f"{shard.name}/{labels[4].id}.mp4"]
+    others = [n for n in shard.numbers if n != 4]
+    least = min(abs(labels[n].n_frames - labels[4].n_frames) for n in others)
+    assert item["id"] in {labels[n].id for n in others if abs(labels[n].n_frames - labels[4].n_frames) == least}
+
+
+def test_babble_comes_from_the_first_shard(shards, fetched):
+    """It is that of a label file with the same clips, whatever has been read before."""
+    source = clips(shards)
+    babble = source.babble
+    assert fetched == ["clips-000000.tar"]
+    first, again = (babble.sample(16_000, np.random.default_rng(3)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.std() > 0
+    noisy = drawn(source, Noise(babble, (0,)))
+    draws = [Draw(n, 0, "audio", noisy=True) for n in range(9)]
+    forwards = [noisy[draw]["audio"] for draw in draws]
+    backwards = [drawn(clips(shards), Noise(clips(shards).babble, (0,)))[draw]["audio"] for draw in reversed(draws)]
+    for one, other in zip(forwards, reversed(backwards), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(forwards[0], drawn(source)[draws[0]]["audio"])

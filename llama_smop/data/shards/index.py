@@ -1,0 +1,96 @@
+"""Where shards are and what is in them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+INDEX = "index.json"
+FORMAT = 2
+
+
+class ShardError(ValueError):
+    """Shards cannot be written or read: which, and why."""
+
+    def __init__(self, message: str):
+        # A torch data worker hands over its whole traceback as one text: keep the last line.
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def webdataset():
+    """The library, which is an extra."""
+    try:
+        import webdataset
+    except ImportError:
+        raise ShardError("tar shards need webdataset, which is not installed: pip install webdataset") from None
+    return webdataset
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file. numbers: each clip's line in the label file, from 0, in the order of the tar; frames: its
+    length."""
+
+    name: str
+    numbers: tuple[int, ...]
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Every clip of a corpus. source: a folder, or what webdataset opens; words: those of all texts, in lower case."""
+
+    source: str
+    shards: tuple[Shard, ...]
+    words: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Clips."""
+        return sum(len(shard.numbers) for shard in self.shards)
+
+
+def read_index(source: str | os.PathLike) -> ShardIndex:
+    """What is in `source`: a folder, or what webdataset opens.
+
+    That is `https://bucket/folder`, or a command such as `pipe:aws s3 cp s3://bucket/folder/{name} -`.
+    """
+    where = place(source, INDEX)
+    try:
+        with open_file(source, INDEX) as stream:
+            index = json.loads(stream.read())
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{where}: not the index of written shards ({first_line(error)})") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ShardError(
+            f"{where}: expected an index of format {FORMAT}; `llama-smop corpus shard` with the same arguments writes "
+            "it again and keeps the shards"
+        )
+    shards = tuple(Shard(s["name"], tuple(s["numbers"]), tuple(s["frames"])) for s in index["shards"])
+    for shard in shards:
+        if Path(shard.name).name != shard.name or ":" in shard.name:
+            raise ShardError(f"{where}: expected plain names of shards, got {shard.name!r}")
+    numbers = np.sort(np.concatenate([shard.numbers for shard in shards]))
+    if not np.array_equal(numbers, np.arange(len(numbers))):
+        raise ShardError(f"{where}: expected every clip once, numbered from 0")
+    return ShardIndex(os.fspath(source), shards, tuple(index["words"]))
+
+
+def place(source: str | os.PathLike, name: str) -> str:
+    """Address or command of a file in `source`."""
+    source = os.fspath(source)
+    return source.replace("{name}", name) if "{name}" in source else f"{source.rstrip('/')}/{name}"
+
+
+def is_remote(source: str | os.PathLike) -> bool:
+    """Whether reading from `source` may fail now and work a moment later."""
+    return os.fspath(source).startswith("pipe:") or "://" in os.fspath(source)
+
+
+def open_file(source: str | os.PathLike, name: str):
+    return webdataset().gopen(place(source, name))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,160 @@
+"""Clips out of shards."""
+
+import json
+import logging
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import cached_property
+
+import numpy as np
+
+from ..batching import nearest_in_length
+from ..media import read_audio, read_video
+from ..noise import Babble, Sound
+from ..sources import LoadedClip
+from .index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
+from .plan import Deal, ShardBatches
+
+logger = logging.getLogger(__name__)
+
+WAITS_S = (2, 10, 30)  # before a shard that could not be fetched is tried again
+
+
+def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
+    """A shard's clips by number, each as its files by suffix, still encoded.
+
+    Raises:
+        ShardError: it cannot be read or lacks clips; from a remote source, when trying again did not help.
+    """
+    for wait in WAITS_S if is_remote(source) else ():
+        try:
+            return _read_shard(source, shard)
+        except ShardError as error:
+            logger.warning("%s; trying again in %d s", error, wait)
+            time.sleep(wait)
+    return _read_shard(source, shard)
+
+
+def _read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
+    from webdataset import tariterators
+
+    where, clips = place(source, shard.name), {}
+    try:
+        with open_file(source, shard.name) as stream:
+            members = tariterators.tar_file_expander([{"url": where, "stream": stream}])
+            for sample in tariterators.group_by_keys(members):
+                clips[int(sample["__key__"])] = {k: v for k, v in sample.items() if isinstance(v, bytes)}
+    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+        raise ShardError(f"{where}: cannot be read ({first_line(error)})") from None
+    missing = len(set(shard.numbers) - clips.keys())
+    if missing:
+        raise ShardError(f"{where}: is truncated, {missing} of {len(shard.numbers)} clips are missing")
+    return clips
+
+
+class ShardClips:
+    """The clips of shards, by number; made to be asked in the order of `batches`.
+
+    A process that asks for a clip holds, still encoded, the window of shards the clip is in and the one after it, which
+    a thread reads meanwhile. What it gives does not depend on that: a run that goes on in the middle of an epoch reads
+    the shards it needs from there on, and no others.
+
+    world, workers: processes, and data workers of each; the shards are dealt out to all of them. window, seed: as in
+    `Deal`.
+    """
+
+    def __init__(self, index: ShardIndex, world: int = 1, workers: int = 1, window: int = 512, seed: int = 0):
+        self.index, self.workers, self.window, self.seed = index, workers, window, seed
+        self.deal = self._deal(world)
+        self._shard_of = np.zeros(len(index), dtype=np.int64)
+        for position, shard in enumerate(index.shards):
+            self._shard_of[list(shard.numbers)] = position
+        self._route: tuple[int, dict[int, tuple[int, int]], list[list[tuple[int, ...]]]] = (-1, {}, [])
+        self._window: tuple[int, tuple[int, ...]] = (-1, ())
+        self._held: dict[int, Future] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Single words: the index holds no sentences."""
+        return self.index.words
+
+    def batches(self, rank: int = 0, world: int = 1, **settings) -> ShardBatches:
+        deal = self.deal if world * self.workers == self.deal.consumers else self._deal(world)
+        return ShardBatches(deal, rank=rank, world=world, **settings)
+
+    def _deal(self, world: int) -> Deal:
+        return Deal(self.index.shards, world * self.workers, self.window, self.seed)
+
+    def nearest(self, number: int) -> Iterator[int]:
+        """Other clips of the same shard, which are at hand; the nearest in length first."""
+        shard = self.index.shards[self._shard_of[number]]
+        for at in nearest_in_length(shard.frames, shard.numbers.index(number)):
+            yield shard.numbers[at]
+
+    @cached_property
+    def babble(self) -> Babble:
+        """Of the clips of the first shard, which are a random choice; read once."""
+        first = self.index.shards[0]
+        clips = read_shard(self.index.source, first)
+        return Babble([_sound(_name(first, clips[number]), clips[number]) for number in first.numbers])
+
+    def load(self, number: int, modality: str, epoch: int) -> LoadedClip:
+        shard = self.index.shards[self._shard_of[number]]
+        clip = self._hold(int(self._shard_of[number]), epoch)[number]
+        about, name = json.loads(clip["json"]), _name(shard, clip)
+        audio = video = None
+        if modality != "audio":
+            video = read_video(f"{name}.mp4", content=clip["mp4"])
+        if modality != "video":
+            sound = _sound(name, clip)
+            audio = read_audio(sound.path, content=sound.content)
+        return LoadedClip(about["id"], about["text"], audio, video)
+
+    def _hold(self, position: int, epoch: int) -> dict[int, dict[str, bytes]]:
+        """The shard at `position`, when its window comes up in an epoch."""
+        if self._window[0] != epoch or position not in self._window[1]:
+            now, after = self._windows_from(position, epoch)
+            for gone in self._held.keys() - {*now, *after}:
+                self._held.pop(gone).cancel()
+            wanted = {p: Future() for p in (*now, *after) if p not in self._held}
+            self._held |= wanted
+            self._window = (epoch, now)
+            # A daemon, so that the end of the training does not wait for it.
+            threading.Thread(target=self._read, args=(wanted,), daemon=True).start()
+        return self._held[position].result()
+
+    def _windows_from(self, position: int, epoch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The window of an epoch that holds the shard at `position`, and the same consumer's next one."""
+        if self._route[0] != epoch:
+            windows = self.deal.windows(epoch)
+            where = {p: (c, n) for c, own in enumerate(windows) for n, window in enumerate(own) for p in window}
+            self._route = (epoch, where, windows)
+        _, where, windows = self._route
+        consumer, turn = where[position]
+        own = windows[consumer]
+        after = own[turn + 1] if turn + 1 < len(own) else self.deal.windows(epoch + 1)[consumer][0]
+        return own[turn], after
+
+    def _read(self, wanted: dict[int, Future]) -> None:
+        for position, future in wanted.items():
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(read_shard(self.index.source, self.index.shards[position]))
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def _name(shard: Shard, clip: dict[str, bytes]) -> str:
+    return f"{shard.name}/{json.loads(clip['json'])['id']}"
+
+
+def _sound(name: str, clip: dict[str, bytes]) -> Sound:
+    suffix = "wav" if "wav" in clip else "mp4"
+    return Sound(f"{name}.{suffix}", clip[suffix])
