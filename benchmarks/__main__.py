@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cpu, gpu, kernels, tune, report.
+"""`python -m benchmarks`: cpu, gpu, data, kernels, tune, report.
 
 argparse, because a GPU machine may have nothing beyond torch, triton, numpy and pytest.
 """
@@ -24,6 +24,10 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--dry-run", action="store_true", help="the same stages on the CPU with tiny shapes")
     gpu.add_argument("--stages", help="only these, separated by commas")
 
+    data = commands.add_parser("data", help="clips a second from tar shards, beside decoding alone")
+    data.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
+    data.add_argument("--quick", action="store_true", help="few clips: shows that all of it runs (needs --out)")
+
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
 
@@ -40,19 +44,22 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and options.command != "tune":
         parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        return {"cpu": _cpu, "gpu": _gpu, "kernels": _kernels, "tune": _tune, "report": _report}[options.command](
-            options, rest
-        )
+        commands = {"cpu": _cpu, "gpu": _gpu, "data": _data, "kernels": _kernels, "tune": _tune, "report": _report}
+        return commands[options.command](options, rest)
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def _keep_apart(options) -> None:
+    if options.quick and options.out is None:
+        raise ValueError("--quick measures nothing worth keeping: give --out a file outside benchmarks/results/")
+
+
 def _cpu(options, _) -> int:
     from benchmarks import cpu
 
-    if options.quick and options.out is None:
-        raise ValueError("--quick measures nothing worth keeping: give --out a file outside benchmarks/results/")
+    _keep_apart(options)
     cpu.run(options.out, options.quick, compiled=options.compiled)
     return 0
 
@@ -66,6 +73,14 @@ def _gpu(options, _) -> int:
         raise ValueError("torch sees no CUDA device here; --dry-run walks the stages on the CPU")
     only = options.stages.split(",") if options.stages else None
     gpu.run(options.out, options.budget, options.resume, options.dry_run, only)
+    return 0
+
+
+def _data(options, _) -> int:
+    from benchmarks import data
+
+    _keep_apart(options)
+    data.run(options.out, options.quick)
     return 0
 
 

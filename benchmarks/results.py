@@ -1,7 +1,7 @@
 """The JSON a run leaves: one file a device.
 
-schema, kind ("cpu", "gpu", "peers"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
-correctness [], timings [], memory [], kernels [], model [], skipped []
+schema, kind ("cpu", "gpu", "peers", "data"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
+correctness [], timings [], memory [], kernels [], model [], skipped [], data []? (kind "data" alone)
 """
 
 import json
@@ -70,5 +70,5 @@ def _dump(results: dict) -> str:
 
 def slug(kind: str, environment: dict) -> str:
     """A file name for a device: gpu-nvidia-h200, cpu-amd-epyc-2-cores."""
-    name = environment["device"] + (f" {environment['cores']} cores" if kind == "cpu" else "")
+    name = environment["device"] + (f" {environment['cores']} cores" if kind in ("cpu", "data") else "")
     return f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -22,7 +22,7 @@ def run(
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"no results in {folder}: run `python -m benchmarks cpu` or `gpu` first")
-    order = {"gpu": 0, "cpu": 1, "peers": 2}
+    order = {"gpu": 0, "cpu": 1, "peers": 2, "data": 3}
     devices = sorted(((path.stem, results.load(path)) for path in paths), key=lambda d: order[d[1]["kind"]])
     drawn = [(found, plots.draw(found, folder, stem)) for stem, found in devices]
     results.write_text(folder / "README.md", tables.document([found for found, _ in drawn]))

@@ -344,6 +344,33 @@ def model(results: dict) -> Table | None:
     return Table("whole model, random weights, synthetic inputs", header, rows)
 
 
+def data(results: dict) -> Table | None:
+    """What a data worker delivers, and its share of what decoding alone would."""
+    if not results.get("data"):
+        return None
+    names = {
+        "decoder": "decoder alone, clips in memory",
+        "decoder_transforms": "the same, with transforms, babble and batches",
+        "shards_decoded": "from shards, decoded clips",
+        "shards": "from shards, a training's batches",
+    }
+    rows = [
+        [
+            names[r["way"]],
+            number(r["clips_per_s"]),
+            *(f"{r[share]:.2f}" for share in ("share_of_decoder", "share_of_decoder_and_transforms")),
+        ]
+        for r in results["data"]
+    ]
+    clip = results["data"][0]["seconds_a_clip"]
+    return Table(
+        f"one data worker, audio-visual clips of {number(clip)} s",
+        ["", "clips/s", "of the decoder", "of decoder and transforms"],
+        rows,
+        f"The same thing timed twice differs by {100 * results['data'][0]['noise']:.1f} %.",
+    )
+
+
 def skipped(results: dict) -> Table | None:
     """Why a rival has no number anywhere, and what failed while it was tried; identical reasons once."""
     timed = {t["rival"] for t in results["timings"]}
@@ -377,7 +404,8 @@ def stages(results: dict) -> Table | None:
 
 def heading(results: dict) -> str:
     e = results["environment"]
-    more = {"cpu": f", {e.get('cores')} cores", "peers": " (peers only)", "gpu": ""}[results["kind"]]
+    cores = f", {e.get('cores')} cores"
+    more = {"cpu": cores, "peers": " (peers only)", "gpu": "", "data": f"{cores} (data)"}[results["kind"]]
     return e.get("device", "unknown device") + more
 
 
@@ -412,7 +440,8 @@ def all_tables(results: dict) -> list[Table]:
         found.append(rates(results, of, "both"))
         found.append(memory(results, of))
     found += [single_workloads(results, which) for which in ("both", "forward")]
-    found += [kernels(results), model(results), correctness(results), stages(results), skipped(results)]
+    found += [kernels(results), model(results), data(results)]
+    found += [correctness(results), stages(results), skipped(results)]
     return [t for t in found if t is not None]
 
 

@@ -115,7 +115,7 @@ def test_committed_results_can_be_reported(path):
     found = results.load(path)
     assert tables.all_tables(found) and tables.heading(found)
     if not any(tables.is_ours(t["rival"]) for t in found["timings"]):
-        assert found["kind"] == "peers" and "not yet run" in found["note"]
+        assert found["kind"] == "data" or (found["kind"] == "peers" and "not yet run" in found["note"])
 
 
 def test_the_cpu_suite_runs_and_reports(tmp_path):
@@ -129,8 +129,23 @@ def test_the_cpu_suite_runs_and_reports(tmp_path):
     assert tables.document([found]).count("|") > 100
 
 
-def test_a_quick_run_must_not_overwrite_the_devices_results(capsys):
+def test_the_data_suite_runs_and_reports(tmp_path):
+    from benchmarks import data
+
+    pytest.importorskip("webdataset")
+    data.run(tmp_path / "data.json", quick=True, say=lambda line: None)
+    found = results.load(tmp_path / "data.json")
+    decoder, transformed, decoded, complete = found["data"]
+    assert decoder["share_of_decoder"] == transformed["share_of_decoder_and_transforms"] == 1
+    assert 0 < complete["share_of_decoder"] < 1 and decoded["clips_per_s"] > complete["clips_per_s"]
+    assert [row[0] for row in tables.data(found).rows][-1] == "from shards, a training's batches"
+    report.run(tmp_path, None, say=lambda line: None)
+    assert "of the decoder" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("suite", ("cpu", "data"))
+def test_a_quick_run_must_not_overwrite_the_devices_results(capsys, suite):
     from benchmarks.__main__ import main
 
-    assert main(["cpu", "--quick"]) == 2
+    assert main([suite, "--quick"]) == 2
     assert "--out" in capsys.readouterr().err
