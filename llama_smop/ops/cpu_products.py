@@ -2,9 +2,9 @@
 
 A CPU without AVX512 or its like has no bfloat16 and float16 products: PyTorch's then run up to a hundred times slower
 than float32 ones. There the operands are brought to float32, the product is float32's, and its result is rounded once.
-Weights are read, and their gradients written, in blocks that stay in cache, so no whole weight exists in float32, and
-at few rows the product of half as many bytes is quicker than float32's own. Everywhere else these are `mm` and `addmm`,
-in float32 at few rows on a part of the weight at a time.
+Weights are brought to float32, and their gradients rounded, in blocks that stay in cache, so that half the bytes come
+from memory and at few rows the product is quicker than that of float32 weights. Everywhere else these are `mm` and
+`addmm`, in float32 at few rows on a part of the weight at a time.
 """
 
 from functools import cache
