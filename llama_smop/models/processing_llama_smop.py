@@ -181,13 +181,16 @@ class LlamaSmopProcessor(ProcessorMixin):
         mel = extractor(
             audio, sampling_rate=SAMPLING_RATE, padding="max_length", max_length=samples, return_tensors="pt"
         )["input_features"]
-        silence = mel[..., -1:].expand(-1, -1, (window - samples) // hop)
-        return {"input_features": torch.cat([mel, silence], dim=-1), "audio_mask": prefix_mask(frames)}
+        features = _for_a_batch(*mel.shape[:2], window // hop)
+        features[..., : mel.shape[2]] = mel
+        features[..., mel.shape[2] :] = mel[..., -1:]
+        return {"input_features": features, "audio_mask": prefix_mask(frames)}
 
     def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
-        values = video[0].new_zeros(len(video), max(frames), *video[0].shape[1:])
+        values = _for_a_batch(len(video), max(frames), *video[0].shape[1:])
         for i, (clip, n) in enumerate(zip(video, frames, strict=True)):
-            values[i, : min(n, len(clip))] = clip[:n]
+            n = min(n, len(clip))
+            values[i, :n], values[i, n:] = clip[:n], 0
         return {"video_values": values, "video_mask": prefix_mask(frames)}
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -245,6 +248,12 @@ class LlamaSmopProcessor(ProcessorMixin):
 def fit(audio: np.ndarray, samples: int) -> np.ndarray:
     """Cut or pad with zeros to `samples`."""
     return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
+
+
+def _for_a_batch(*shape: int) -> Tensor:
+    """float32, to be filled; in a data worker in shared memory, so that the batch is not copied on its way out."""
+    values = torch.empty(shape)
+    return values if torch.utils.data.get_worker_info() is None else values.share_memory_()
 
 
 def prefix_mask(lengths: Sequence[int]) -> Tensor:
