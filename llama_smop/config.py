@@ -78,7 +78,7 @@ class DataSection(Section):
     """Clips in the LRS3 layout (`root`, `train`), or shards of them that `llama-smop corpus shard` wrote (`shards`)."""
 
     root: Path | None = None
-    train: str = "train.csv"
+    train: str = "train.csv"  # under root; shards hold the labels they were written from
     shards: str | None = None  # a folder, https://…, or "pipe:COMMAND {name}", as webdataset opens them
     window: int = Field(512, ge=1)  # clips of shards among which a data worker makes batches; twice that many are held
     stages: tuple[StageSection, ...] = (StageSection(),)
@@ -98,8 +98,6 @@ class DataSection(Section):
         if self.shards is None:
             if "window" in self.model_fields_set:
                 raise ValueError("window goes with shards, not with root")
-        elif "train" in self.model_fields_set:
-            raise ValueError("train names labels under root; shards hold their own")
         elif self.keep_decoded:
             raise ValueError("keep_decoded is for small corpora under root, not for shards")
         elif self.shards.startswith("pipe:") and "{name}" not in self.shards:
