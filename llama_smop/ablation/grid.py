@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llama_smop.compose import compose, find
+from llama_smop.compose import Composition, compose, find
 from llama_smop.config import Modality, Section, TrainConfig
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -36,6 +36,7 @@ class ScoreSection(Section):
     """What every trained cell is scored on. Noise kinds: "babble" or a sound file."""
 
     labels: str = "test.csv"
+    root: Path | None = None  # the corpus of the labels; by default the one that is trained on
     modalities: tuple[Modality, ...] | None = None  # by default all that the model takes
     snrs: tuple[float | None, ...] = Field((None, 5, 0, -5), min_length=1)
     noises: tuple[str, ...] = Field(("babble",), min_length=1)
@@ -46,6 +47,7 @@ class GridConfig(Section):
     """A grid: `llama-smop ablate --config GRID.yaml --out DIR`.
 
     base: training files, as `train --config` takes them, and `set`, nested keys that replace theirs.
+    note: what a reader of the results should know.
     dense_hidden: the width of the dense baseline's MLPs, one for each modality: "active", K times an expert's, is the
     arithmetic that K experts take for a token; "expert" is the width of one.
     """
@@ -55,6 +57,7 @@ class GridConfig(Section):
     corpus: CorpusSection | None = None
     axes: AxesSection = AxesSection()
     score: ScoreSection = ScoreSection()
+    note: str = ""
     dense_hidden: Literal["active", "expert"] = "active"
     jobs: AtLeastOne = 1
     threads: AtLeastOne | None = None  # of each job; by default the cores shared out
@@ -88,7 +91,9 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
 
     Raises ValueError: a base or a setting that cannot be used, or no cell at all.
     """
-    base = compose(grid.base, grid.set, beside=beside).check(TrainConfig)
+    base = _composed(grid, beside, corpus).check(TrainConfig)
+    if (grid.score.root or base.data.root) is None:
+        raise ValueError("score.root is needed where the training reads shards: the corpus of score.labels")
     model, axes = base.model, grid.axes
     projector = model.projector
     E_axis = axes.num_experts or (projector.num_experts,)
@@ -115,11 +120,16 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
             "model": {"projector": kind, "rate_audio": rates[0], "rate_video": rates[1]},
             "run": {"seed": seed},
         }
-        if corpus is not None:
-            changes["data"] = {"root": str(corpus)}
-        composition = compose(grid.base, grid.set, beside=beside)
+        composition = _composed(grid, beside, corpus)
         composition.add(changes, f"cell {name}")
         config = composition.check(TrainConfig)
         yield Cell(name, sharing, None if dense else E, None if dense else K, *rates, hidden, seed, config)
     if not made:
         raise ValueError("the grid has no cell: every top_k lies above every num_experts")
+
+
+def _composed(grid: GridConfig, beside: Path, corpus: Path | None) -> Composition:
+    composition = compose(grid.base, grid.set, beside=beside)
+    if corpus is not None:
+        composition.add({"data": {"root": str(corpus), "shards": None}}, "corpus")
+    return composition

@@ -81,7 +81,8 @@ def what_was_run(results: Mapping) -> str:
         lines.append(
             f"**Synthetic data.** {counts['train']['clips']} generated talking-head clips to train on (espeak-ng "
             f"speech, drawn faces, a fixed grammar), {counts[labels]['clips']} of other sentences to score on "
-            f"(`{labels}`). How these small models compare here is no estimate of how they would on people."
+            f"(`{labels}`). How these small models compare here is no estimate of how they would on people. "
+            f"A random guess in each slot of the grammar gets {100 * results['guess']:.1f} % of the words wrong."
         )
     else:
         lines.append(f"Corpus: `{results['corpus']}`, scored on `{grid['score']['labels']}`.")
@@ -92,6 +93,8 @@ def what_was_run(results: Mapping) -> str:
         + ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in results["cells"]}))
         + ". A seed sets the weights at the start, the order of the clips, their crops and noise."
     )
+    if grid["note"]:
+        lines.append(grid["note"])
     dense = sorted({cell["hidden_features"] for cell in results["cells"] if cell["sharing"] == "dense"})
     if dense:
         why = (

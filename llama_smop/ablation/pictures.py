@@ -64,9 +64,11 @@ def wer_against_snr(results: Mapping) -> Figure:
             if modality == "video" and number:
                 axes.axis("off")
                 axes.set_title("")
-            elif modality == "video":
-                _bars(axes, groups, lambda cell: wers(cell, "video").get((None, None)))
+                continue
+            if results["guess"] is not None:
+                axes.axhline(100 * results["guess"], color="#999999", linestyle=":", label="a guess per slot")
             if modality == "video":
+                _bars(axes, groups, lambda cell: wers(cell, "video").get((None, None)))
                 continue
             for setting, cells in groups.items():
                 values = [[100 * wers(cell, modality)[place] for cell in cells.values()] for place in places]

@@ -19,6 +19,7 @@ from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read
 from llama_smop.ablation.page import write_page
 from llama_smop.config import TrainConfig
 from llama_smop.data.corpus import make_corpus
+from llama_smop.demo import guess_per_slot
 
 
 def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:
@@ -65,16 +66,17 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
 
 def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict[str, str], machine: dict) -> None:
     """Write `out/results.json`: what was asked, and every cell with its result or the line it failed with."""
-    records = []
+    records, data = [], planned[0].config.data
     for cell in planned:
         facts = {key: value for key, value in asdict(cell).items() if key != "config"}
         done = out / "cells" / cell.name / "result.json"
         records.append(facts | (files.read_json(done) if done.exists() else {"failed": failures[cell.name]}))
     content = {
         "synthetic": grid.corpus is not None,
-        "corpus": _made_corpus(out / "corpus", grid) if grid.corpus is not None else str(planned[0].config.data.root),
+        "corpus": _made_corpus(out / "corpus", grid) if grid.corpus else str(data.root or data.shards),
+        "guess": guess_per_slot() if grid.corpus else None,
         "grid": grid.model_dump(mode="json"),
-        "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root"}}),
+        "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root", "shards"}}),
         "machine": machine,
         "cells": records,
     }
@@ -166,7 +168,10 @@ def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
         if asked != (cell.config, grid.score):
             raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
     else:
-        asked = {"config": cell.config.model_dump(mode="json"), "score": grid.score.model_dump(mode="json")}
+        asked = {
+            part: s.model_dump(mode="json", exclude_unset=True)
+            for part, s in (("config", cell.config), ("score", grid.score))
+        }
         files.write_json(note, asked)
 
 

@@ -57,6 +57,7 @@ def test_the_dense_baseline_is_as_wide_as_asked(tmp_path, width, hidden):
         ({"axes": {"experts": [1]}}, "grid.yaml: unknown key axes.experts"),
         ({"axes": {"sharing": ["JEJR"], "num_experts": [2], "top_k": [3]}}, "no cell"),
         ({"set": {"optimizer": {"step": 3}}}, "unknown key optimizer.step"),
+        ({"set": {"data": {"root": None, "shards": "tars"}}}, "score.root is needed"),
         ({"base": ["elsewhere.yaml"]}, "elsewhere.yaml: no such file"),
     ],
 )

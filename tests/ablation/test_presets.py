@@ -10,6 +10,7 @@ from llama_smop.models.lora import lora_settings
 
 GRID = list(product(("1b", "3b", "8b"), ("jejr", "jedr", "dedr", "dense"), ("4-2", "16-5"), ("asr", "vsr", "avsr")))
 TASKS = {"asr": ("audio", 1e-3, 1000), "vsr": ("video", 5e-4, 1500), "avsr": ("audiovisual", 1e-3, 1000)}
+ROOT = {"data": {"root": "lrs3"}}
 PEFT = {"1b": (64, 8), "3b": (96, 12), "8b": (64, 8)}
 
 
@@ -22,7 +23,7 @@ def test_every_combination_is_the_recipe(llm):
     for size, sharing, rates, task in GRID:
         if size != llm:
             continue
-        config = read_config(["recipe", f"llm/{size}", f"sharing/{sharing}", f"rates/{rates}", f"task/{task}"])
+        config = read_config(["recipe", f"llm/{size}", f"sharing/{sharing}", f"rates/{rates}", f"task/{task}"], ROOT)
         model, optimizer, data = config.model, config.optimizer, config.data
         modality, learning_rate, frames = TASKS[task]
         where = f"{size} {sharing} {rates} {task}"
@@ -56,7 +57,12 @@ def test_every_combination_is_the_recipe(llm):
         )
 
 
-def test_the_old_single_file_is_one_of_them():
-    assert read_config("avsr-llama-3.2-1b") == read_config(
-        ["recipe", "llm/1b", "sharing/dedr", "rates/4-2", "task/avsr"]
-    )
+def test_the_single_file_is_one_of_them():
+    parts = ["recipe", "llm/1b", "sharing/dedr", "rates/4-2", "task/avsr"]
+    assert read_config("avsr-llama-3.2-1b") == read_config(parts, ROOT)
+
+
+def test_the_recipe_takes_shards_too():
+    parts = ["recipe", "llm/1b", "sharing/dedr", "rates/4-2", "task/vsr"]
+    config = read_config(parts, {"data": {"shards": "lrs3-shards"}})
+    assert config.data.root is None and config.data.shards == "lrs3-shards"

@@ -51,7 +51,8 @@ def results(cells) -> dict:
     return {
         "synthetic": True,
         "corpus": {"clips": 16, "seed": 0, "counts": {"train": {"clips": 12}, "test": {"clips": 2}}},
-        "grid": {"base": ["demo"], "score": {"labels": "test.csv"}, "dense_hidden": "active"},
+        "guess": 0.8,
+        "grid": {"base": ["demo"], "note": "", "score": {"labels": "test.csv"}, "dense_hidden": "active"},
         "config": {"model": {"tiny": {}, "projector": {"hidden_features": 16}}},
         "machine": {"device": "CPU", "cores": 2, "jobs": 2, "threads": 1, "versions": {"torch": "2"}},
         "cells": list(cells),
