@@ -24,8 +24,7 @@ from llama_smop.plots import NAMES
 NAMED = 12  # differences in a sentence
 ALL_LISTED = 40  # comparisons; of more, only those that exceed the spread are listed
 CAPTIONS = {
-    "wer_snr.png": "Word error rate against SNR by sharing. Lines and bars: mean over seeds; bands and whiskers: from "
-    "the lowest to the highest seed.",
+    "wer_snr.png": "Word error rate against SNR by sharing. Mean over seeds; whiskers from the lowest to the highest.",
     "wer_num_experts.png": "Word error rate, mean over the scored conditions, against the number of experts.",
     "wer_top_k.png": "Word error rate, mean over the scored conditions, against K. Experts keep their width: a larger "
     "K also computes more.",
@@ -112,14 +111,16 @@ def what_was_run(results: Mapping) -> str:
         wall = [cell["seconds"]["all"]["wall"] for cell in done]
         begun = datetime.fromisoformat(min(cell["started"] for cell in done))
         ended = datetime.fromisoformat(max(cell["ended"] for cell in done))
+        threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
         versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         lines.append(
             f"{len(done)} cells of {' or '.join(map(str, steps))} steps; machine: {machine['device']}, "
-            f"{machine['cores']} cores, {machine['jobs']} cells at a time, {machine['threads']} thread(s) each; "
+            f"{machine['cores']} cores, {machine['jobs']} cells at a time, {threads} each; "
             f"{(ended - begun).total_seconds() / 60:.0f} minutes from the first start to the last end "
             f"({begun:%Y-%m-%d}); a cell took {fmean(wall):.0f} s ({min(wall):.0f} to {max(wall):.0f}) and "
             f"{fmean(cpu):.0f} CPU seconds ({min(cpu):.0f} to {max(cpu):.0f}), training and scoring: "
-            f"{100 * sum(cpu) / sum(wall):.0f} % of a core; {versions}."
+            f"{100 * sum(cpu) / sum(wall):.0f} % of a core (less than all of it where other work "
+            f"shared the machine); {versions}."
         )
     return "\n\n".join(lines)
 
@@ -142,7 +143,7 @@ def table(results: Mapping) -> str:
             size = next(iter(cells.values()))["projector_parameters"]
             columns = [_cell([f[c] for f in found if c in f]) for c in scored]
             mean = _cell([m for cell in cells.values() if (m := mean_wer(cell, modality)) is not None])
-            first = [setting.label(list(groups)), f"{size / 1e6:.3g} M", str(len(cells)), NAMES[modality]]
+            first = [setting.label(list(groups)), f"{size:,}", str(len(cells)), NAMES[modality]]
             lines.append("| " + " | ".join([*first, *columns, mean]) + " |")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
-"""The pictures of an ablation, made from its results; bands and bars run from the lowest to the highest seed."""
+"""The pictures of an ablation, made from its results; bands and whiskers run from the lowest to the highest seed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import log
 from pathlib import Path
 from statistics import fmean
@@ -70,9 +70,10 @@ def wer_against_snr(results: Mapping) -> Figure:
             if modality == "video":
                 _bars(axes, groups, lambda cell: wers(cell, "video").get((None, None)))
                 continue
-            for setting, cells in groups.items():
+            for line, (setting, cells) in enumerate(groups.items()):
                 values = [[100 * wers(cell, modality)[place] for cell in cells.values()] for place in places]
-                _line(axes, range(len(places)), values, SHARINGS[setting.sharing], setting.sharing)
+                shift = 0.06 * (line - (len(groups) - 1) / 2)  # so that no whisker hides another
+                _line(axes, [x + shift for x in range(len(places))], values, SHARINGS[setting.sharing], setting.sharing)
             axes.set_xticks(range(len(places)), [*(f"{s:g}" for s in snrs), *["clean"] * (len(places) - len(snrs))])
             axes.set_xlabel("SNR in dB" if noise is None else f"{Path(noise).stem}, SNR in dB")
         row[0].set_ylabel("word error rate, %")
@@ -146,27 +147,33 @@ def entropy(results: Mapping) -> Figure:
         m for m in ("audio", "video")
         if any(m in point for cells in groups.values() for c in cells.values() for point in c["router_entropy"])
     ]  # fmt: skip
-    figure, panels = subplots(1 + 4 * len(modalities), 3.3, ncols=len(modalities), squeeze=False, sharey=True)
+    figure, panels = subplots(
+        1 + 4 * len(modalities), 3.3, ncols=len(modalities), squeeze=False, sharex=True, sharey=True
+    )
     for axes, modality in zip(panels[0], modalities, strict=True):
         for setting, cells in groups.items():
             curves = [{p["step"]: p[modality] for p in c["router_entropy"] if modality in p} for c in cells.values()]
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = [[curve[step] for curve in curves] for step in steps]
-            _line(axes, steps, values, SHARINGS[setting.sharing], setting.sharing, marker=None)
+            colour = SHARINGS[setting.sharing]
+            axes.plot(steps, [fmean(v) for v in values], color=colour, label=setting.sharing)
+            low, high = ([bound(v) for v in values] for bound in (min, max))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         for experts in sorted({s.num_experts for s in groups}):
             axes.axhline(log(experts), color="#999999", linestyle=":", label=f"uniform, ln {experts}")
         axes.set_title(f"{modality} tokens")
         axes.set_xlabel("step")
     panels[0][0].set_ylabel("router entropy, nats")
-    panels[0][0].set_ylim(bottom=0)
     panels[0][-1].legend(frameon=False)
     return figure
 
 
-def _line(axes, x, values, colour: str, label: str, marker: str | None = "o") -> None:
-    x = list(x)
-    axes.plot(x, [fmean(v) for v in values], color=colour, label=label, marker=marker, markersize=4)
-    axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
+def _line(axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str, marker: str = "o"):
+    means = [fmean(v) for v in values]
+    below = [mean - min(v) for mean, v in zip(means, values, strict=True)]
+    above = [max(v) - mean for mean, v in zip(means, values, strict=True)]
+    style = {"color": colour, "label": label, "marker": marker, "markersize": 4, "capsize": 2, "elinewidth": 0.8}
+    axes.errorbar(x, means, yerr=[below, above], **style)
 
 
 def _bars(axes, groups: Mapping[Setting, Mapping[int, Mapping]], value: Callable[[Mapping], float | None]) -> None:

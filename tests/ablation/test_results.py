@@ -1,6 +1,8 @@
 """Differences against their spread, the table and the pictures, on made-up numbers."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +157,12 @@ def test_a_label_says_what_varies_and_nothing_else():
     assert [s.label([a, dense]) for s in (a, dense)] == ["JEJR", "dense"]
     other = Setting("JEJR", 4, 2, (16, 5), None)
     assert other.label([a, other]) == "JEJR, rates 16,5"
+
+
+def test_the_committed_page_is_what_its_results_give():
+    folder = Path(__file__).parents[2] / "docs/ablation"
+    kept = json.loads((folder / "results.json").read_text())
+    assert len(kept["cells"]) == 12 and not any("failed" in cell for cell in kept["cells"])
+    drawn = re.findall(r"^!\[.*\]\((.*)\)$", (folder / "README.md").read_text(), re.M)
+    assert (folder / "README.md").read_text() == page(kept, drawn), "run `llama-smop report docs/ablation`"
+    assert {path.name for path in folder.glob("*.png")} == set(drawn)
