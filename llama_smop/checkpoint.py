@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
@@ -23,10 +24,18 @@ SEAL = "sha256.json"
 STAGING = ".writing"
 
 
-def save(model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, folder: str | Path) -> Path:
+def save(
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write a model folder; `weights` in place of the model's own, which may be sharded."""
+
     def write(aside: Path) -> None:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
+        seal(aside)
 
     with _quietly():
         return files.write_aside(folder, write)
@@ -41,6 +50,8 @@ def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSm
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model here (config.json is missing); give the folder a training run wrote")
+    if (folder / SEAL).is_file() and not is_whole(folder, ".safetensors"):
+        raise ValueError(f"{folder}: the weights are not those that were saved ({SEAL} says so); copy it again")
     try:
         with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
@@ -95,23 +106,28 @@ def seal(folder: Path) -> None:
     files.write_json(folder / SEAL, hashes)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file is there with the hash it was sealed with."""
+def is_whole(folder: Path, suffix: str = "") -> bool:
+    """Whether every file, or every one of that suffix, is there with the hash it was sealed with."""
     try:
         hashes = json.loads((folder / SEAL).read_text())
     except (OSError, ValueError):
         return False
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in hashes.items())
+    hashes = {folder / name: digest for name, digest in hashes.items() if name.endswith(suffix)}
+    return all(file.is_file() and _sha256(file) == digest for file, digest in hashes.items())
 
 
-def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint under `run`; a damaged one is named in a warning and passed over."""
+def whole(run: Path) -> Iterator[Path]:
+    """The whole checkpoints under `run`, newest first; a damaged one is named in a warning and passed over."""
     found = [(int(p.name.split("-")[1]), p) for p in run.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
     for _, folder in sorted(found, reverse=True):
         if is_whole(folder):
-            return folder
-        logger.warning("%s is damaged (its files disagree with %s); trying the checkpoint before it", folder, SEAL)
-    return None
+            yield folder
+        else:
+            logger.warning("%s is damaged (its files disagree with %s); trying the checkpoint before it", folder, SEAL)
+
+
+def latest(run: Path) -> Path | None:
+    return next(whole(run), None)
 
 
 def discard_unfinished(out: Path) -> None:

@@ -1,5 +1,5 @@
-"""The command line: `llama-smop demo | corpus | configs | train | ablate | evaluate | transcribe | convert | info |
-report`.
+"""The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | convert |
+info | report`.
 
 Commands import what they need when they run, so that `--help` is quick. A user's mistake ends in one line on stderr
 and exit status 1; LLAMA_SMOP_DEBUG=1 shows where it came from.
@@ -122,6 +122,22 @@ def ablate(
     from llama_smop.ablation import ablate as run
 
     print(run(config, out, jobs=jobs))
+
+
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="Folder of a training.")],
+    to: Annotated[Path, typer.Option(help="Model folder to make.")],
+    last: Annotated[int, typer.Option(min=1, help="How many of its newest checkpoints.")] = 5,
+) -> None:
+    """Write the mean of a training's last whole checkpoints as a model."""
+    from llama_smop import averaging
+
+    checkpoints = averaging.newest(run, last)
+    if len(checkpoints) < last:
+        raise ValueError(f"{run}: has {len(checkpoints)} whole checkpoints, --last asks for {last}; see run.keep")
+    averaging.average(checkpoints, to)
+    print(f"{to}\tmean of {', '.join(folder.name for folder in checkpoints)}")
 
 
 @app.command()

@@ -124,6 +124,8 @@ class OptimizerSection(Section):
     accumulate: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
+    global_aux_losses: bool = False  # the routers' losses over the tokens of all processes, not each process's own
+    compile: bool = False  # torch.compile of the projector and of the language model's layers
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -137,7 +139,15 @@ class RunSection(Section):
     log_every: int = Field(20, ge=1)
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    average_last: int = Field(1, ge=1)  # the model is the mean of the last so many checkpoints
+    strategy: Literal["ddp", "fsdp2"] = "ddp"  # of several processes: whole models, or one sharded over them
     max_bad_steps: int = Field(10, ge=1)  # steps in a row without a finite loss and gradient, which are skipped
+
+    @model_validator(mode="after")
+    def _averaged_are_kept(self):
+        if self.average_last > self.keep:
+            raise ValueError(f"average_last {self.average_last} needs as many checkpoints: raise keep, now {self.keep}")
+        return self
 
 
 class TrainConfig(Section):

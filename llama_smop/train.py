@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.training_args import ParallelMode
 
-from llama_smop import checkpoint, files
+from llama_smop import checkpoint, files, sharding
+from llama_smop.averaging import average, newest
+from llama_smop.compiled import compile_regions
 from llama_smop.config import TrainConfig
 from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
@@ -32,11 +36,19 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     out = Path(out)
     checkpoints = out / "checkpoints"
     args = _arguments(config, checkpoints)
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError("run.strategy fsdp2 shards over processes: start it with torchrun, or take ddp")
     if args.process_index == 0:
         checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
     clips = training_clips(config, args.world_size)
     model, processor = build(config, clips.source.texts)
+    if config.optimizer.global_aux_losses and config.model.projector.kind == "smop":
+        model.multi_modal_projector.joint_losses = True
+    if config.optimizer.compile:
+        compile_regions(model)
+    if args.fsdp:
+        sharding.plan(args, model)
     record = out / "bad_clips.json" if args.process_index == 0 else None
     trainer = SmopTrainer(
         model=model,
@@ -50,15 +62,27 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
-    latest = checkpoint.latest(checkpoints) if resume else None
-    if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+    trainer.train(resume_from_checkpoint=_starting_point(checkpoints, resume, args))
+    weights = trainer.whole_weights() if config.run.average_last == 1 else None
     if trainer.is_world_process_zero():
-        checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model")
+        if config.run.average_last > 1:
+            average(newest(out, config.run.average_last), out / "model")
+        else:
+            checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
         files.write_json(out / "metrics.json", trainer.state.log_history)
         files.write_text(out / "config.json", config.model_dump_json(indent=2) + "\n")
     return out / "model"
+
+
+def _starting_point(checkpoints: Path, resume: bool, args: TrainingArguments) -> str | None:
+    """The newest whole checkpoint, found by the first process for all of them."""
+    latest = None
+    if args.process_index == 0:
+        if not resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        latest = checkpoint.latest(checkpoints)
+    (latest,) = broadcast_object_list([None if latest is None else str(latest)])
+    return latest
 
 
 def build(config: TrainConfig, texts: Sequence[str]):
@@ -170,4 +194,6 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         dataloader_num_workers=config.data.workers,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=False,
+        ddp_find_unused_parameters=True,  # a batch of one modality leaves the other's tower out
+        **(sharding.settings() if run.strategy == "fsdp2" else {}),
     )

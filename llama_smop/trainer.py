@@ -2,12 +2,17 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop import checkpoint
+from llama_smop import checkpoint, sharding
 from llama_smop.data.plan import TrainingPlan
 from llama_smop.setbacks import Setbacks
 
@@ -19,15 +24,23 @@ class SmopTrainer(Trainer):
     steps whose loss or gradient is not finite.
 
     On several processes the gradient is that of one process with their batches joined: the language model's loss is
-    the mean over all tokens of the joint batch. The auxiliary losses are means over the processes.
+    the mean over all tokens of the joint batch, CTC over all its clips. The routers' losses are means over the
+    processes, unless the projector has `joint_losses`.
     """
 
     def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):
         super().__init__(*args, **kwargs)
         self.plan, self.setbacks = plan, setbacks
+        self.ctc_weight = self.model.config.ctc_weight
         self._sums: dict[str, torch.Tensor] = defaultdict(float)
         self._batches: dict[str, torch.Tensor] = defaultdict(float)
         self._finite = True
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            sharding.enable_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(  # not prepared by accelerate: the plan is this process's own already
@@ -45,11 +58,15 @@ class SmopTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
+        with self.accelerator.autocast():  # accelerate does it itself, but not with FSDP2
+            outputs = model(**inputs)
         if self.accelerator.num_processes > 1:
-            weight = self._token_share(inputs["labels"])
-            outputs.loss = outputs.loss + (weight - 1) * outputs.lm_loss
-            outputs.lm_loss = weight * outputs.lm_loss
+            tokens, clips = self._shares(inputs["labels"])
+            outputs.loss = outputs.loss + (tokens - 1) * outputs.lm_loss
+            outputs.lm_loss = tokens * outputs.lm_loss
+            if outputs.ctc_loss is not None:
+                outputs.loss = outputs.loss + (clips - 1) * self.ctc_weight * outputs.ctc_loss
+                outputs.ctc_loss = clips * outputs.ctc_loss
         for name in LOSSES:
             if name in outputs:
                 self._add(name, outputs[name])
@@ -60,10 +77,10 @@ class SmopTrainer(Trainer):
                 self._add(f"router_entropy/{modality}", entropy)  # a batch without that modality is not counted
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _token_share(self, labels: torch.Tensor) -> torch.Tensor:
-        """Text tokens of this process's batch, by their mean over the processes."""
-        tokens = (labels[:, 1:] != -100).sum().float()
-        return tokens / self.accelerator.reduce(tokens, "mean")
+    def _shares(self, labels: torch.Tensor) -> torch.Tensor:
+        """(2,) text tokens and clips of this process's batch, each by its mean over the processes."""
+        own = torch.stack([(labels[:, 1:] != -100).sum(), torch.tensor(len(labels), device=labels.device)]).float()
+        return own / self.accelerator.reduce(own, "mean")
 
     def _clip_grad_norm(self, model):
         """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply."""
@@ -82,22 +99,65 @@ class SmopTrainer(Trainer):
         self._batches[name] = self._batches[name] + finite.float()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        for name in sorted(self._sums):
-            total, batches = (self.accelerator.reduce(s[name], "sum") for s in (self._sums, self._batches))
+        for name, total, batches in self._totals():
             if name == "expert_counts":
                 load = (total / total.sum().clamp(min=1)).tolist()
                 logs |= {f"expert_load/{e}": round(share, 4) for e, share in enumerate(load)}
             elif batches:
-                logs[name] = round((total / batches).item(), 5)
+                logs[name] = round((total.sum() / batches).item(), 5)
+        if self.accelerator.num_processes > 1:
+            for clips in gather_object([self.setbacks.bad_clips]):
+                self.setbacks.clips(clips)
         if self.setbacks.skipped_steps:
             logs["skipped_steps"] = self.setbacks.skipped_steps
         self._sums.clear()
         self._batches.clear()
         super().log(logs, *args, **kwargs)
 
+    def _totals(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(name, sum, number of batches) over all processes of what was added; one reduction for all of them."""
+        names = sorted(self._sums)
+        if not names:
+            return
+        own = [torch.cat([self._sums[name].flatten(), self._batches[name].flatten()]).double() for name in names]
+        joint = self.accelerator.reduce(torch.cat(own), "sum")
+        for name, values in zip(names, joint.split([len(part) for part in own]), strict=True):
+            yield name, values[:-1], values[-1]
+
     def _save_checkpoint(self, model, trial) -> None:
         with checkpoint.publishing(self):
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        weights = self.whole_weights()
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Weights to save in place of the model's own when that is sharded; all processes must take part."""
+        return sharding.whole_weights(self.model) if self.is_fsdp_enabled else None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = sharding.gather(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharding.load_weights(model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            sharding.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 class LossBar(ProgressCallback):

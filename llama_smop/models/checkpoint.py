@@ -59,9 +59,10 @@ def special_token_rows(model, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The markers' and the pad token's embeddings: with LoRA they are random and frozen, and nowhere else."""
     ids = torch.tensor(_special_ids(model.config))
     rows = {"ids": ids}
-    for name, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        if layer is not None:
-            rows[name] = layer.weight.detach()[ids].cpu().clone()
+    names = {id(module): name for name, module in model.named_modules()}
+    for which, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        if layer is not None:  # from `state`: the model's own may be sharded
+            rows[which] = state[f"{names[id(layer)]}.weight"].detach()[ids].cpu().clone()
     return rows
 
 

@@ -14,9 +14,9 @@ from llama_smop import SMoPProjector
 RANKS = 2
 
 
-def projector() -> SMoPProjector:
+def projector(joint_losses: bool = False) -> SMoPProjector:
     torch.manual_seed(0)
-    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR")
+    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR", joint_losses=joint_losses)
 
 
 def batch(rank: int):
@@ -24,6 +24,11 @@ def batch(rank: int):
     g = torch.Generator().manual_seed(rank)
     x = torch.randn(24, 12, generator=g)
     return x, torch.zeros(24, dtype=torch.int64) if rank == 0 else torch.arange(24) % 2
+
+
+def mask(rank: int) -> torch.Tensor:
+    """More padding on rank 1: the ranks differ in their real tokens."""
+    return torch.arange(24) < 24 - 9 * rank
 
 
 def loss_of(out):
@@ -41,6 +46,13 @@ def run(rank: int, folder: str) -> None:
         ddp.zero_grad()
         loss_of(ddp(*batch(rank))).backward()
     results["ddp"] = {n: p.grad for n, p in ddp.module.named_parameters()}
+
+    joint = DistributedDataParallel(projector(joint_losses=True))
+    out = joint(*batch(rank), mask(rank))
+    (out.load_balancing_loss + 0.1 * out.router_z_loss + 0 * out.hidden_states.sum()).backward()
+    values = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
+    dist.all_reduce(values)
+    results["joint"] = {"gate_weight": joint.module.gate_weight.grad, "losses": values / RANKS}
 
     sharded = projector()
     fully_shard(sharded)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.integrations.distributed_ranks import RANKS, batch, loss_of, projector, run
+from tests.integrations.distributed_ranks import RANKS, batch, loss_of, mask, projector, run
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,25 @@ def averaged_gradients(module):
 def test_gradients_are_the_mean_over_ranks(results, wrapper):
     for name, expected in averaged_gradients(projector()).items():
         torch.testing.assert_close(results[wrapper][name], expected, msg=f"{wrapper} {name}")
+
+
+def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results):
+    """Not the mean of the ranks' own: these differ in their tokens, and one has no video."""
+    whole = projector()
+    parts = [(*batch(rank), mask(rank)) for rank in range(RANKS)]
+    out = whole(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    (out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
+    expected = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
+    torch.testing.assert_close(results["joint"]["losses"], expected)
+    torch.testing.assert_close(results["joint"]["gate_weight"], whole.gate_weight.grad)
+    own = [projector()(*part) for part in parts]
+    assert not torch.isclose(sum(o.load_balancing_loss for o in own) / RANKS, expected[0], rtol=1e-3)
+
+
+def test_joint_losses_of_one_process_are_its_own():
+    own, joint = projector()(*batch(1), mask(1)), projector(joint_losses=True)(*batch(1), mask(1))
+    torch.testing.assert_close(joint.load_balancing_loss, own.load_balancing_loss)
+    torch.testing.assert_close(joint.router_z_loss, own.router_z_loss)
 
 
 def test_the_idle_rank_contributes_zero():

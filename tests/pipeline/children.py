@@ -66,13 +66,32 @@ def _kill_before_write(folder: str, part: str, number: int) -> None:
 
 def ranks(target, world: int, *args) -> None:
     """Run `target(*args)` as torchrun would, in `world` processes over gloo; all must end well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [start(_as_rank, rank, world, port, target, *args) for rank in range(world)]
+    children = _start_ranks(target, world, args)
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * world
+
+
+def killed_rank(target, world: int, victim: int, *args) -> int:
+    """As `ranks`, where `victim` alone is given `args`' last two, `die_at` and `die_in`; its exit code.
+
+    When it has ended so do the others, as torchrun would have it.
+    """
+    *common, die_at, die_in = args
+    children = _start_ranks(target, world, common, {victim: (*common, die_at, die_in)})
+    children[victim].join()
+    for child in children:
+        child.kill()
+        child.join()
+    return children[victim].exitcode
+
+
+def _start_ranks(target, world: int, args: tuple, of_rank: dict[int, tuple] | None = None) -> list:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = of_rank or {}
+    return [start(_as_rank, rank, world, port, target, *own.get(rank, args)) for rank in range(world)]
 
 
 def _as_rank(rank: int, world: int, port: int, target, *args) -> None:

@@ -12,7 +12,7 @@ from llama_smop.data.lrs3 import read_labels
 from llama_smop.train import train, training_clips, training_plan
 from tests.pipeline import children
 from tests.pipeline.test_kills import SIGKILL, same_run
-from tests.pipeline.test_ranks import curve, train_joint_batches, train_without_router_losses
+from tests.pipeline.test_ranks import curve, train_joint_batches
 
 pytest.importorskip("webdataset")
 
@@ -68,9 +68,9 @@ def test_killed_in_mid_epoch_it_ends_as_if_it_had_not_been(shards, tmp_path, wor
 
 
 def test_two_processes_have_the_curve_of_the_joint_batch(shards, tmp_path):
-    settings = config(shards, {"noise": None}, ctc_weight=0.0, steps=3)
-    children.ranks(train_without_router_losses, 2, settings, tmp_path / "two")
-    assert children.run(train_joint_batches, settings, tmp_path / "one") == 0
+    settings = config(shards, {"noise": None}, ctc_weight=0.0, steps=3, global_aux_losses=True)
+    children.ranks(children.train, 2, settings, tmp_path / "two")
+    assert children.run(train_joint_batches, 2, settings, tmp_path / "one") == 0
     two, one = (curve(tmp_path / run, "lm_loss") for run in ("two", "one"))
     assert len(two) == 3 and (two - one).abs().max() < 1e-5
 
