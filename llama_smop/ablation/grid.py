@@ -36,7 +36,7 @@ class ScoreSection(Section):
     """What every trained cell is scored on. Noise kinds: "babble" or a sound file."""
 
     labels: str = "test.csv"
-    root: Path | None = None  # the corpus of the labels; by default the one that is trained on
+    root: Path | None = None  # the corpus of the labels and of the babble; by default the one that is trained on
     modalities: tuple[Modality, ...] | None = None  # by default all that the model takes
     snrs: tuple[float | None, ...] = Field((None, 5, 0, -5), min_length=1)
     noises: tuple[str, ...] = Field(("babble",), min_length=1)

@@ -1,6 +1,8 @@
 """The pictures of an ablation, made from its results; bands and whiskers run from the lowest to the highest seed."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from statistics import fmean
@@ -71,9 +73,11 @@ def wer_against_snr(results: Mapping) -> Figure:
                 _bars(axes, groups, lambda cell: wers(cell, "video").get((None, None)))
                 continue
             for line, (setting, cells) in enumerate(groups.items()):
-                values = [[100 * wers(cell, modality)[place] for cell in cells.values()] for place in places]
+                found = [wers(cell, modality) for cell in cells.values()]
+                at = [x for x, place in enumerate(places) if all(place in f for f in found)]
+                values = [[100 * f[places[x]] for f in found] for x in at]
                 shift = 0.06 * (line - (len(groups) - 1) / 2)  # so that no whisker hides another
-                _line(axes, [x + shift for x in range(len(places))], values, SHARINGS[setting.sharing], setting.sharing)
+                _line(axes, [x + shift for x in at], values, SHARINGS[setting.sharing], setting.sharing)
             axes.set_xticks(range(len(places)), [*(f"{s:g}" for s in snrs), *["clean"] * (len(places) - len(snrs))])
             axes.set_xlabel("SNR in dB" if noise is None else f"{Path(noise).stem}, SNR in dB")
         row[0].set_ylabel("word error rate, %")
@@ -91,25 +95,25 @@ def wer_against(results: Mapping, axis: str) -> Figure:
     groups = by_setting(results)
     modalities = [m for m in MODALITIES if any(wers(c, m) for cells in groups.values() for c in cells.values())]
     values = sorted({getattr(s, axis) for s in groups if s.sharing != "dense"})
-    others = [name for name in AXES if name != axis]
-    rest = list(dict.fromkeys(tuple(getattr(s, n) for n in others) for s in groups if s.sharing != "dense"))
+    rest = [replace(s, **{axis: None}) for s in groups]  # what a line stands for
     figure, panels = subplots(2.4 + 3.0 * len(modalities), 3.5, ncols=len(modalities), squeeze=False, sharey=True)
     for axes, modality in zip(panels[0], modalities, strict=True):
         for setting, cells in groups.items():
             if setting.sharing == "dense" and axis != "rates":
                 level = fmean(100 * mean_wer(cell, modality) for cell in cells.values())
                 axes.axhline(level, color=SHARINGS["dense"], linestyle=":", label=setting.label(list(groups)))
-        for sharing in dict.fromkeys(s.sharing for s in groups if s.sharing != "dense" or axis == "rates"):
-            for number, fixed in enumerate(rest if sharing != "dense" else rest[:1]):
-                line = {
-                    getattr(s, axis): [100 * mean_wer(cell, modality) for cell in cells.values()]
-                    for s, cells in groups.items()
-                    if s.sharing == sharing and (sharing == "dense" or tuple(getattr(s, n) for n in others) == fixed)
-                }
-                at = [value for value in values if value in line]
-                label = ", ".join([sharing, *_fixed(others, fixed, rest)]) if sharing != "dense" else sharing
-                marker = MARKERS[number % len(MARKERS)]
-                _line(axes, [values.index(v) for v in at], [line[v] for v in at], SHARINGS[sharing], label, marker)
+        drawn: dict[str, tuple[str, dict]] = {}
+        for setting, cells in groups.items():
+            if setting.sharing != "dense" or axis == "rates":
+                label = replace(setting, **{axis: None}).label(rest)
+                line = drawn.setdefault(label, (setting.sharing, {}))[1]
+                line[getattr(setting, axis)] = [100 * mean_wer(cell, modality) for cell in cells.values()]
+        numbers = Counter()
+        for label, (sharing, line) in drawn.items():
+            at = [value for value in values if value in line]
+            marker = MARKERS[numbers[sharing] % len(MARKERS)]
+            numbers[sharing] += 1
+            _line(axes, [values.index(v) for v in at], [line[v] for v in at], SHARINGS[sharing], label, marker)
         axes.set_xticks(range(len(values)), [str(v) for v in values])
         axes.set_title(NAMES[modality])
         axes.set_xlabel(AXES[axis])
@@ -186,10 +190,3 @@ def _bars(axes, groups: Mapping[Setting, Mapping[int, Mapping]], value: Callable
             )
     axes.set_xticks(range(len(groups)), [s.sharing for s in groups], rotation=45)
     axes.grid(axis="x", visible=False)
-
-
-def _fixed(names: list[str], values: tuple, all_values: list[tuple]) -> list[str]:
-    """The values of the other axes, where they vary."""
-    short = {"num_experts": "E", "top_k": "K", "rates": "rates"}
-    varying = [len({v[i] for v in all_values}) > 1 for i in range(len(names))]
-    return [f"{short[n]} {v}" for n, v, varies in zip(names, values, varying, strict=True) if varies]

@@ -19,7 +19,7 @@ class Setting:
     sharing: str
     num_experts: int | None
     top_k: int | None
-    rates: tuple[int, int]
+    rates: tuple[int, int] | None
     dense_hidden: int | None
 
     @classmethod
@@ -40,7 +40,7 @@ class Setting:
             ("num_experts", f"E {self.num_experts}"),
             ("top_k", f"K {self.top_k}"),
             ("dense_hidden", f"hidden {self.dense_hidden}"),
-            ("rates", "rates {},{}".format(*self.rates)),
+            ("rates", f"rates {self.rates}"),
         ):
             values = {getattr(s, name) for s in among} - {None}
             if len(values) > 1 and getattr(self, name) is not None:

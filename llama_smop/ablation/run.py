@@ -90,7 +90,7 @@ def _made_corpus(corpus: Path, grid: GridConfig) -> dict:
 def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, str]:
     """Run the cells that have no result, `jobs` at a time; {name: last log line} of those that failed."""
     waiting = [folder for folder in folders if not (folder / "result.json").exists()]
-    running: dict[Path, tuple[subprocess.Popen, int]] = {}
+    running: dict[Path, tuple[subprocess.Popen, int]] = {}  # with the slot, which chooses the GPU
     failures: dict[str, str] = {}
     devices = _devices()
     with tqdm(desc="cells", unit="step", smoothing=0.05, mininterval=float("inf")) as bar:  # refreshed by _show
@@ -106,7 +106,7 @@ def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, 
                         continue
                     del running[folder]
                     if child.returncode or not (folder / "result.json").exists():
-                        failures[folder.name] = _last_line(folder / "log.txt") or f"ended with {child.returncode}"
+                        failures[folder.name] = _last_words(folder / "log.txt", child.returncode)
                         bar.write(f"{folder.name} failed: {failures[folder.name]}")
                 _show(bar, folders, failures)
         finally:
@@ -122,7 +122,7 @@ def _start(folder: Path, threads: int, device: str | None) -> subprocess.Popen:
     if device is not None:  # one each: a training that sees several would spread over them
         environment["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, "-m", "llama_smop.ablation.cell", str(folder), str(os.getpid())]
-    with open(folder / "log.txt", "a") as log:
+    with open(folder / "log.txt", "w") as log:
         return subprocess.Popen(  # in a session of its own: Ctrl-C is for this process, which ends them
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -152,18 +152,18 @@ def _show(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
         bar.refresh()
 
 
-def _last_line(log: Path) -> str:
+def _last_words(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    if code < 0:  # whatever it said last is not the reason
+        return f"ended by signal {-code}"
+    return lines[-1] if lines else f"ended with {code}"
 
 
 def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
     """Raises ValueError: the folder holds a cell that was asked differently."""
     note = folder / "cell.json"
     if note.exists():
-        found = files.read_json(
-            note
-        )  # checked again, so that what was written before a field was there has its default
+        found = files.read_json(note)  # checked again, so that a field that is newer than the note has its default
         asked = (TrainConfig.model_validate(found["config"]), ScoreSection.model_validate(found["score"]))
         if asked != (cell.config, grid.score):
             raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")

@@ -90,13 +90,22 @@ def test_a_cell_that_dies_without_a_word_is_named_too(tmp_path, monkeypatch):
 
     def start(folder, threads, device):
         (folder / "log.txt").touch()
-        words = {"silent": "exit 3", "loud": "echo first; echo last; exit 1", "good": "echo '{}' > result.json"}
+        words = {
+            "killed": "echo all is well; kill -9 $$",
+            "silent": "exit 3",
+            "loud": "echo first; echo last; exit 1",
+            "good": "echo '{}' > result.json",
+        }
         command = ["sh", "-c", words[folder.name]]
         return subprocess.Popen(command, cwd=folder, stdout=open(folder / "log.txt", "w"))
 
     monkeypatch.setattr(run, "_start", start)
-    folders = [tmp_path / name for name in ("silent", "loud", "good")]
+    folders = [tmp_path / name for name in ("killed", "silent", "loud", "good")]
     for folder in folders:
         folder.mkdir()
-    assert run.run_children(folders, jobs=1, threads=1) == {"silent": "ended with 3", "loud": "last"}
+    assert run.run_children(folders, jobs=1, threads=1) == {
+        "killed": "ended by signal 9",
+        "silent": "ended with 3",
+        "loud": "last",
+    }
     assert (tmp_path / "good/result.json").exists(), "the others did not go on"

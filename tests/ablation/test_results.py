@@ -124,6 +124,32 @@ def test_kinds_of_noise_have_columns_and_rows_of_their_own():
     assert len(pictures(made)["wer_snr.png"].axes) == 6
 
 
+def test_lips_are_clean_where_no_clean_sound_was_scored():
+    made = results([cell(s, 0, 0.3) for s in ("JEJR", "dense")])
+    for record in made["cells"]:
+        record["rows"] = [r for r in record["rows"] if r["snr"] is not None or r["modality"] == "video"]
+    audio = pictures(made)["wer_snr.png"].axes[0]
+    assert [len(line[0].get_xdata()) for line in audio.containers] == [1, 1], "one point: 0 dB"
+
+
+def test_a_line_for_everything_that_is_not_on_the_axis():
+    """Sharing × K over E; and over the rates, dense projectors of two widths."""
+    cells = [cell("JEJR", 0, 0.3, E, K) for E in (2, 4) for K in (1, 2)]
+    cells += [cell("dense", 0, 0.3) | {"hidden_features": h, "rate_audio": r} for h in (16, 32) for r in (4, 16)]
+    cells += [cell("JEJR", 0, 0.3, 4, 2) | {"rate_audio": 16}]
+
+    def lines(name):
+        return [container.get_label() for container in drawn[name].axes[0].containers]
+
+    drawn = pictures(results(cells))
+    assert lines("wer_num_experts.png") == [
+        "JEJR, K 1, rates (4, 2)",
+        "JEJR, K 2, rates (4, 2)",
+        "JEJR, K 2, rates (16, 2)",
+    ]
+    assert {"dense, hidden 16", "dense, hidden 32"} <= set(lines("wer_rates.png"))
+
+
 def test_pictures_show_what_varies(tmp_path):
     cells = [cell(s, seed, 0.3, E) for s in ("JEJR", "DEDR", "dense") for E in (2, 4) for seed in (0, 1)]
     (tmp_path / "results.json").write_text(json.dumps(results(cells)))
@@ -156,7 +182,7 @@ def test_a_label_says_what_varies_and_nothing_else():
     dense = Setting("dense", None, None, (4, 2), 64)
     assert [s.label([a, dense]) for s in (a, dense)] == ["JEJR", "dense"]
     other = Setting("JEJR", 4, 2, (16, 5), None)
-    assert other.label([a, other]) == "JEJR, rates 16,5"
+    assert other.label([a, other]) == "JEJR, rates (16, 5)"
 
 
 def test_the_committed_page_is_what_its_results_give():
