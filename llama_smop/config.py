@@ -25,6 +25,7 @@ class ProjectorSection(Section):
     top_k: int = Field(2, ge=1)
     hidden_features: int = Field(2048, ge=1)
     backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
+    recompute: Literal["none", "h", "z", "hz"] = "none"  # in the backward, in place of keeping it
 
 
 class TinySection(Section):
@@ -126,6 +127,7 @@ class OptimizerSection(Section):
     gradient_checkpointing: bool = False
     global_aux_losses: bool = False  # the routers' losses over the tokens of all processes, not each process's own
     compile: bool = False  # torch.compile of the projector and of the language model's layers
+    fused_loss: Literal["auto", "chunked", "liger", "plain"] = "auto"  # the logits of all positions only with "plain"
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_smop.config import TrainConfig
 from llama_smop.models.configuration_llama_smop import LLAMA_3_2_1B, LlamaSmopConfig
+from llama_smop.models.lm_loss import IGNORED_LABEL, resolve
 from llama_smop.models.lora import PRESETS, lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.parts import assembled_config
@@ -91,15 +93,29 @@ class LiveBytes(TorchDispatchMode):
 
 
 def training(
-    config: LlamaSmopConfig, workload: Workload, *, name: str = "", dtype: torch.dtype = torch.bfloat16
+    config: LlamaSmopConfig,
+    workload: Workload,
+    *,
+    name: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    fused_loss: str = "auto",
+    gradient_checkpointing: bool = False,
 ) -> Estimate:
     """Forward, backward and AdamW of one batch; what the config freezes has neither gradients nor optimizer states.
 
-    The CTC heads, which only models from scratch have, are left out.
+    fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
+    run again in the backward. The CTC heads, which only models from scratch have, are left out.
     """
 
     def step(model):
-        model(**batch(config, workload, dtype)).loss.backward()
+        model.fused_loss = "chunked" if fused_loss == "liger" else fused_loss
+        skip_logits = resolve(model.fused_loss, model.language_model) != "plain"
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+        model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
 
     return _estimate(config, step, name, "training", dtype)
 
@@ -149,10 +165,13 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
         inputs["video_values"] = torch.zeros(B, frames, 1, size, size, dtype=dtype)
         inputs["video_mask"] = torch.ones(B, frames, dtype=torch.bool)
         ids += [config.video_token_id] * (frames // config.rate_video + 1) + [config.video_end_token_id]
-    text = PROMPT_TOKENS + workload.text_tokens + 1
-    ids = torch.tensor(ids + [0] * text).repeat(B, 1)
-    labels = ids.clone()
-    return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    prompt, text = len(ids) + PROMPT_TOKENS, workload.text_tokens + 1
+    ids = torch.tensor(ids + [0] * (PROMPT_TOKENS + text)).repeat(B, 1)
+    labels = torch.cat([torch.full((B, prompt), IGNORED_LABEL), ids[:, prompt:]], 1)
+    # Their number is known here, and could not be read from fake tensors.
+    positions = (torch.arange(B)[:, None] * ids.shape[1] + torch.arange(prompt - 1, ids.shape[1] - 1)).flatten()
+    text_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return inputs | text_inputs | {"label_positions": positions}
 
 
 def _estimate(config: LlamaSmopConfig, step, name: str, mode: str, dtype: torch.dtype) -> Estimate:
@@ -275,7 +294,14 @@ def info(config: TrainConfig) -> str:
     seconds = min(6.0, longest)
     own = Workload(max(1, round(config.data.max_frames / (25 * seconds))), seconds, text_tokens=40)
     rows = [
-        training(model, own, name="this file", dtype=dtype),
+        training(
+            model,
+            own,
+            name="this file",
+            dtype=dtype,
+            fused_loss=config.optimizer.fused_loss,
+            gradient_checkpointing=config.optimizer.gradient_checkpointing,
+        ),
         inference(model, own, name="this file", dtype=dtype),
     ]
     default = Workload()

@@ -136,6 +136,7 @@ class DenseProjector(nn.Module):
         layer_norm: bool = False,
         backend: str = "auto",
         eps: float = 1e-5,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -145,8 +146,10 @@ class DenseProjector(nn.Module):
         )
         dispatch.check_activation(activation)
         dispatch.check_backend(backend)
+        check_recompute(recompute)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.modalities, self.activation, self.backend, self.eps = modalities, activation, backend, eps
+        self.recompute = recompute
         _add_mlps(self, modalities, layer_norm, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -186,6 +189,7 @@ class DenseProjector(nn.Module):
             self.ln_bias,
             activation=self.activation,
             eps=self.eps,
+            recompute=self.recompute,
             backend=self.backend,
         )
         zero = torch.zeros((), device=x.device)

@@ -18,6 +18,7 @@ from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+from llama_smop.models.lm_loss import check_fused_loss, label_positions
 from llama_smop.setbacks import ReplacedClips, Setbacks
 from llama_smop.trainer import LossBar, SmopTrainer
 
@@ -38,6 +39,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     args = _arguments(config, checkpoints)
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("run.strategy fsdp2 shards over processes: start it with torchrun, or take ddp")
+    check_fused_loss(config.optimizer.fused_loss, args.device)
     if args.process_index == 0:
         checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
@@ -49,6 +51,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         compile_regions(model)
     if args.fsdp:
         sharding.plan(args, model)
+    model.fused_loss = config.optimizer.fused_loss
     record = out / "bad_clips.json" if args.process_index == 0 else None
     trainer = SmopTrainer(
         model=model,
@@ -164,6 +167,7 @@ class Collator:
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
         batch = dict(self.processor(text=[item["text"] for item in items], **streams))
+        batch["label_positions"] = label_positions(batch["labels"])
         return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 
 

@@ -14,12 +14,12 @@ from llama_smop.models import checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
+from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
-IGNORED_LABEL = -100
 
 
 class LlamaSmopPreTrainedModel(PreTrainedModel):
@@ -49,6 +49,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
     keeps its embedding, the A that follow it are replaced by the A audio tokens. Video likewise.
     """
 
+    # How the language model's loss is computed where no logits are asked for (`lm_loss.KINDS`); not saved.
+    fused_loss = "auto"
     # The Trainer then divides by the accumulation steps, as means over micro-batches (the auxiliary losses) ask.
     accepts_loss_kwargs = False
 
@@ -218,12 +220,18 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         logits_to_keep: int | Tensor = 0,
         audio_states: Tensor | None = None,
         video_states: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> LlamaSmopOutput:
         """Logits, and with `labels` (B, L; -100 is ignored) the losses.
 
         `input_ids` and `attention_mask` (B, L) come from `LlamaSmopProcessor`, padded on either side; the speech
         arguments are those of `get_speech_features`. Without speech arguments the language model runs alone.
+
+        skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
+            with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
+        label_positions: (N,) of `lm_loss.label_positions`, which spares a GPU the wait for their number.
         """
         speech = None
         given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
@@ -233,17 +241,22 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             inputs_embeds, input_ids = self.place_speech(input_ids, speech), None
         if position_ids is None and past_key_values is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        outputs = self.language_model(
-            input_ids=input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            labels=labels,
-            use_cache=(labels is None) if use_cache is None else use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        kwargs |= {
+            "input_ids": input_ids if inputs_embeds is None else None,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": (labels is None) if use_cache is None else use_cache,
+        }
+        skip = (self.training and labels is not None) if skip_logits is None else skip_logits
+        kind = None
+        if skip:
+            kind = without_logits(self.fused_loss, self.language_model, labels, kwargs, strict=bool(skip_logits))
+        if kind is None:
+            outputs = self.language_model(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        else:
+            outputs = forward_without_logits(self.language_model, labels, label_positions, kind, **kwargs)
         result = LlamaSmopOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -327,7 +340,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         """
         input_ids = kwargs.pop("input_ids", None)
         input_ids = inputs if input_ids is None else input_ids
-        kwargs.pop("labels", None)
+        for name in ("labels", "label_positions"):
+            kwargs.pop(name, None)
         speech = {k: kwargs.pop(k) for k in SPEECH_INPUTS if kwargs.get(k) is not None}
         if speech:
             kwargs["inputs_embeds"] = self.place_speech(input_ids, self.get_speech_features(**speech))
@@ -343,7 +357,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
 def _projector(config: LlamaSmopConfig) -> nn.Module:
     settings = config.projector_config
     sizes = (max(config.token_features.values()), settings.hidden_features, config.text_config.hidden_size)
-    common = {"activation": settings.activation, "layer_norm": settings.layer_norm, "backend": settings.backend}
+    common = {name: getattr(settings, name) for name in ("activation", "layer_norm", "backend", "recompute")}
     if settings.kind == "dense":
         return DenseProjector(*sizes, modalities=len(config.modalities), **common)
     return SMoPProjector(
@@ -351,7 +365,6 @@ def _projector(config: LlamaSmopConfig) -> nn.Module:
         num_experts=settings.num_experts,
         top_k=settings.top_k,
         sharing=config.projector_sharing,
-        recompute=settings.recompute,
         **common,
     )
 

@@ -32,9 +32,10 @@ class LlamaSmopOutput(ModelOutput):
     """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
     + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
 
-    logits: (B, L, vocabulary). router_logits: (B, S, E) over the speech tokens, audio before video. expert_counts:
-    (X,) int32, how often real tokens chose each expert (DEDR: audio's E, then video's E). router_entropy: (2,)
-    nats, mean over real audio and real video tokens, NaN without any. Losses that do not apply are None.
+    logits: (B, L, vocabulary), None where the loss was made without them. router_logits: (B, S, E) over the speech
+    tokens, audio before video. expert_counts: (X,) int32, how often real tokens chose each expert (DEDR: audio's E,
+    then video's E). router_entropy: (2,) nats, mean over real audio and real video tokens, NaN without any. Losses
+    that do not apply are None.
     """
 
     loss: Tensor | None = None

@@ -34,6 +34,7 @@ def build_tiny(
     compression: str = "pool",
     ctc_weight: float = 1.5,
     backend: str = "auto",
+    recompute: str = "none",
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
 
@@ -100,6 +101,7 @@ def build_tiny(
             sharing=sharing,
             hidden_features=hidden_features,
             backend=backend,
+            recompute=recompute,
         ),
         modalities=modalities,
         rate_audio=rate_audio,

@@ -56,7 +56,8 @@ def test_every_key_is_accounted_for(folder):
     assert account["renamed"]["audiovisual_proj.experts.2.0.weight"] == "multi_modal_projector.w1[2]"
 
 
-def test_embeddings_losses_logits_and_gradients(folder, model):
+@pytest.mark.parametrize("skip_logits", (False, True))
+def test_embeddings_losses_logits_and_gradients(folder, model, skip_logits):
     data, batch = train_batch(folder)
     speech = model.get_speech_features(**{k: batch[k] for k in SPEECH})
     assert largest_difference(speech.tokens, data["proj_out"]) < 1e-4
@@ -64,8 +65,11 @@ def test_embeddings_losses_logits_and_gradients(folder, model):
     assert largest_difference(model.place_speech(batch["input_ids"], speech), data["inputs_embeds"]) < 1e-4
     assert torch.equal(batch["labels"][:, 1:], data["labels_out"][:, 1:])
 
-    output = model(**batch)
-    assert largest_difference(output.logits, data["logits"]) < 1e-4
+    output = model(**batch, skip_logits=skip_logits)
+    if skip_logits:
+        assert output.logits is None
+    else:
+        assert largest_difference(output.logits, data["logits"]) < 1e-4
     for ours, theirs in (
         (output.lm_loss, "llm_loss"),
         (output.load_balancing_loss, "load_balancing_loss"),

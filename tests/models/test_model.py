@@ -130,7 +130,7 @@ def test_stacked_tokens_of_different_widths_are_filled_up_with_zeros(kind):
     model, processor = small(compression="stack", kind=kind)
     assert model.multi_modal_projector.in_features == 4 * 32
     batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
-    before = model(**batch).logits
+    before = model.eval()(**batch).logits
     with torch.no_grad():
         model.multi_modal_projector.w1.view(2, -1, *model.multi_modal_projector.w1.shape[1:])[1, :, :, 64:] += 1.0
     assert torch.allclose(before, model(**batch).logits, atol=1e-6), "video tokens read more than their own width"
@@ -171,7 +171,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_bfloat16(processor):
     model = small()[0].bfloat16()
-    output = model(**small()[1](text=TEXTS, **chosen(CLIPS, "audio_video")))
+    output = model(**small()[1](text=TEXTS, **chosen(CLIPS, "audio_video")), skip_logits=False)
     output.loss.backward()
     assert output.loss.isfinite()
     assert output.logits.dtype == torch.bfloat16
