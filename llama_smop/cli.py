@@ -243,8 +243,8 @@ def info(config: Configs, settings: Settings = None) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a demo or of an ablation.")]) -> None:
-    """Write the report of a finished demo, or the page of an ablation, again."""
+def report(run: Annotated[Path, typer.Argument(help="Folder of a training, a demo or an ablation.")]) -> None:
+    """Write the page about a training, running or ended, an ablation or a finished demo again."""
     if (run / "results.json").exists():
         from llama_smop.ablation.page import write_page
 

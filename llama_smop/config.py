@@ -137,6 +137,8 @@ class OptimizerSection(Section):
 
 
 class RunSection(Section):
+    name: str | None = None  # in wandb; by default the folder's
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     seed: int = 0
     log_every: int = Field(20, ge=1)
     save_every: int = Field(500, ge=1)

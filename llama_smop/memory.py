@@ -104,7 +104,8 @@ def training(
     """Forward, backward and AdamW of one batch; what the config freezes has neither gradients nor optimizer states.
 
     fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
-    run again in the backward. The CTC heads, which only models from scratch have, are left out.
+    run again in the backward; what is left is then so little that SiLU's backward, which fake tensors take in several
+    operators, shows: up to a fifth too much. The CTC heads, which only models from scratch have, are left out.
     """
 
     def step(model):
@@ -112,9 +113,9 @@ def training(
         skip_logits = resolve(model.fused_loss, model.language_model) != "plain"
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            model.train()  # the layers themselves only: dropout and layer drop would draw numbers
             for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
+                module.training = module.training and isinstance(module, GradientCheckpointingLayer)
         model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
 
     return _estimate(config, step, name, "training", dtype)

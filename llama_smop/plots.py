@@ -45,7 +45,8 @@ def losses(log: Sequence[Mapping]) -> Figure:
                 axes.plot(*zip(*points, strict=True), label=label, color=colour)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
-        axes.legend()
+        if axes.has_data():
+            axes.legend()
     ctc = [float(row["ctc_loss"]) for row in log if "ctc_loss" in row]
     if ctc:  # its first values are far above everything that follows
         left.set_ylim(
@@ -53,6 +54,56 @@ def losses(log: Sequence[Mapping]) -> Figure:
         )
     left.set_title("Loss")
     right.set_title("Router losses, before their weights")
+    return figure
+
+
+def schedule(log: Sequence[Mapping]) -> Figure:
+    """Learning rate and norm of the gradient against training steps."""
+    figure, panels = _figure(9, 2.5, ncols=2)
+    for axes, (key, title) in zip(
+        panels, (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm, before clipping")), strict=True
+    ):
+        points = [(row["step"], float(row[key])) for row in log if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), color="#333333")
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+    return figure
+
+
+def expert_load(log: Sequence[Mapping], experts: Sequence[str]) -> Figure:
+    """The share of all choices that each expert got, over training; `experts`: a name for each."""
+    rows = [row for row in log if "expert_load/0" in row]
+    shares = np.array([[100 * row[f"expert_load/{e}"] for row in rows] for e in range(len(experts))])
+    figure, axes = _figure(9, 1.1 + 0.28 * len(experts))
+    steps = [row["step"] for row in rows]
+    mesh = axes.pcolormesh(_edges(steps), np.arange(len(experts) + 1), shares, cmap="YlGnBu", vmin=0)
+    axes.set_yticks(np.arange(len(experts)) + 0.5, experts)
+    axes.set_xlabel("step")
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    figure.colorbar(mesh, ax=axes, label="share of choices, %", pad=0.01)
+    return figure
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Boundaries of the stretches that end at each logged step."""
+    return np.array([2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1, *steps])
+
+
+def router_entropy(log: Sequence[Mapping], num_experts: int) -> Figure:
+    """Mean entropy of the router's probabilities over training, by modality, under that of an even choice."""
+    figure, axes = _figure(6.2, 2.8)
+    for key in sorted({key for row in log for key in row if key.startswith("router_entropy/")}):
+        modality = key.split("/")[1]
+        points = [(row["step"], float(row[key])) for row in log if key in row]
+        axes.plot(*zip(*points, strict=True), label=f"{modality} tokens", color=COLOURS.get(modality))
+    axes.axhline(np.log(num_experts), color="#777777", linestyle=":", label="even")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower left")
     return figure
 
 

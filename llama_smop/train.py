@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from llama_smop import checkpoint, files, sharding
+from llama_smop import checkpoint, sharding
 from llama_smop.averaging import average, newest
 from llama_smop.compiled import compile_regions
 from llama_smop.config import TrainConfig
@@ -19,6 +19,7 @@ from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
 from llama_smop.models.lm_loss import check_fused_loss, label_positions
+from llama_smop.run_folder import RunFolder, check_places
 from llama_smop.setbacks import ReplacedClips, Setbacks
 from llama_smop.trainer import LossBar, SmopTrainer
 
@@ -27,19 +28,22 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     """Run a training and return the folder of its model, `out/model`.
 
     `out/checkpoints` holds what a run needs to go on after an interruption; with `resume` it does, at the step it had
-    reached. `out/metrics.json` is the log: losses, expert load and learning rate by step. Clips that could not be read
-    are in `out/bad_clips.json`.
+    reached. `out/metrics.json` is the log: losses, expert load and learning rate by step; `out/report.html` shows it.
+    Clips that could not be read are in `out/bad_clips.json`; setting and origin of the run as in `RunFolder`.
 
     Raises:
-        ValueError, MediaError: a corpus or a label that cannot be used, or too many clips, by name.
+        ValueError, MediaError: a corpus or a label that cannot be used, or too many clips, by name; a loss or a place
+            to report to that cannot be had here.
         RuntimeError: `run.max_bad_steps` steps in a row without a finite loss.
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
+    check_places(config)
     args = _arguments(config, checkpoints)
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("run.strategy fsdp2 shards over processes: start it with torchrun, or take ddp")
     check_fused_loss(config.optimizer.fused_loss, args.device)
+    folder = RunFolder(out, config, writes=args.process_index == 0)
     if args.process_index == 0:
         checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
@@ -59,21 +63,22 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         train_dataset=ReplacedClips(clips, config.data.max_bad_clips),
         processing_class=processor,
         data_collator=Collator(processor),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, folder],
         plan=training_plan(config, clips.source, args.process_index, args.world_size),
         setbacks=Setbacks(record, config.data.max_bad_clips, config.run.max_bad_steps),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
-    trainer.train(resume_from_checkpoint=_starting_point(checkpoints, resume, args))
+    start = _starting_point(checkpoints, resume, args)
+    folder.begin(start, args.world_size, fresh=not resume)
+    trainer.train(resume_from_checkpoint=start)
     weights = trainer.whole_weights() if config.run.average_last == 1 else None
     if trainer.is_world_process_zero():
         if config.run.average_last > 1:
             average(newest(out, config.run.average_last), out / "model")
         else:
             checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
-        files.write_json(out / "metrics.json", trainer.state.log_history)
-        files.write_text(out / "config.json", config.model_dump_json(indent=2) + "\n")
+    folder.end(trainer.state.log_history)
     return out / "model"
 
 
@@ -193,7 +198,8 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         logging_steps=run.log_every,
         save_steps=run.save_every,
         save_total_limit=run.keep,
-        report_to=["tensorboard"],
+        report_to=list(run.report_to),
+        run_name=run.name,
         remove_unused_columns=False,
         dataloader_num_workers=config.data.workers,
         use_cpu=not torch.cuda.is_available(),

@@ -14,18 +14,23 @@ BFLOAT16_CONVOLUTION = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 WORKLOAD = memory.Workload(clips=3, seconds=1.2, text_tokens=12)
 
 
+TEXT = {
+    "vocab_size": 2000,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+# The language model's layers and its logits then take most of the memory.
+MOSTLY_TEXT = {"modalities": ["audio"], "text_config": LlamaConfig(**TEXT | {"vocab_size": 20000})}
+
+
 def scaled_down(**changes) -> LlamaSmopConfig:
     """The published structure: frozen towers, DEDR, LoRA on a Llama with shared key-value heads."""
     settings = {
-        "text_config": LlamaConfig(
-            vocab_size=2000,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        ),
+        "text_config": LlamaConfig(**TEXT),
         "audio_config": WhisperConfig(
             d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256, max_source_positions=100
         ),
@@ -66,13 +71,14 @@ def measured_peak(step) -> int:
     ("dtype", "changes", "options"),
     [
         (torch.float32, {}, {}),
-        (torch.float32, {}, {"fused_loss": "plain"}),
-        (torch.float32, {}, {"gradient_checkpointing": True}),
+        (torch.float32, MOSTLY_TEXT, {}),
+        (torch.float32, MOSTLY_TEXT, {"fused_loss": "plain"}),
+        (torch.float32, MOSTLY_TEXT, {"gradient_checkpointing": True}),
         (torch.float32, {"projector_config": {"hidden_features": 128, "recompute": "hz"}}, {}),
         (torch.bfloat16, {} if BFLOAT16_CONVOLUTION else {"modalities": ["audio"]}, {}),
         (torch.float32, {"freeze_towers": False, "lora": {}}, {}),
     ],
-    ids=["float32", "all logits", "checkpointing", "recompute", "bfloat16", "all trained"],
+    ids=["float32", "labels", "all logits", "checkpointing", "recompute", "bfloat16", "all trained"],
 )
 def test_training(dtype, changes, options):
     config = scaled_down(**changes)
@@ -94,7 +100,7 @@ def test_training(dtype, changes, options):
     optimizer.step()
     states = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert estimate.step == pytest.approx(peak, rel=0.1)
+    assert 0.9 * peak < estimate.step < (1.2 if "gradient_checkpointing" in options else 1.1) * peak
     assert estimate.optimizer == pytest.approx(states, rel=0.1)
     assert estimate.weights == pytest.approx(weights, rel=0.01)
     assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -122,12 +128,12 @@ def test_inference(beams):
 
 
 def test_what_saves_memory_is_seen_to():
-    config = scaled_down()
+    config = scaled_down(**MOSTLY_TEXT)
     plain = memory.training(config, WORKLOAD, dtype=torch.float32, fused_loss="plain")
     labelled = memory.training(config, WORKLOAD, dtype=torch.float32)
     less = memory.training(config, WORKLOAD, dtype=torch.float32, gradient_checkpointing=True)
     positions = memory.batch(config, WORKLOAD, torch.float32)["input_ids"].numel()
-    assert plain.step - labelled.step > 0.8 * positions * config.text_config.vocab_size * 4
+    assert plain.step - labelled.step > positions * config.text_config.vocab_size * 4
     assert labelled.flops < plain.flops
     assert less.step < labelled.step and less.flops > labelled.flops
 

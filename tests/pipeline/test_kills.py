@@ -85,6 +85,8 @@ def test_killed_twenty_times(config, whole, tmp_path):
             kills += ended == SIGKILL
             interrupted += ended == SIGKILL and (out / "checkpoints/.writing").exists()
         same_run(out, whole)
+        steps = [start["from_step"] for start in json.loads((out / "starts.json").read_text())]
+        assert steps == sorted(steps) and steps[0] == 0 and (out / "report.html").exists()
     assert interrupted, "no kill fell into the writing of a checkpoint"
 
 
@@ -93,5 +95,6 @@ def test_killed_while_the_model_is_written(config, whole, tmp_path, write):
     out = tmp_path / "run"
     assert children.run(children.train, config, out, write, ".model.writing") == SIGKILL
     assert list(out.glob(".*model.writing-*")) and not (out / "model").exists()
+    assert len(curve(out)) >= STEPS, "a killed training has its log"
     assert children.run(children.train, config, out) == 0
     same_run(out, whole)

@@ -1,0 +1,80 @@
+"""Where a result came from: the machine, the versions of packages, the commit of the code."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "llama-smop",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "liger-kernel",
+    "webdataset",
+    "wandb",
+)
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def machine() -> dict:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those packages that are installed, and Python's."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}
+
+
+def commit(paths: Sequence[str] = ("llama_smop",)) -> dict:
+    """{"commit", "modified"} of this code's checkout; "modified" says whether `paths` differ from the commit.
+
+    Both are None where the code is no checkout, even when it was installed somewhere inside another one.
+    """
+    if _git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
+        return {"commit": None, "modified": None}
+    status = _git("status", "--porcelain", "--", *paths)
+    return {"commit": _git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the checkout's root, None where it cannot."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

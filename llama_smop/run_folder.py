@@ -1,0 +1,86 @@
+"""What a training writes down about itself, from its start on, so that one that is killed can be read too."""
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+import uuid
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.integrations import is_wandb_available
+
+from llama_smop import files, provenance
+from llama_smop.config import TrainConfig
+from llama_smop.run_report import write_run_report
+
+
+def check_places(config: TrainConfig) -> None:
+    """Raises ValueError: a place to report to that is not installed."""
+    if "wandb" in config.run.report_to and not is_wandb_available():
+        raise ValueError("run.report_to names wandb, which is not installed: pip install wandb, or leave it out there")
+
+
+class RunFolder(TrainerCallback):
+    """Keeps the folder of a training; the first process alone writes.
+
+    config.json: the whole setting, defaults too. starts.json: a record of each start, the first and those after
+    interruptions: when, at which step, by which command, on what machine, with what versions and which commit of the
+    code. metrics.json: the log so far.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig, writes: bool):
+        self.out, self.config, self.writes = out, config, writes
+        self.wandb = "wandb" in config.run.report_to
+
+    def begin(self, checkpoint: str | Path | None, processes: int, fresh: bool) -> None:
+        """Note a start, going on from `checkpoint` if there is one; `fresh`: what was noted before is forgotten."""
+        if not self.writes:
+            return
+        record = self.out / "starts.json"
+        starts = files.read_json(record) if record.exists() and not fresh else []
+        starts.append(
+            {
+                "run": starts[0]["run"] if starts else uuid.uuid4().hex,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "from_step": 0 if checkpoint is None else int(Path(checkpoint).name.split("-")[1]),
+                "command": shlex.join(sys.argv),
+                "processes": processes,
+                "host": platform.node(),
+                "machine": provenance.machine(),
+                "versions": provenance.versions(),
+                **provenance.commit(),
+            }
+        )
+        files.write_text(self.out / "config.json", self.config.model_dump_json(indent=2) + "\n")
+        files.write_json(record, starts)
+        if self.wandb:
+            self._begin_wandb(starts[0]["run"])
+
+    def _begin_wandb(self, run: str) -> None:
+        """One run there for all starts here; the Trainer's callback logs to the run that is open."""
+        import wandb
+
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "llama-smop"),
+            name=self.config.run.name or self.out.name,
+            id=run,
+            resume="allow",
+            dir=str(self.out),
+        )
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if self.writes:
+            files.write_json(self.out / "metrics.json", state.log_history)
+
+    def end(self, log: list[dict]) -> None:
+        """After the model is saved: the whole log and the report."""
+        if not self.writes:
+            return
+        files.write_json(self.out / "metrics.json", log)
+        if self.wandb:
+            import wandb
+
+            wandb.finish()
+        write_run_report(self.out)
