@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cpu, gpu, data, kernels, tune, report.
+"""`python -m benchmarks`: cpu, gpu, data, memory, kernels, tune, report.
 
 argparse, because a GPU machine may have nothing beyond torch, triton, numpy and pytest.
 """
@@ -28,6 +28,10 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
     data.add_argument("--quick", action="store_true", help="few clips: shows that all of it runs (needs --out)")
 
+    memory = commands.add_parser("memory", help="peak resident memory of a training step on this CPU, two minutes")
+    memory.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/training_memory/")
+    memory.add_argument("--quick", action="store_true", help="small sizes: shows that all of it runs (needs --out)")
+
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
 
@@ -44,7 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and options.command != "tune":
         parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        commands = {"cpu": _cpu, "gpu": _gpu, "data": _data, "kernels": _kernels, "tune": _tune, "report": _report}
+        commands = {
+            "cpu": _cpu,
+            "gpu": _gpu,
+            "data": _data,
+            "memory": _memory,
+            "kernels": _kernels,
+            "tune": _tune,
+            "report": _report,
+        }
         return commands[options.command](options, rest)
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,6 +93,14 @@ def _data(options, _) -> int:
 
     _keep_apart(options)
     data.run(options.out, options.quick)
+    return 0
+
+
+def _memory(options, _) -> int:
+    from benchmarks import training_memory
+
+    _keep_apart(options)
+    training_memory.run(options.out, options.quick)
     return 0
 
 

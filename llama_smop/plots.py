@@ -59,7 +59,7 @@ def losses(log: Sequence[Mapping]) -> Figure:
 
 def schedule(log: Sequence[Mapping]) -> Figure:
     """Learning rate and norm of the gradient against training steps."""
-    figure, panels = _figure(9, 2.5, ncols=2)
+    figure, panels = subplots(9, 2.5, ncols=2)
     for axes, (key, title) in zip(
         panels, (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm, before clipping")), strict=True
     ):
@@ -76,7 +76,7 @@ def expert_load(log: Sequence[Mapping], experts: Sequence[str]) -> Figure:
     """The share of all choices that each expert got, over training; `experts`: a name for each."""
     rows = [row for row in log if "expert_load/0" in row]
     shares = np.array([[100 * row[f"expert_load/{e}"] for row in rows] for e in range(len(experts))])
-    figure, axes = _figure(9, 1.1 + 0.28 * len(experts))
+    figure, axes = subplots(9, 1.1 + 0.28 * len(experts))
     steps = [row["step"] for row in rows]
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(experts) + 1), shares, cmap="YlGnBu", vmin=0)
     axes.set_yticks(np.arange(len(experts)) + 0.5, experts)
@@ -94,7 +94,7 @@ def _edges(steps: Sequence[int]) -> np.ndarray:
 
 def router_entropy(log: Sequence[Mapping], num_experts: int) -> Figure:
     """Mean entropy of the router's probabilities over training, by modality, under that of an even choice."""
-    figure, axes = _figure(6.2, 2.8)
+    figure, axes = subplots(6.2, 2.8)
     for key in sorted({key for row in log for key in row if key.startswith("router_entropy/")}):
         modality = key.split("/")[1]
         points = [(row["step"], float(row[key])) for row in log if key in row]

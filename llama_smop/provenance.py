@@ -50,8 +50,8 @@ def machine() -> dict:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those packages that are installed, and Python's."""
-    found = {"python": platform.python_version()}
+    """Of those packages that are installed."""
+    found = {}
     for package in packages:
         try:
             found[package] = version(package)

@@ -49,7 +49,7 @@ class RunFolder(TrainerCallback):
                 "processes": processes,
                 "host": platform.node(),
                 "machine": provenance.machine(),
-                "versions": provenance.versions(),
+                "versions": {"python": platform.python_version()} | provenance.versions(),
                 **provenance.commit(),
             }
         )

@@ -15,7 +15,7 @@ def run(
     Raises:
         FileNotFoundError: no results in `folder`. ValueError: a file of another schema.
     """
-    from benchmarks.report import page, plots, tables
+    from benchmarks.report import page, plots, tables, training_memory
     from benchmarks.report import readme as front
 
     folder = Path(folder)
@@ -25,8 +25,9 @@ def run(
     order = {"gpu": 0, "cpu": 1, "peers": 2, "data": 3}
     devices = sorted(((path.stem, results.load(path)) for path in paths), key=lambda d: order[d[1]["kind"]])
     drawn = [(found, plots.draw(found, folder, stem)) for stem, found in devices]
-    results.write_text(folder / "README.md", tables.document([found for found, _ in drawn]))
-    page.write(folder / "index.html", drawn)
+    memories = [training_memory.table(results.load(path)) for path in sorted(folder.glob("training_memory/*.json"))]
+    results.write_text(folder / "README.md", tables.document([found for found, _ in drawn], memories))
+    page.write(folder / "index.html", drawn, memories)
     say(f"wrote {folder / 'README.md'} and {folder / 'index.html'}")
     if readme is not None:
         changed = front.update(readme, front.section(drawn, readme.parent))

@@ -1,6 +1,7 @@
 """One HTML page that compares devices; it needs nothing but the pictures beside it."""
 
 import html
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.report import tables
@@ -22,8 +23,8 @@ img { max-width: 100%; height: auto; margin: .6rem 0; }
 """
 
 
-def write(path: Path, devices: list[tuple[dict, list[Path]]]) -> None:
-    """`devices`: each one's results and its pictures."""
+def write(path: Path, devices: list[tuple[dict, list[Path]]], more: Iterable[Table] = ()) -> None:
+    """`devices`: each one's results and its pictures; `more`: tables after them."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Llama-SMoP benchmarks</title><style>{STYLE}</style><h1>Llama-SMoP benchmarks</h1>",
@@ -36,6 +37,7 @@ def write(path: Path, devices: list[tuple[dict, list[Path]]]) -> None:
         for picture in pictures:
             parts.append(f"<img alt='{html.escape(picture.stem)}' src='{html.escape(picture.name)}'>")
         parts += [t.html() for t in tables.all_tables(results)]
+    parts += [table.html() for table in more]
     write_text(path, "\n".join(parts) + "\n")
 
 

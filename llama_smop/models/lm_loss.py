@@ -120,7 +120,7 @@ def forward_without_logits(
 
 
 @torch.compiler.disable  # a loop over a number of chunks that changes from batch to batch
-def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Sum over n of cross_entropy(rows[n]·weightᵀ, targets[n]), holding the logits of `chunk` rows at a time.
 
     Products are computed in the dtype of `rows` (under autocast in its dtype), the loss in float32 or better. Equal to
@@ -129,9 +129,9 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, *, chunk
 
     Args:
         rows: (N, O). weight: (V, O). targets: (N,) int64 in [0, V).
-        chunk: rows whose logits are made at once.
+        chunk: rows whose logits are made at once, by default CHUNK.
     """
-    return _LinearCrossEntropy.apply(rows, weight, targets, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(rows, weight, targets, chunk or CHUNK, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """The language model's loss without its logits: the ordinary loss and gradients, whatever is trained and however."""
 
 import sys
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -24,7 +23,7 @@ TEXTS = ["bin blue", "set red at by f now please", "lay"]
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Fewer rows in a chunk than a clip has labels."""
-    monkeypatch.setattr(lm_loss, "linear_cross_entropy", partial(linear_cross_entropy, chunk=3))
+    monkeypatch.setattr(lm_loss, "CHUNK", 3)
 
 
 def problem(dtype=torch.float64, rows=11, width=6, vocabulary=17):
