@@ -105,7 +105,7 @@ def training(
 
     fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
     run again in the backward; what is left is then so little that SiLU's backward, which fake tensors take in several
-    operators, shows: up to a fifth too much. The CTC heads, which only models from scratch have, are left out.
+    operators, shows: up to a quarter too much. The CTC heads, which only models from scratch have, are left out.
     """
 
     def step(model):

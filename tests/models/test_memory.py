@@ -100,7 +100,7 @@ def test_training(dtype, changes, options):
     optimizer.step()
     states = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert 0.9 * peak < estimate.step < (1.2 if "gradient_checkpointing" in options else 1.1) * peak
+    assert 0.9 * peak < estimate.step < (1.3 if "gradient_checkpointing" in options else 1.1) * peak
     assert estimate.optimizer == pytest.approx(states, rel=0.1)
     assert estimate.weights == pytest.approx(weights, rel=0.01)
     assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -17,9 +17,10 @@ from llama_smop.run_folder import RunFolder
 from llama_smop.train import train
 
 
-def config(**run) -> TrainConfig:
+def config(optimizer=(), **run) -> TrainConfig:
+    optimizer = {"steps": 40, **dict(optimizer)}
     return TrainConfig.model_validate(
-        {"model": {"tiny": {}}, "data": {"root": "nowhere"}, "optimizer": {"steps": 40}, "run": run}
+        {"model": {"tiny": {}}, "data": {"root": "nowhere"}, "optimizer": optimizer, "run": run}
     )
 
 
@@ -83,10 +84,18 @@ def test_a_run_without_a_log_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-def test_wandb_must_be_there_before_anything_else_is_done(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    (
+        ({"report_to": ["tensorboard", "wandb"]}, r"run\.report_to names wandb, .*pip install wandb"),
+        ({"optimizer": {"fused_loss": "liger"}}, r'"liger" needs a CUDA device, got cpu; use "chunked"'),
+    ),
+    ids=("wandb", "liger"),
+)
+def test_what_cannot_be_had_is_said_before_anything_is_done(tmp_path, monkeypatch, asked, message):
     monkeypatch.setattr(run_folder, "is_wandb_available", lambda: False)
-    with pytest.raises(ValueError, match=r"run\.report_to names wandb, .*pip install wandb"):
-        train(config(report_to=["tensorboard", "wandb"]), tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        train(config(**asked), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
