@@ -16,6 +16,7 @@ def table(results: dict) -> Table:
         f"{where['device']}, torch {where['versions']['torch']}, float32, measured {where['date']}. A Llama of "
         f"{sizes['vocabulary']} tokens and width {sizes['width']} with LoRA; {sizes['clips']} clips, "
         f"{sizes['positions']} positions, {sizes['labelled']} of them with a label; {sizes['chunk']} in a chunk. "
-        "Resident above the model itself, each case in a fresh process; the estimate is that of `llama-smop info`."
+        "Resident above the model itself, each case in a fresh process; the estimate is that of `llama-smop info`. "
+        "What libraries and the allocator take in the first steps is in the first column alone."
     )
     return Table("a training step's peak memory (MB)", ["", "resident", "of the first", "estimate"], rows, note)

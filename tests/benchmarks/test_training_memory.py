@@ -21,9 +21,10 @@ def test_a_case_that_fails_says_what_the_process_said():
 
 
 @pytest.mark.parametrize("path", sorted(training_memory.FOLDER.glob("*.json")), ids=lambda p: p.stem)
-def test_in_the_kept_results_each_measure_saves_memory_and_the_estimate_is_near(path):
-    cases = {case["case"]: case for case in results.load(path)["cases"]}
-    resident = [cases[name]["peak_bytes"] for name, _ in training_memory.CASES[:4]]
+def test_in_the_kept_results_each_measure_saves_memory_and_as_much_as_estimated(path):
+    """What the libraries and the allocator hold besides is the same in all cases."""
+    cases = results.load(path)["cases"]
+    resident, estimated = ([case[name] for case in cases] for name in ("peak_bytes", "estimated_bytes"))
     assert resident == sorted(resident, reverse=True)
-    for name, case in cases.items():
-        assert case["peak_bytes"] == pytest.approx(case["estimated_bytes"], rel=0.35), name
+    for i in (1, 2):  # the two that concern the logits
+        assert resident[0] - resident[i] == pytest.approx(estimated[0] - estimated[i], rel=0.1), cases[i]["case"]
