@@ -1,6 +1,7 @@
 """What a training writes down about itself, from its start on, so that one that is killed can be read too."""
 
 import datetime
+import logging
 import os
 import platform
 import shlex
@@ -14,6 +15,8 @@ from transformers.integrations import is_wandb_available
 from llama_smop import files, provenance
 from llama_smop.config import TrainConfig
 from llama_smop.run_report import write_run_report
+
+logger = logging.getLogger(__name__)
 
 
 def check_places(config: TrainConfig) -> None:
@@ -40,13 +43,21 @@ class RunFolder(TrainerCallback):
             return
         record = self.out / "starts.json"
         starts = files.read_json(record) if record.exists() and not fresh else []
+        drawing = {"processes": processes, "data_workers": self.config.data.workers}
+        before = {name: starts[-1][name] for name in drawing} if starts else drawing
+        if checkpoint is not None and drawing != before:
+            logger.warning(
+                "%s goes on with %d processes of %d data workers, before it had %d of %d: the rest of this epoch is "
+                "shared out anew, and a clip may come twice in it or not at all",
+                *(self.out, *drawing.values(), *before.values()),
+            )
         starts.append(
             {
                 "run": starts[0]["run"] if starts else uuid.uuid4().hex,
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "from_step": 0 if checkpoint is None else int(Path(checkpoint).name.split("-")[1]),
                 "command": shlex.join(sys.argv),
-                "processes": processes,
+                **drawing,
                 "host": platform.node(),
                 "machine": provenance.machine(),
                 "versions": {"python": platform.python_version()} | provenance.versions(),

@@ -50,6 +50,16 @@ def test_a_run_that_is_going_on_can_be_read(run):
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
 
 
+def test_going_on_with_other_processes_is_warned_of(run, caplog):
+    """The fixture went on with two: what is the same is no news, what differs changes which clips are drawn."""
+    checkpoint = run / "checkpoints/checkpoint-20"
+    folder = RunFolder(run, config(), writes=True)
+    folder.begin(checkpoint, processes=2, fresh=False)
+    assert not caplog.messages
+    folder.begin(checkpoint, processes=4, fresh=False)
+    assert "goes on with 4 processes of 0 data workers, before it had 2 of 0" in caplog.text
+
+
 def test_from_the_beginning_again_nothing_is_left_of_before(run):
     before = json.loads((run / "starts.json").read_text())[0]["run"]
     RunFolder(run, config(), writes=True).begin(None, processes=1, fresh=True)
