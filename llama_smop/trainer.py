@@ -104,7 +104,7 @@ class SmopTrainer(Trainer):
                 load = (total / total.sum().clamp(min=1)).tolist()
                 logs |= {f"expert_load/{e}": round(share, 4) for e, share in enumerate(load)}
             elif batches:
-                logs[name] = round((total.sum() / batches).item(), 5)
+                logs[name] = round((total.sum() / batches).item(), 7)
         if self.accelerator.num_processes > 1:
             for clips in gather_object([self.setbacks.bad_clips]):
                 self.setbacks.clips(clips)

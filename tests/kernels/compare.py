@@ -1,9 +1,13 @@
 """What the chain tests share: the models, and the comparison of a runner with PyTorch and the float64 oracle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 
-from llama_smop.ops import backend_torch
+from llama_smop.ops import backend_torch, cpu_products
 from tests.kernels.cases import Model, error, through_backend, through_oracle
 from tests.kernels.runners import Runner, poisoned_memory
 
@@ -33,7 +37,8 @@ def check(runner: Runner, model: Model, inputs, relative: float = 0.0, **options
         runs.append({name: t.cpu() for name, t in results.items()})
     results = runs[0]
 
-    plain = through_backend(backend_torch, model, inputs, **options)
+    with same_dtype_products():
+        plain = through_backend(backend_torch, model, inputs, **options)
     exact = through_oracle(model, inputs, results["experts"])
     assert torch.equal(results["counts"].long(), exact["counts"])
     for name, truth in exact.items():
@@ -47,6 +52,13 @@ def check(runner: Runner, model: Model, inputs, relative: float = 0.0, **options
     for name, first in results.items():
         assert torch.equal(first, runs[1][name]), f"{name} differs from run to run"
     return results
+
+
+@contextmanager
+def same_dtype_products() -> Iterator[None]:
+    """The yardstick is PyTorch in the kernel's dtype, on every CPU: one without such products would take float32's."""
+    with patch.object(cpu_products, "_cpu_multiplies", lambda dtype: True):
+        yield
 
 
 def skip_unless_served(runner: Runner, model: Model) -> None:

@@ -85,7 +85,8 @@ def test_bad_clips_of_all_processes_are_reported(corpus, tmp_path):
 
 def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path):
     """The published recipe in small: a layer's weights are frozen in bfloat16, those of its LoRA learn in float32."""
-    settings = config(corpus, precision="bf16", gradient_checkpointing=True)
+    # Tied embeddings are sharded by themselves and so take all logits: both do here, since bfloat16 rounds ways apart.
+    settings = config(corpus, precision="bf16", gradient_checkpointing=True, fused_loss="plain")
     settings["model"] = {
         "language_model": str(GOLDEN / "full_model/llm_hf"),
         "audio_tower": str(GOLDEN / "whisper/hf_model"),
