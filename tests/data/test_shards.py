@@ -3,6 +3,7 @@ import logging
 import math
 import tarfile
 from collections import Counter
+from concurrent.futures import Future
 from itertools import pairwise
 
 import numpy as np
@@ -221,6 +222,15 @@ def test_a_loader_that_goes_on_in_mid_epoch_gives_the_rest(shards, workers):
     for skipped in (1, 4, 7):
         rest = accelerate.skip_first_batches(loader(source, whole, num_workers=workers), skipped)
         assert ids(rest) == expected[skipped:]
+
+
+def test_a_worker_does_not_wait_for_what_its_parent_was_reading(shards):
+    source = clips(shards, workers=1, window=3)
+    whole = plan(source, batches=3)
+    expected = ids(loader(source, whole))
+    for position in list(source._held):
+        source._held[position] = Future()  # as if the parent's thread had not come to it
+    assert ids(loader(source, whole, num_workers=1, timeout=60)) == expected
 
 
 def read_ahead(source):

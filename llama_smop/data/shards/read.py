@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import tarfile
 import threading
 import time
@@ -75,6 +76,7 @@ class ShardClips:
         self._route: tuple[int, dict[int, tuple[int, int]], list[list[tuple[int, ...]]]] = (-1, {}, [])
         self._window: tuple[int, tuple[int, ...]] = (-1, ())
         self._held: dict[int, Future] = {}
+        self._held_by = os.getpid()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -118,6 +120,8 @@ class ShardClips:
 
     def _hold(self, position: int, epoch: int) -> dict[int, dict[str, bytes]]:
         """The shard at `position`, when its window comes up in an epoch."""
+        if self._held_by != os.getpid():  # forked: the thread that reads for the parent does not run here
+            self._held, self._window, self._held_by = {}, (-1, ()), os.getpid()
         if self._window[0] != epoch or position not in self._window[1]:
             now, after = self._windows_from(position, epoch)
             for gone in self._held.keys() - {*now, *after}:
