@@ -97,7 +97,7 @@ class DataSection(Section):
         if (self.root is None) == (self.shards is None):
             raise ValueError("give either root (clips in the LRS3 layout) or shards")
         if self.shards is None:
-            if "window" in self.model_fields_set:
+            if self.window != type(self).model_fields["window"].default:
                 raise ValueError("window goes with shards, not with root")
         elif self.keep_decoded:
             raise ValueError("keep_decoded is for small corpora under root, not for shards")

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from llama_smop.config import read_config
+from llama_smop.config import TrainConfig, read_config
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.lora import lora_settings
 
@@ -66,3 +66,10 @@ def test_the_recipe_takes_shards_too():
     parts = ["recipe", "llm/1b", "sharing/dedr", "rates/4-2", "task/vsr"]
     config = read_config(parts, {"data": {"shards": "lrs3-shards"}})
     assert config.data.root is None and config.data.shards == "lrs3-shards"
+
+
+@pytest.mark.parametrize("where", ({"root": "lrs3"}, {"shards": "lrs3-shards", "root": None, "window": 64}))
+def test_a_configuration_written_out_is_read_back(where):
+    config = read_config("avsr-llama-3.2-1b", {"data": where})
+    assert TrainConfig.model_validate(config.model_dump()) == config
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config

@@ -1,10 +1,14 @@
 import json
 import logging
 import math
+import shutil
 import tarfile
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -269,6 +273,25 @@ def test_the_next_window_is_read_ahead_and_past_ones_are_let_go(shards):
 def test_shards_through_a_command(shards):
     source = clips(f"pipe:cat {shards}/{{name}}")
     assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads addresses with curl")
+def test_shards_over_http(shards, monkeypatch):
+    monkeypatch.setattr(read, "WAITS_S", ())
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=shards))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = clips(address)
+        assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
+        with pytest.raises(ShardError, match=rf"^{address}/nowhere/index\.json: not the index"):
+            read_index(f"{address}/nowhere")
+        with pytest.raises(ShardError, match=rf"^{address}/gone\.tar: cannot be read"):
+            read.read_shard(address, Shard("gone.tar", (0,), (25,)))
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_command_that_fails_is_tried_again(shards, tmp_path, monkeypatch, caplog):
