@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.report import tables
+from benchmarks.report import readings, tables
 from benchmarks.report.tables import Table
 from benchmarks.results import write_text
 
@@ -46,26 +46,26 @@ def compared(devices: list[dict]) -> Table:
     rows, tokens = [], set()
     entries = []
     for results in devices:
-        name, scale = tables.unit(results)
-        for of in tables.series(results):
+        name, scale = readings.unit(results)
+        for of in readings.series(results):
             if of.expert == "projector" and of.sharing == "JEJR":
-                by_tokens = tables.family(results, of, "both")
+                by_tokens = readings.family(results, of, "both")
                 tokens |= set(by_tokens)
                 entries.append((f"{tables.heading(results)}, {of.dtype} ({name})", by_tokens, scale))
     for heading, by_tokens, scale in entries:
         row = [heading]
         for T in sorted(tokens):
-            records = list(tables.best(by_tokens.get(T, ())).values())
-            ours = tables.quickest_ours(records)
+            records = list(readings.best(by_tokens.get(T, ())).values())
+            ours = readings.quickest_ours(records)
             eager = next((t for t in records if t["rival"] == "eager"), None)
             shown = []
             if ours:
-                shown.append(f"**{tables.number(ours['median_us'] / scale)}**")
+                shown.append(f"**{readings.number(ours['median_us'] / scale)}**")
             if eager:
-                shown.append(tables.number(eager["median_us"] / scale))
+                shown.append(readings.number(eager["median_us"] / scale))
             floor = next((t["floor_us"] for t in records if t["rival"] in ("eager", "ours_torch", "grouped_mm")), None)
             if floor:
-                shown.append(tables.number(floor / scale))
+                shown.append(readings.number(floor / scale))
             row.append(" / ".join(shown) or "–")
         rows.append(row)
     return Table(

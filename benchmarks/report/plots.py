@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.report import tables
+from benchmarks.report import readings, tables
 from benchmarks.rivals import BY_NAME
 from benchmarks.workloads import Workload
 
@@ -50,7 +50,7 @@ def draw(results: dict, folder: Path, stem: str) -> list[Path]:
     """The pictures of a device, as PNG files `stem`-….png in `folder`. None for what was not measured."""
     drawn = []
     with plt.rc_context(STYLE):
-        for of in tables.series(results):
+        for of in readings.series(results):
             if of.expert != "projector" or of.sharing != "JEJR":
                 continue
             for name, figure in (
@@ -69,14 +69,14 @@ def draw(results: dict, folder: Path, stem: str) -> list[Path]:
 
 def throughput(results: dict, of: Workload) -> Figure | None:
     """Tokens a second against tokens, forward and training pass, under the roofline; pale bars: the quartiles."""
-    panels = [(which, tables.family(results, of, which)) for which in ("forward", "both")]
+    panels = [(which, readings.family(results, of, which)) for which in ("forward", "both")]
     if any(len(by_tokens) < 2 for _, by_tokens in panels):
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.3), sharex=True, sharey=True)
     for ax, (which, by_tokens) in zip(axes, panels, strict=True):
         for rival in _rivals(by_tokens):
             points = [
-                (T, tables.best(ts)[rival]) for T, ts in by_tokens.items() if any(t["rival"] == rival for t in ts)
+                (T, readings.best(ts)[rival]) for T, ts in by_tokens.items() if any(t["rival"] == rival for t in ts)
             ]
             tokens = [T for T, _ in points]
             middle = [T / t["median_us"] * 1e6 for T, t in points]
@@ -110,7 +110,7 @@ def throughput(results: dict, of: Workload) -> Figure | None:
 
 def memory(results: dict, of: Workload) -> Figure | None:
     """Bytes kept between forward and backward, per token, at the most tokens measured."""
-    found = [(tables.workload(results, m["workload"]), m) for m in results["memory"]]
+    found = [(readings.workload(results, m["workload"]), m) for m in results["memory"]]
     found = [(w.tokens, m) for w, m in found if replace(w, tokens=of.tokens) == of]
     if not found:
         return None
@@ -119,10 +119,10 @@ def memory(results: dict, of: Workload) -> Figure | None:
     rivals = sorted(kept, key=kept.get, reverse=True)
     figure, ax = plt.subplots(figsize=(7.2, 0.6 + 0.42 * len(rivals)))
     bars = ax.barh(range(len(rivals)), [kept[r] for r in rivals], height=0.68, color=[_color(r) for r in rivals])
-    ax.bar_label(bars, [tables.number(kept[r]) for r in rivals], padding=4, fontsize=9, color="#444")
-    ax.set_yticks(range(len(rivals)), [tables.label(r) for r in rivals])
+    ax.bar_label(bars, [readings.number(kept[r]) for r in rivals], padding=4, fontsize=9, color="#444")
+    ax.set_yticks(range(len(rivals)), [readings.label(r) for r in rivals])
     for tick, rival in zip(ax.get_yticklabels(), rivals, strict=True):
-        tick.set_fontweight("bold" if tables.is_ours(rival) else "normal")
+        tick.set_fontweight("bold" if readings.is_ours(rival) else "normal")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.1)
@@ -133,8 +133,8 @@ def memory(results: dict, of: Workload) -> Figure | None:
 
 def dense_against_sparse(results: dict, of: Workload) -> Figure | None:
     """Training throughput at equal active FLOPs and at equal parameters, against our sparse layer."""
-    by_tokens = {T: tables.best(ts) for T, ts in tables.family(results, of, "both").items()}
-    columns = {T: (tables.quickest_ours(found.values()), found) for T, found in by_tokens.items()}
+    by_tokens = {T: readings.best(ts) for T, ts in readings.family(results, of, "both").items()}
+    columns = {T: (readings.quickest_ours(found.values()), found) for T, found in by_tokens.items()}
     columns = {T: (ours, found) for T, (ours, found) in columns.items() if ours and "dense_KH" in found}
     if len(columns) < 2:
         return None
@@ -166,10 +166,10 @@ def dense_against_sparse(results: dict, of: Workload) -> Figure | None:
 
 
 def _line(ax: Axes, rival: str, tokens: list[int], values: list[float]) -> None:
-    mine = tables.is_ours(rival)
+    mine = readings.is_ours(rival)
     look = {"linewidth": 2.6, "zorder": 5} if mine else {"linewidth": 1.5, "zorder": 3}
     marker = {"marker": MARKERS.get(rival, "o"), "markersize": 5.5}
-    ax.plot(tokens, values, label=tables.label(rival), color=_color(rival), **look, **marker)
+    ax.plot(tokens, values, label=readings.label(rival), color=_color(rival), **look, **marker)
 
 
 def _rivals(by_tokens: dict[int, list[dict]]) -> list[str]:
@@ -178,7 +178,7 @@ def _rivals(by_tokens: dict[int, list[dict]]) -> list[str]:
 
 
 def _color(rival: str) -> str:
-    if tables.is_ours(rival):
+    if readings.is_ours(rival):
         return {"ours_torch": OURS, "ours_triton": "#0a8fd6", "ours_cuda": "#0b2f7a"}[rival]
     return COLORS.get(rival, "#55606b")
 

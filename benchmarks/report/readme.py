@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import tables
+from benchmarks.report import readings, tables
 from benchmarks.results import write_text
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -16,7 +16,7 @@ def section(devices: list[tuple[dict, list[Path]]], root: Path) -> str:
             continue
         parts.append(f"### {tables.heading(results)}\n")
         parts.append(tables.conditions(results) + "\n")
-        for of in tables.series(results):
+        for of in readings.series(results):
             if of.expert != "projector" or of.sharing != "JEJR":
                 continue
             table = tables.over_tokens(results, of, "both", best_modes=True)

@@ -1,6 +1,7 @@
 """The table of `python -m benchmarks memory`."""
 
-from benchmarks.report.tables import Table, number
+from benchmarks.report.readings import number
+from benchmarks.report.tables import Table
 
 
 def table(results: dict) -> Table:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import report, results
-from benchmarks.report import readme, tables
+from benchmarks.report import readings, readme, tables
 from benchmarks.workloads import Workload
 
 
@@ -114,7 +114,7 @@ def test_committed_results_can_be_reported(path):
     """Every table of every committed file can be made, and a file without our timings says whose they are."""
     found = results.load(path)
     assert tables.all_tables(found) and tables.heading(found)
-    if not any(tables.is_ours(t["rival"]) for t in found["timings"]):
+    if not any(readings.is_ours(t["rival"]) for t in found["timings"]):
         assert found["kind"] == "data" or (found["kind"] == "peers" and "not yet run" in found["note"])
 
 
