@@ -64,7 +64,7 @@ def run_cell(folder: Path) -> None:
         files.write_json(used.path, used.now())
     training = files.read_json(trained)
     model, processor = checkpoint.load(run / "model")
-    data = Lrs3Dataset(score.root or config.data.root, score.labels)
+    data = Lrs3Dataset(score.root or config.data.root, score.labels, supported(model)[-1])
     result = {
         "steps": files.read_json(folder / "progress.json")["of"],
         "projector_parameters": sum(p.numel() for p in model.multi_modal_projector.parameters()),

@@ -70,7 +70,7 @@ class Cell:
     name: str
     sharing: str
     num_experts: int | None  # None: dense
-    top_k: int | None
+    top_k: int | None  # of a dense one: the K whose arithmetic its width stands for
     rate_audio: int
     rate_video: int
     hidden_features: int
@@ -123,7 +123,8 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
         composition = _composed(grid, beside, corpus)
         composition.add(changes, f"cell {name}")
         config = composition.check(TrainConfig)
-        yield Cell(name, sharing, None if dense else E, None if dense else K, *rates, hidden, seed, config)
+        active = None if dense and grid.dense_hidden != "active" else K
+        yield Cell(name, sharing, None if dense else E, active, *rates, hidden, seed, config)
     if not made:
         raise ValueError("the grid has no cell: every top_k lies above every num_experts")
 

@@ -14,7 +14,8 @@ Condition = tuple[str | None, float | None]  # (noise kind, SNR); (None, None) i
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of different seeds have in common. Dense: no E, no K, but a width of its own."""
+    """What the cells of different seeds have in common. Dense: no E, a width of its own, and the K that it stands for,
+    if any."""
 
     sharing: str
     num_experts: int | None
@@ -42,6 +43,8 @@ class Setting:
             ("dense_hidden", f"hidden {self.dense_hidden}"),
             ("rates", f"rates {self.rates}"),
         ):
+            if name == "top_k" and self.sharing == "dense":  # its width says it
+                continue
             values = {getattr(s, name) for s in among} - {None}
             if len(values) > 1 and getattr(self, name) is not None:
                 parts.append(text)
@@ -49,9 +52,10 @@ class Setting:
 
     def differs_in(self, other: "Setting") -> int:
         """In how many things; what one of the two does not have is not compared."""
-        pairs = [
-            (getattr(self, n), getattr(other, n)) for n in ("sharing", "num_experts", "top_k", "rates", "dense_hidden")
-        ]
+        names = ["sharing", "num_experts", "top_k", "rates", "dense_hidden"]
+        if self.sharing == other.sharing == "dense":  # of two widths, which are one thing
+            names.remove("top_k")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
         return sum(a != b for a, b in pairs if a is not None and b is not None)
 
 

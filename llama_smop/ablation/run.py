@@ -19,6 +19,8 @@ from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read
 from llama_smop.ablation.page import write_page
 from llama_smop.config import TrainConfig
 from llama_smop.data.corpus import make_corpus
+from llama_smop.data.lrs3 import read_labels
+from llama_smop.data.media import read_audio
 from llama_smop.demo import guess_per_slot
 
 
@@ -46,6 +48,7 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
             _claim(out / "cells" / cell.name, cell, grid)
         if grid.corpus is not None:
             make_corpus(corpus, clips=grid.corpus.clips, seed=grid.corpus.seed)
+        _check_scoring(grid.score, planned)
         failures = run_children([out / "cells" / cell.name for cell in planned], jobs, threads)
         machine = {
             "cores": os.cpu_count(),
@@ -160,19 +163,36 @@ def _last_words(log: Path, code: int) -> str:
 
 
 def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
-    """Raises ValueError: the folder holds a cell that was asked differently."""
+    """Note what is asked of a cell; one that was scored otherwise keeps its training and is scored anew.
+
+    Raises ValueError: the folder holds a cell of another training.
+    """
     note = folder / "cell.json"
     if note.exists():
         found = files.read_json(note)  # checked again, so that a field that is newer than the note has its default
-        asked = (TrainConfig.model_validate(found["config"]), ScoreSection.model_validate(found["score"]))
-        if asked != (cell.config, grid.score):
+        if TrainConfig.model_validate(found["config"]) != cell.config:
             raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
-    else:
-        asked = {
-            part: s.model_dump(mode="json", exclude_unset=True)
-            for part, s in (("config", cell.config), ("score", grid.score))
-        }
-        files.write_json(note, asked)
+        if ScoreSection.model_validate(found["score"]) == grid.score:
+            return
+        (folder / "result.json").unlink(missing_ok=True)
+    asked = {
+        part: s.model_dump(mode="json", exclude_unset=True)
+        for part, s in (("config", cell.config), ("score", grid.score))
+    }
+    files.write_json(note, asked)
+
+
+def _check_scoring(score: ScoreSection, planned: Sequence[Cell]) -> None:
+    """Before anything is trained. Raises ValueError: labels or noise that the scoring would not find."""
+    data = planned[0].config.data
+    root = score.root or data.root
+    read_labels(root, score.labels)
+    if any(snr is not None for snr in score.snrs):
+        for noise in score.noises:
+            if noise == "babble":
+                read_labels(root, data.train)
+            else:
+                read_audio(noise)
 
 
 @contextmanager

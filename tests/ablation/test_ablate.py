@@ -80,6 +80,17 @@ def test_a_grid_is_killed_fails_in_part_and_ends_whole(tmp_path, monkeypatch):
     assert result.stat().st_mtime_ns == before, "a finished cell was computed again"
     assert "failed" not in text and "| dense |" in text and "wer_snr.png" in text
 
+    trained = (out / "cells" / SPARSE / "trained.json").stat().st_mtime_ns
+    rescored = asked | {"score": {"snrs": [None], "modalities": ["audio"]}, "jobs": 2}
+    grid.write_text(yaml.safe_dump(rescored | {"score": {"labels": "tset.csv"}}))
+    with pytest.raises(ValueError, match=r"tset\.csv: no such label file"):
+        ablate(grid, out)
+    grid.write_text(yaml.safe_dump(rescored))
+    ablate(grid, out)
+    (first, second) = json.loads((out / "results.json").read_text())["cells"]
+    assert [[(r["modality"], r["snr"]) for r in cell["rows"]] for cell in (first, second)] == [[("audio", None)]] * 2
+    assert (out / "cells" / SPARSE / "trained.json").stat().st_mtime_ns == trained, "it was only to be scored anew"
+
     grid.write_text(yaml.safe_dump(asked | {"set": {"optimizer": {"steps": STEPS + 1}}}))
     with pytest.raises(ValueError, match="holds a cell of other settings"):
         ablate(grid, out)

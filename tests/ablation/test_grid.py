@@ -25,8 +25,10 @@ def test_axes_are_multiplied_and_impossible_or_equal_cells_left_out(tmp_path):
     )
     sparse = {(c.num_experts, c.top_k) for c in found if c.sharing == "JEDR"}
     assert sparse == {(2, 1), (4, 1), (4, 4)}, "K above E"
-    dense = [(c.hidden_features, c.seed) for c in found if c.sharing == "dense"]
-    assert sorted(dense) == [(16, 0), (16, 1), (64, 0), (64, 1)], "a dense projector has no E: one for each K"
+    dense = [(c.hidden_features, c.top_k, c.seed) for c in found if c.sharing == "dense"]
+    assert sorted(dense) == [(16, 1, 0), (16, 1, 1), (64, 4, 0), (64, 4, 1)], (
+        "a dense projector has no E: one for each K"
+    )
     assert len({c.name for c in found}) == len(found) == 10
 
 

@@ -177,6 +177,15 @@ def test_a_page_without_results_is_refused(tmp_path):
         write_page(tmp_path)
 
 
+def test_a_dense_projector_is_compared_with_the_k_that_its_width_stands_for():
+    k1, k4 = (Setting("JEDR", 4, K, (4, 2), None) for K in (1, 4))
+    narrow, wide = (Setting("dense", None, K, (4, 2), 16 * K) for K in (1, 4))
+    assert (narrow.differs_in(k1), wide.differs_in(k4)) == (1, 1)
+    assert (narrow.differs_in(k4), wide.differs_in(k1)) == (2, 2)
+    assert narrow.differs_in(wide) == 1, "its width, and nothing else"
+    assert narrow.label([k1, k4, narrow, wide]) == "dense, hidden 16"
+
+
 def test_a_label_says_what_varies_and_nothing_else():
     a = Setting("JEJR", 4, 2, (4, 2), None)
     dense = Setting("dense", None, None, (4, 2), 64)
