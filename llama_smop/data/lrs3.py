@@ -5,6 +5,7 @@
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,10 @@ class Clip:
 
 
 def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[Clip]:
-    """The clips of a label file: a path, or a name under `root/labels/`. Raises LabelError naming file and line."""
-    path = Path(label_file)
-    if not path.is_absolute() and not path.exists():
-        path = Path(root, "labels", label_file)
+    """The clips of a label file: a name under `root/labels/`, else a path. Raises LabelError naming file and line."""
+    path = Path(root, "labels", label_file)
+    if not path.exists() and Path(label_file).exists():
+        path = Path(label_file)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -69,15 +70,26 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
 def _parse(line: str, where: str) -> Clip:
     fields = line.split(",")
     if len(fields) != 5:
-        raise LabelError(f"{where}: expected 5 fields (dataset,path,n_frames,unused,text), got {len(fields)}")
-    dataset, path, n_frames, _, text = (field.strip() for field in fields)
-    if not dataset or not path or not text:
+        hint = "; `llama-smop corpus labels` writes such files from auto_avsr's" if len(fields) == 4 else ""
+        raise LabelError(f"{where}: expected 5 fields (dataset,path,n_frames,unused,text), got {len(fields)}{hint}")
+    text = fields[4].strip()
+    if not text:
+        raise LabelError(f"{where}: dataset, path and text must not be empty")
+    return Clip(*parse_place(fields, where), text)
+
+
+def parse_place(fields: Sequence[str], where: str) -> tuple[str, str, int]:
+    """Dataset, path and frames, the first three fields of a line; LabelError naming `where` if they are not those."""
+    if len(fields) < 3:
+        raise LabelError(f"{where}: expected dataset,path,n_frames,…, got {len(fields)} fields")
+    dataset, path, n_frames = (field.strip() for field in fields[:3])
+    if not dataset or not path:
         raise LabelError(f"{where}: dataset, path and text must not be empty")
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise LabelError(f"{where}: expected a path below the dataset's folder, got {path!r}")
     if not n_frames.isdecimal() or int(n_frames) == 0:
         raise LabelError(f"{where}: expected a positive number of frames, got {n_frames!r}")
-    return Clip(dataset, path, int(n_frames), text)
+    return dataset, path, int(n_frames)
 
 
 class Lrs3Dataset(Dataset):

@@ -56,7 +56,10 @@ def _check_file(path: str | os.PathLike) -> None:
 
 def _content(path: str | os.PathLike) -> bytes:
     _check_file(path)
-    return Path(path).read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror})") from None
 
 
 def _open(path: str | os.PathLike, content: bytes | None):

@@ -1,5 +1,6 @@
 """Noise at a given signal-to-noise ratio: from a file, or babble mixed of other clips."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .media import audio_path, read_audio
+from .media import MediaError, audio_path, read_audio
+
+logger = logging.getLogger(__name__)
 
 RECIPE_SNRS = (-5, 0, 5, 10, 15, 20, None)
 
@@ -87,10 +90,20 @@ class Babble:
         return total
 
 
+_named: set[str] = set()  # bad clips, each in one warning
+
+
 @lru_cache(maxsize=256)  # a shard's clips; those of LRS3 take 80 MB
 def _babbler(clip: Path | Sound) -> np.ndarray | None:
-    """A clip's sound at a level of 1; None where it is silent."""
-    voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
+    """A clip's sound at a level of 1; None where it is silent or cannot be read, which is no fault of the clip that the
+    noise is for."""
+    try:
+        voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
+    except MediaError as error:
+        if error.path not in _named:
+            logger.warning("%s: %s; babble does without it", error.path, error.reason)
+            _named.add(error.path)
+        return None
     level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))
     return voice / np.float32(level) if level > 0 else None
 

@@ -31,10 +31,17 @@ def test_labels_are_read_by_name_and_by_path(tmp_path):
     assert first.video_path(tmp_path) == tmp_path / "lrs3" / "test" / "a" / "00001.mp4"
 
 
+def test_a_name_is_looked_for_in_the_corpus_first(tmp_path, monkeypatch):
+    labels(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text(GOOD.replace("so this is it", "an older file"))
+    assert read_labels(tmp_path, "x.csv")[0].text == "so this is it"
+
+
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("lrs3,b.mp4,50,0", "expected 5 fields .* got 4"),
+        ("lrs3,b.mp4,50,0", "expected 5 fields .* got 4; `llama-smop corpus labels` writes"),
         ("lrs3,b.mp4,50,0,well, yes", "expected 5 fields .* got 6"),
         ("lrs3,b.mp4,fifty,0,well", "positive number of frames, got 'fifty'"),
         ("lrs3,b.mp4,0,0,well", "positive number of frames, got '0'"),

@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import av
 import numpy as np
@@ -161,6 +162,18 @@ def test_a_wav_from_a_pipe_with_unknown_length_is_read(tmp_path):
     content[40:44] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
     assert len(read_audio(path)) == RATE
+
+
+def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.wav"
+    write_audio(path, np.zeros(1600, np.float32))
+
+    def fail(self):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(MediaError, match=rf"^{path}: cannot be read \(Input/output error\)"):
+        read_audio(path)
 
 
 def test_sound_that_is_not_finite_or_not_there(tmp_path):

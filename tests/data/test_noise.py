@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import soundfile
@@ -71,6 +73,18 @@ def test_babble_is_many_voices_and_repeatable(small_corpus):
 class White:
     def sample(self, samples, rng):
         return rng.standard_normal(samples).astype(np.float32)
+
+
+def test_babble_does_without_a_clip_that_cannot_be_read(tmp_path, caplog):
+    """It is no fault of the clip that the noise is for; and the bad one is named once."""
+    good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
+    soundfile.write(good, np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10, 16000)
+    bad.write_bytes(good.read_bytes()[:30])
+    babble = Babble([good, bad])
+    with caplog.at_level(logging.WARNING):
+        noise = [babble.sample(16000, np.random.default_rng(seed)) for seed in range(4)]
+    assert all(part.std() > 0 for part in noise)
+    assert len([r for r in caplog.records if f"{bad}: " in r.getMessage() and "does without" in r.getMessage()]) == 1
 
 
 def test_snrs_are_drawn_from_the_list_and_none_is_clean():

@@ -6,9 +6,9 @@ import tarfile
 from collections import Counter
 from concurrent.futures import Future
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError
 from llama_smop.data.noise import Noise
 from llama_smop.data.plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
+from llama_smop.data.shards import index as where
 from llama_smop.data.shards import read
 from llama_smop.data.shards.index import Shard, ShardError, read_index
 from llama_smop.data.shards.plan import Deal, ShardBatches
@@ -275,9 +276,9 @@ def test_shards_through_a_command(shards):
     assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads addresses with curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="addresses are read with curl")
 def test_shards_over_http(shards, monkeypatch):
-    monkeypatch.setattr(read, "WAITS_S", ())
+    monkeypatch.setattr(where, "WAITS_S", ())
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=shards))
     Thread(target=server.serve_forever, daemon=True).start()
@@ -294,9 +295,39 @@ def test_shards_over_http(shards, monkeypatch):
         server.server_close()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="addresses are read with curl")
+def test_a_server_that_falls_silent_is_given_up(monkeypatch):
+    """In the middle of a file, its connection open: without a limit a training would wait for ever."""
+    monkeypatch.setattr(where, "SILENCE_S", 1)
+    monkeypatch.setattr(where, "WAITS_S", ())
+    done = Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.wfile.flush()
+            done.wait(30)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ShardError, match="the command ended with 28"):
+            read.read_shard(f"http://127.0.0.1:{server.server_port}", Shard("a.tar", (0,), (25,)))
+    finally:
+        done.set()
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_command_that_fails_is_tried_again(shards, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(read, "WAITS_S", (0, 0))
-    monkeypatch.setattr(read.logger, "propagate", True)
+    monkeypatch.setattr(where, "WAITS_S", (0, 0))
+    monkeypatch.setattr(where.logger, "propagate", True)
     script = tmp_path / "fetch"
     script.write_text(
         f'#!/bin/sh\ncase $1 in *.json) ;; *) echo x >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -gt "$2" ] || '
@@ -336,6 +367,7 @@ def test_an_index_that_cannot_be_used_is_named(shards, tmp_path):
         ({"format": 1}, "expected an index of format 2; `llama-smop corpus shard`"),
         ({"shards": index["shards"][1:]}, "expected every clip once"),
         ({"shards": [index["shards"][0] | {"name": "../x.tar"}]}, "expected plain names"),
+        ({"shards": [index["shards"][0] | {"name": "x;reboot"}]}, "expected plain names"),
     ):
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(ShardError, match=message):
