@@ -36,7 +36,7 @@ PROMPT_TOKENS = 7
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch: `clips` of `seconds` each, with `text_tokens` of text. The default is the recipe's 1500 video frames."""
+    """A batch: `clips` of `seconds` each, with `text_tokens` of text. The default is 1500 video frames."""
 
     clips: int = 10
     seconds: float = 6.0
@@ -103,6 +103,7 @@ def training(
 ) -> Estimate:
     """Forward, backward and AdamW of one batch; what the config freezes has neither gradients nor optimizer states.
 
+    dtype: what is trained keeps float32 values all the same, as in `train`, and autocast lowers them for the products.
     fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
     run again in the backward; what is left is then so little that SiLU's backward, which fake tensors take in several
     operators, shows: up to a quarter too much. The CTC heads, which only models from scratch have, are left out.
@@ -118,7 +119,7 @@ def training(
                 module.training = module.training and isinstance(module, GradientCheckpointingLayer)
         model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
 
-    return _estimate(config, step, name, "training", dtype)
+    return _estimate(config, step, name, "training", dtype, trained_dtype=torch.float32)
 
 
 def inference(
@@ -146,7 +147,7 @@ def inference(
             logits_to_keep=1,
         )
 
-    return _estimate(config, step, name, f"inference, {num_beams} beam{'s' * (num_beams > 1)}", dtype)
+    return _estimate(config, step, name, f"inference, {num_beams} beam{'s' * (num_beams > 1)}", dtype, dtype)
 
 
 def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -175,15 +176,21 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
     return inputs | text_inputs | {"label_positions": positions}
 
 
-def _estimate(config: LlamaSmopConfig, step, name: str, mode: str, dtype: torch.dtype) -> Estimate:
+def _estimate(
+    config: LlamaSmopConfig, step, name: str, mode: str, dtype: torch.dtype, trained_dtype: torch.dtype
+) -> Estimate:
     config = LlamaSmopConfig(**config.to_dict() | {"ctc_weight": 0.0})
     with torch.device("meta"):
         # In eval mode: the published parts have no dropout, and layer drop would need a number drawn.
         model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(trained_dtype)
     with FakeTensorMode():
         _put_on_fake_cpu(model)
         tensors = [*model.parameters(), *model.buffers()]
-        with LiveBytes(tensors) as memory, FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops:
+        autocast = torch.autocast("cpu", dtype, enabled=trained_dtype != dtype)
+        with LiveBytes(tensors) as memory, FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops, autocast:
             step(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         return Estimate(
@@ -330,6 +337,8 @@ def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
         "rate_audio": section.rate_audio,
         "rate_video": section.rate_video,
         "compression": section.compression,
+        "load_balancing_coef": section.load_balancing_coef,
+        "router_z_coef": section.router_z_coef,
     }
     if section.tiny is not None:
         with torch.device("meta"):

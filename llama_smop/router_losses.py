@@ -27,6 +27,11 @@ def joint_losses(
         routers, num_experts: R and X.
         group: processes that share the batch; default all, and none where torch.distributed is not in use.
     """
+    with torch.autocast(logits.device.type, enabled=False):  # sums over tokens, and counts of them: float32
+        return _joint_losses(logits.float(), experts, modality, routers, num_experts, group)
+
+
+def _joint_losses(logits, experts, modality, routers, num_experts, group) -> tuple[Tensor, Tensor]:
     T, E = logits.shape
     router = modality.long() if routers > 1 else torch.zeros(T, dtype=torch.int64, device=logits.device)
     member = F.one_hot(router, routers).to(logits.dtype) * (experts[:, :1] < num_experts)

@@ -7,6 +7,7 @@ its gradient would be half of what a training step of the 1B model holds.
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -47,15 +48,20 @@ def resolve(kind: str, language_model: PreTrainedModel) -> str:
     reason = None
     if model_type not in PLAIN_HEADS:
         reason = f"knows the heads of {', '.join(PLAIN_HEADS)}, this language model is a {model_type}"
-    elif type(head) is not nn.Linear or head.bias is not None:
+    elif nn.Linear not in (type(head), *_under_fsdp2(head)) or head.bias is not None:
         reason = f"needs a linear head without a bias, got {head}"
-    elif isinstance(head.weight, DTensor):  # one that only its own forward gathers
-        reason = "needs the head's whole weight, and it is sharded by itself; shard it with the root module"
+    elif isinstance(head.weight, DTensor) and not isinstance(head, FSDPModule):
+        reason = "needs the head's whole weight, and here it is one of a tensor-parallel model"
     if kind == "auto":
         return "plain" if reason else "chunked"
     if kind != "plain" and reason:
         raise ValueError(f'fused_loss "{kind}" {reason}, or use "plain"')
     return kind
+
+
+def _under_fsdp2(module: nn.Module) -> tuple[type, ...]:
+    """What it was before FSDP2 gave it a class that is derived from both."""
+    return type(module).__bases__ if isinstance(module, FSDPModule) else ()
 
 
 def without_logits(
@@ -109,8 +115,12 @@ def forward_without_logits(
     outputs = language_model.get_decoder()(**arguments)
     rows = outputs.last_hidden_state.flatten(0, 1)[positions]
     targets = labels.flatten()[positions + 1]
-    weight = language_model.get_output_embeddings().weight
-    total = (_liger if kind == "liger" else linear_cross_entropy)(rows, weight, targets)
+    head = language_model.get_output_embeddings()
+    if isinstance(head, FSDPModule):  # which gathers its weight where it is called, and holds it up to the backward
+        head(rows[:0])
+    if isinstance(head.weight, DTensor):
+        raise ValueError(f'fused_loss "{kind}" needs a head that is not resharded after its forward; or use "plain"')
+    total = (_liger if kind == "liger" else linear_cross_entropy)(rows, head.weight, targets)
     return CausalLMOutputWithPast(
         loss=total / (len(positions) if num_items_in_batch is None else num_items_in_batch),
         past_key_values=outputs.past_key_values,

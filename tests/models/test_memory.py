@@ -84,6 +84,9 @@ def test_training(dtype, changes, options):
     config = scaled_down(**changes)
     estimate = memory.training(config, WORKLOAD, dtype=dtype, **options)
     model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if "gradient_checkpointing" in options:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -92,7 +95,8 @@ def test_training(dtype, changes, options):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step():
-        model(**memory.batch(config, WORKLOAD, dtype), skip_logits=skip_logits).loss.backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(**memory.batch(config, WORKLOAD, dtype), skip_logits=skip_logits).loss.backward()
 
     step()  # what the first step alone allocates
     model.zero_grad(set_to_none=True)
