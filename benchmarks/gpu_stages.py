@@ -255,7 +255,9 @@ def _tests(dry: bool) -> list[Case]:
         if c.dry:
             return {"note": "a dry run starts no tests"}
         log = c.out / "pytest.txt"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", *GPU_TESTS]
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--continue-on-collection-errors", *GPU_TESTS]
+        if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling kernels, on the CPU
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
         c.starting("pytest -m gpu", patience_s=c.budget_s)
         with log.open("w") as stream:
             try:
@@ -263,7 +265,9 @@ def _tests(dry: bool) -> list[Case]:
                     command, cwd=environment.ROOT, stdout=stream, stderr=subprocess.STDOUT, timeout=c.budget_s
                 )
             except subprocess.TimeoutExpired:
-                return {"note": f"stopped after {c.budget_s:.0f} s; see {log.name}"}
+                words = log.read_text(errors="replace").split()
+                so_far = f"{words.count('PASSED')} passed, {words.count('FAILED')} failed"
+                return {"note": f"stopped after {c.budget_s:.0f} s with {so_far}; see {log.name}"}
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return {"note": f"exit {done.returncode}: {lines[-1][:200] if lines else 'no output'}"}
 
