@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -41,8 +42,12 @@ def save(
         return files.write_aside(folder, write)
 
 
-def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
+def load(
+    folder: str | Path, device: str | torch.device | None = None
+) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """Model (in eval mode) and processor of a folder that `save` or a training run wrote.
+
+    device: by default a GPU where there is one.
 
     Raises:
         ValueError: no such folder, no model in it, or weights that disagree with the configuration; one line.
@@ -55,7 +60,8 @@ def load(folder: str | Path) -> tuple[LlamaSmopForConditionalGeneration, LlamaSm
     try:
         with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-            return model.eval(), LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
+            model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return model, LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
 
@@ -78,14 +84,15 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def publishing(trainer: Trainer) -> Iterator[None]:
-    """While open, the Trainer writes its checkpoint aside; on leaving it is sealed and appears under its name."""
+def publishing(trainer: Trainer) -> Iterator[Path]:
+    """While open, the Trainer writes its checkpoint aside, into the folder that it gives; on leaving it is sealed and
+    appears under its name."""
     run = Path(trainer.args.output_dir)
     staging = run / STAGING
     trainer._get_output_dir = lambda trial: str(staging)
     try:
         with _quietly():
-            yield
+            yield staging
     finally:
         del trainer._get_output_dir
     trainer.accelerator.wait_for_everyone()
@@ -118,8 +125,7 @@ def is_whole(folder: Path, suffix: str = "") -> bool:
 
 def whole(run: Path) -> Iterator[Path]:
     """The whole checkpoints under `run`, newest first; a damaged one is named in a warning and passed over."""
-    found = [(int(p.name.split("-")[1]), p) for p in run.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
-    for _, folder in sorted(found, reverse=True):
+    for folder in sorted((p for p in run.glob("checkpoint-*") if _step(p)), key=_step, reverse=True):
         if is_whole(folder):
             yield folder
         else:
@@ -128,6 +134,20 @@ def whole(run: Path) -> Iterator[Path]:
 
 def latest(run: Path) -> Path | None:
     return next(whole(run), None)
+
+
+def discard_after(run: Path, start: Path | None) -> None:
+    """Remove the damaged checkpoints after the one that a training goes on from: it comes by there again, and they
+    would count among those that are kept."""
+    step = 0 if start is None else _step(start)
+    for folder in run.glob("checkpoint-*"):
+        if _step(folder) > step:
+            files.remove(folder)
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.split("-")[1]
+    return int(number) if number.isdecimal() else 0
 
 
 def discard_unfinished(out: Path) -> None:

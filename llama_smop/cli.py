@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Speech recognition that listens and reads lips, with a fast sparse mixture of projectors.",
 )
-corpus_app = typer.Typer(no_args_is_help=True, help="The generated talking corpus, in the LRS3 layout.")
+corpus_app = typer.Typer(no_args_is_help=True, help="Corpora in the LRS3 layout: label, generate, show, shard.")
 app.add_typer(corpus_app, name="corpus")
 
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
@@ -72,6 +72,21 @@ def corpus_show(
     png = png or root / "contact_sheet.png"
     contact_sheet(root, png, n=clips)
     print(png)
+
+
+@corpus_app.command("labels")
+def corpus_labels(
+    root: Annotated[Path, typer.Argument(help="What auto_avsr's preparation wrote: labels/, lrs3/.")],
+    prepared: Annotated[list[str], typer.Option("--from", help="Its label file, under root/labels; may be repeated.")],
+    to: Annotated[str, typer.Option(help="Label file to write, under root/labels.")],
+    min_seconds: Annotated[float, typer.Option(min=0, help="Leave out shorter clips.")] = 0.5,
+    max_seconds: Annotated[float, typer.Option(help="Leave out longer clips; Whisper takes 30.")] = 30.0,
+    keep_case: Annotated[bool, typer.Option("--keep-case", help="Do not lower-case the texts.")] = False,
+) -> None:
+    """Write a label file with texts for clips that auto_avsr's preparation cropped of LRS2, LRS3 or VoxCeleb2."""
+    from llama_smop.data.prepared import write_labels
+
+    print(write_labels(root, prepared, to, min_seconds=min_seconds, max_seconds=max_seconds, lower=not keep_case))
 
 
 @corpus_app.command("shard")
@@ -148,11 +163,18 @@ def evaluate(
     modality: Annotated[list[str] | None, typer.Option(help="audio, video, audiovisual; may be repeated.")] = None,
     snr: Annotated[list[str] | None, typer.Option(help='Decibels or "clean"; may be repeated.')] = None,
     noise: Annotated[str, typer.Option(help='"babble" or a sound file.')] = "babble",
+    babble_labels: Annotated[str, typer.Option(help="Label file of the clips that babble is mixed of.")] = "train.csv",
     beams: Beams = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode clips; default: 4 on a GPU.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write rows and transcripts here too.")] = None,
 ) -> None:
-    """Word error rate by modality and SNR, as a table."""
+    """Word error rate by modality and SNR, as a table. Under torchrun the clips are shared out over the processes."""
     from dataclasses import asdict
+
+    import torch
+    from accelerate import PartialState
 
     from llama_smop import checkpoint, files
     from llama_smop import evaluate as module
@@ -160,17 +182,25 @@ def evaluate(
     unknown = set(modality or ()) - set(module.MODALITIES)
     if unknown:
         raise ValueError(f"--modality takes {', '.join(module.MODALITIES)}, got {', '.join(sorted(unknown))}")
-    loaded, processor = checkpoint.load(model)
+    snrs = [_snr(text) for text in snr or ["clean"]]
+    here = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of torchrun's with its own GPU
+    loaded, processor = checkpoint.load(model, here.device)
     rows, transcripts = module.evaluate(
         loaded,
         processor,
         root,
         labels,
         modalities=modality,
-        snrs=[_snr(text) for text in snr or ["clean"]],
+        snrs=snrs,
         noise=noise,
+        babble_labels=babble_labels,
         num_beams=beams,
+        workers=(4 if here.device.type == "cuda" else 0) if workers is None else workers,
+        distributed=here.use_distributed,
     )
+    here.destroy_process_group()
+    if not here.is_main_process:
+        return
     print(module.table(rows))
     if json is not None:
         records = [asdict(row) | {"transcripts": texts} for row, texts in zip(rows, transcripts, strict=True)]

@@ -34,12 +34,12 @@ def expert_activation(model, processor, data) -> dict | None:
     counts = torch.zeros(2, X, dtype=torch.long)
     for index in range(len(data)):
         item = data[index]
-        inputs = processor(**{m: [item[m]] for m in present})
+        inputs = processor(**{m: [item[m]] for m in present}).to(model.device)
         streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask") if k in inputs}
         speech = model.get_speech_features(**streams)
         chosen, split = speech.projection.expert_indices[0], speech.audio_tokens
         for m, ids in enumerate((chosen[:split], chosen[split:])):
-            counts[m] += torch.bincount(ids.flatten().long(), minlength=X + 1)[:X]
+            counts[m] += torch.bincount(ids.flatten().long().cpu(), minlength=X + 1)[:X]
     separate = X == 2 * E
     return {
         "sharing": projector.sharing,

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from llama_smop import files
+from llama_smop.score import per_cent
 
 STYLE = """
 :root { color-scheme: light; }
@@ -54,8 +55,8 @@ def facts(items: Mapping[str, object]) -> str:
     return f"<table>{rows}</table>"
 
 
-def percent(share: float | None, empty: str = "–") -> str:
-    return empty if share is None else f"{100 * share:.1f} %"
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
@@ -70,7 +71,8 @@ def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
     lines = []
     for labels, modality in dict.fromkeys((r["labels"], r["modality"]) for r in rows):
         found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"]) == (labels, modality)}
-        cells = "".join(f'<td class="number">{percent(found.get(s), empty="")}</td>' for s in snrs)
+        shown = ("" if found.get(s) is None else f"{per_cent(found[s])} %" for s in snrs)
+        cells = "".join(f'<td class="number">{rate}</td>' for rate in shown)
         name = html.escape(names.get(labels, labels))
         lines.append(f"<tr><td>{name}</td><td>{plots.NAMES[modality]}</td>{cells}</tr>")
     return f"<table><tr><th>clips</th><th>input</th>{head}</tr>{''.join(lines)}</table>"

@@ -49,3 +49,8 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
         deletions=counts.deletions,
         insertions=counts.insertions + heard_in_silence,
     )
+
+
+def per_cent(wer: float) -> str:
+    """A rate in per cent: one decimal, two below 10 %, as published numbers are given."""
+    return f"{100 * wer:.{1 if wer >= 0.1 else 2}f}"

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from llama_smop import checkpoint
 from llama_smop.data.lrs3 import load_clip
 from llama_smop.data.media import MediaError
@@ -29,7 +27,6 @@ def transcribe(
         ValueError: no model there, or a modality that it lacks. MediaError: a file that cannot be used.
     """
     loaded, processor = checkpoint.load(model)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     known = supported(loaded)
     if modality is not None and modality not in known:
         raise ValueError(f"{model} takes {', '.join(known)}, not {modality}")
