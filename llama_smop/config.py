@@ -52,6 +52,8 @@ class ModelSection(Section):
     rate_video: int = Field(2, ge=1)
     compression: Literal["pool", "stack"] = "pool"
     projector: ProjectorSection = ProjectorSection()
+    load_balancing_coef: float = Field(0.01, ge=0)  # weights of the routers' losses in the training loss
+    router_z_coef: float = Field(0.001, ge=0)
 
     @model_validator(mode="after")
     def _one_origin(self):

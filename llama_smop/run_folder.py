@@ -41,6 +41,9 @@ class RunFolder(TrainerCallback):
         """Note a start, going on from `checkpoint` if there is one; `fresh`: what was noted before is forgotten."""
         if not self.writes:
             return
+        if fresh:
+            for name in ("metrics.json", "evaluation.json", "report.html"):
+                files.remove(self.out / name)
         record = self.out / "starts.json"
         starts = files.read_json(record) if record.exists() and not fresh else []
         drawing = {"processes": processes, "data_workers": self.config.data.workers}

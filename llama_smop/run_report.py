@@ -94,9 +94,9 @@ def _entropy(config: dict, log: list[dict]) -> str:
 def _setbacks(log: list[dict], bad_clips: dict[str, str]) -> str:
     skipped = max((int(row.get("skipped_steps", 0)) for row in log), default=0)
     if not skipped and not bad_clips:
-        return "<h2>Setbacks</h2><p>None: no step was skipped, every clip could be read.</p>"
-    steps = f"<p>{skipped} steps skipped: loss or gradient was not a finite number.</p>" if skipped else ""
-    clips = f"<p>{len(bad_clips)} clips could not be read; others took their places.</p>{facts(bad_clips)}"
+        return "<h2>Setbacks</h2><p>None: no step was skipped, every clip could be used.</p>"
+    steps = f"<p>Steps skipped, whose loss or gradient was not a finite number: {skipped}.</p>" if skipped else ""
+    clips = f"<p>Clips that could not be used and gave way to others: {len(bad_clips)}.</p>{facts(bad_clips)}"
     return f"<h2>Setbacks</h2>{steps}{clips if bad_clips else ''}"
 
 

@@ -1,12 +1,11 @@
 """Training on transformers' Trainer: what the published recipe adds to it, and nothing of an engine of our own."""
 
+import logging
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
@@ -18,10 +17,14 @@ from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+from llama_smop.models.checkpoint import put_special_token_rows
 from llama_smop.models.lm_loss import check_fused_loss, label_positions
+from llama_smop.resume import check_shared, starting_point
 from llama_smop.run_folder import RunFolder, check_places
 from llama_smop.setbacks import ReplacedClips, Setbacks
-from llama_smop.trainer import LossBar, SmopTrainer
+from llama_smop.trainer import LossBar, Rhythm, SmopTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -40,10 +43,14 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     checkpoints = out / "checkpoints"
     check_places(config)
     args = _arguments(config, checkpoints)
+    if args.n_gpu > 1:  # the Trainer would split every batch over them by threads, and its label positions with it
+        logger.warning("%d GPUs are visible and one is used: start with torchrun to train on all of them", args.n_gpu)
+        args._n_gpu = 1
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("run.strategy fsdp2 shards over processes: start it with torchrun, or take ddp")
     check_fused_loss(config.optimizer.fused_loss, args.device)
     folder = RunFolder(out, config, writes=args.process_index == 0)
+    check_shared(out, args)
     if args.process_index == 0:
         checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
@@ -60,7 +67,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     trainer = SmopTrainer(
         model=model,
         args=args,
-        train_dataset=ReplacedClips(clips, config.data.max_bad_clips),
+        train_dataset=ReplacedClips(clips, config.data.max_bad_clips, processor.unfit),
         processing_class=processor,
         data_collator=Collator(processor),
         callbacks=[*callbacks, folder],
@@ -69,8 +76,12 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
-    start = _starting_point(checkpoints, resume, args)
+    trainer.add_callback(Rhythm)
+    start = starting_point(out, config, resume, args, len(trainer.plan) // config.optimizer.accumulate)
+    if start is not None and model.config.sources:
+        put_special_token_rows(model, start)  # frozen, so not among the weights that the Trainer loads
     folder.begin(start, args.world_size, fresh=not resume)
+    trainer.setbacks.begin(start, fresh=not resume)
     trainer.train(resume_from_checkpoint=start)
     weights = trainer.whole_weights() if config.run.average_last == 1 else None
     if trainer.is_world_process_zero():
@@ -82,17 +93,6 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     return out / "model"
 
 
-def _starting_point(checkpoints: Path, resume: bool, args: TrainingArguments) -> str | None:
-    """The newest whole checkpoint, found by the first process for all of them."""
-    latest = None
-    if args.process_index == 0:
-        if not resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        latest = checkpoint.latest(checkpoints)
-    (latest,) = broadcast_object_list([None if latest is None else str(latest)])
-    return latest
-
-
 def build(config: TrainConfig, texts: Sequence[str]):
     """The model and processor that a configuration describes; a tiny one learns the words of `texts`."""
     section = config.model
@@ -102,6 +102,8 @@ def build(config: TrainConfig, texts: Sequence[str]):
         "rate_audio": section.rate_audio,
         "rate_video": section.rate_video,
         "compression": section.compression,
+        "load_balancing_coef": section.load_balancing_coef,
+        "router_z_coef": section.router_z_coef,
     }
     if section.tiny is not None:
         from llama_smop.models.tiny import build_tiny

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -16,6 +16,7 @@ from llama_smop import checkpoint, sharding
 from llama_smop.data.plan import TrainingPlan
 from llama_smop.setbacks import Setbacks
 
+ASKED = ("initial_lr", "weight_decay", "betas")  # of a parameter group
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
 
 
@@ -125,8 +126,10 @@ class SmopTrainer(Trainer):
             yield name, values[:-1], values[-1]
 
     def _save_checkpoint(self, model, trial) -> None:
-        with checkpoint.publishing(self):
+        with checkpoint.publishing(self) as staging:
             super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                self.setbacks.keep(staging / f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
@@ -153,11 +156,36 @@ class SmopTrainer(Trainer):
         sharding.load_weights(model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        asked = [{name: group[name] for name in ASKED} for group in self.optimizer.param_groups]
+        if self.is_fsdp_enabled:
             sharding.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        # What the configuration says now, which may have been changed since: the checkpoint would bring back its own.
+        schedule = self.lr_scheduler
+        schedule.base_lrs = [settings["initial_lr"] for settings in asked]
+        rules = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * rule(schedule.last_epoch) for base, rule in rules]
+        for group, settings, lr in zip(self.optimizer.param_groups, asked, schedule._last_lr, strict=True):
+            group |= settings | {"lr": lr}
+
+
+class Rhythm(TrainerCallback):
+    """When to log and to save: as the configuration says, not a checkpoint that was made under another.
+
+    Every checkpoint is logged too, so that what a row is the mean of does not reach over it: a run that goes on there
+    logs what the undisturbed one does.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = True
 
 
 class LossBar(ProgressCallback):

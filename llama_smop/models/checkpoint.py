@@ -93,18 +93,23 @@ def complete(model, info: dict, folder: str | Path) -> None:
         module.load_state_dict(own, strict=False)
     info["missing_keys"] = set()
     if "language_model" in fetched:
-        _put_special_token_rows(model, folder)
+        put_special_token_rows(model, folder)
 
 
 @torch.no_grad()
-def _put_special_token_rows(model, folder: str | Path) -> None:
+def put_special_token_rows(model, folder: str | Path) -> None:
+    """Give an unsharded model the markers' embeddings that its checkpoint holds.
+
+    Raises:
+        ValueError: the checkpoint lacks them.
+    """
     file = Path(folder) / SPECIAL_TOKENS_FILE
     if not file.is_file():
         raise ValueError(f"{folder}: lacks {SPECIAL_TOKENS_FILE}, the embeddings of the speech markers; copy it too")
     rows = load_file(file)
-    model.get_input_embeddings().weight[rows["ids"]] = rows["input"].to(model.dtype)
-    if "output" in rows:
-        model.get_output_embeddings().weight[rows["ids"]] = rows["output"].to(model.dtype)
+    for which, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        if which in rows:
+            layer.weight[rows["ids"].to(layer.weight.device)] = rows[which].to(layer.weight)
 
 
 def _special_ids(config) -> list[int]:

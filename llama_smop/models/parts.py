@@ -62,11 +62,16 @@ def assembled_config(
     if isinstance(lora, str) or "r" in lora:
         lora = {"language_model": lora}
     present = tuple(m for m in MODALITIES if f"{m}_tower" in sources)
-    if not present or set(modalities or present) != set(present):
-        raise ValueError(
-            f"modalities {list(modalities or ())} need a tower each, audio_tower and video_tower; got "
-            f"{[f'{m}_tower' for m in present]}"
-        )
+    for modality in MODALITIES:
+        if modalities and (modality in modalities) != (modality in present):
+            tower = f"{modality}_tower"
+            raise ValueError(
+                f"modalities are {', '.join(modalities)}, so {tower} is needed and not given"
+                if modality in modalities
+                else f"{tower} is given, and modalities are {', '.join(modalities)}: leave it out (null in YAML)"
+            )
+    if not present:
+        raise ValueError("expected audio_tower, video_tower or both, got neither")
     parts = {}
     feature_extractor = WhisperFeatureExtractor()
     if audio_tower is not None:

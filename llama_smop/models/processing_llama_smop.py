@@ -137,6 +137,18 @@ class LlamaSmopProcessor(ProcessorMixin):
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
         return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
 
+    def unfit(self, samples: int | None = None, frames: int | None = None, text: str = "") -> str | None:
+        """Why a clip of so many audio samples and video frames, None = without, cannot be in a batch; None = it can."""
+        try:
+            if frames is not None:
+                self.video_tokens(frames)
+            if samples is not None:
+                self.audio_tokens(samples if frames is None else frames * SAMPLES_PER_VIDEO_FRAME)
+            self.encode(text)
+        except ValueError as error:
+            return str(error)
+        return None
+
     # -- lengths ---------------------------------------------------------------------------------------------------
 
     def audio_frames(self, samples: int) -> int:

@@ -35,8 +35,11 @@ def build_tiny(
     ctc_weight: float = 1.5,
     backend: str = "auto",
     recompute: str = "none",
+    **settings,
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
+
+    settings: further fields of `LlamaSmopConfig`.
 
     The initial scales (Whisper 0.12, Llama 0.08) matter: at the usual 0.02 such a model stays near chance for minutes.
     Parameters are drawn from torch's generator: seed it for the same model twice.
@@ -115,6 +118,7 @@ def build_tiny(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         ctc_weight=ctc_weight,
+        **settings,
         freeze_towers=False,
     )
     feature_extractor = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)

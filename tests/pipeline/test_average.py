@@ -16,6 +16,7 @@ from llama_smop.config import TrainConfig
 from llama_smop.data.corpus import make_corpus
 from llama_smop.evaluate import evaluate
 from llama_smop.train import train
+from tests.damage import flip_last_byte
 
 pytestmark = pytest.mark.xdist_group("average")
 
@@ -83,7 +84,7 @@ def test_a_training_ends_with_the_mean_of_its_last_checkpoints(trained, corpus):
 
 def test_the_command_passes_over_a_damaged_checkpoint(run, tmp_path, capsys, caplog):
     damaged = run / "checkpoints/checkpoint-3/model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    flip_last_byte(damaged)
     main(["average", str(run), "--last", "2", "--to", str(tmp_path / "mean")])
     assert "mean of checkpoint-4, checkpoint-2" in capsys.readouterr().out
     assert_equal(weights(tmp_path / "mean"), mean_by_hand(run, (2, 4)))
@@ -123,6 +124,6 @@ def test_as_many_checkpoints_must_be_kept(corpus):
 
 def test_a_model_that_was_changed_is_not_loaded(run):
     file = run / "model/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    flip_last_byte(file)
     with pytest.raises(ValueError, match="the weights are not those that were saved"):
         checkpoint.load(run / "model")

@@ -16,12 +16,14 @@ import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from llama_smop import checkpoint
 from llama_smop.cli import main
 from llama_smop.config import read_config
 from llama_smop.data.corpus import make_corpus
 from llama_smop.train import train
+from tests.damage import flip_last_byte
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -128,14 +130,36 @@ def test_a_killed_training_goes_on_to_the_same_losses(run, tmp_path, corpus):
     assert not list(out.rglob(".*writing*")), "an unfinished checkpoint was left behind"
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
-    folder = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    newest = checkpoint.latest(folder)
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    before = checkpoint.latest(folder)
-    assert before is not None and before != newest
-    assert newest.name in caplog.text
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, corpus, caplog):
+    out = shutil.copytree(run, tmp_path / "out", ignore=shutil.ignore_patterns("model"))
+    newest = checkpoint.latest(out / "checkpoints")
+    flip_last_byte(newest / "model.safetensors")
+    train(read_config(config_file(tmp_path, corpus)), out)
+    assert f"{newest.name} is damaged" in caplog.text
+    assert [start["from_step"] for start in json.loads((out / "starts.json").read_text())] == [0, 6]
+    assert curve(out) == curve(run)
+    weights, undisturbed = (load_file(folder / "model/model.safetensors") for folder in (out, run))
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
+
+
+def test_the_only_checkpoint_that_is_kept_is_a_whole_one(run, tmp_path, corpus):
+    """A damaged one with a higher number does not count, nor last."""
+    out = shutil.copytree(run, tmp_path / "out", ignore=shutil.ignore_patterns("model"))
+    config = read_config(config_file(tmp_path, corpus), settings=["run.keep=1"])
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        flip_last_byte(folder / "model.safetensors")
+
+    class Stop(Exception):
+        pass
+
+    class AfterTheFirst(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, out, callbacks=[AfterTheFirst()])
+    assert [folder.name for folder in (out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert checkpoint.latest(out / "checkpoints") is not None
 
 
 def test_evaluate_prints_a_table_and_writes_json(cli, run, corpus, tmp_path):
@@ -158,6 +182,25 @@ def test_evaluate_prints_a_table_and_writes_json(cli, run, corpus, tmp_path):
             (row["substitutions"] + row["deletions"] + row["insertions"]) / row["words"], abs=1e-4
         )
         assert len(row["transcripts"]) == row["clips"]
+
+
+def test_evaluate_gives_the_same_with_workers_and_takes_the_babble_of_other_labels(cli, run, corpus, tmp_path):
+    shutil.copyfile(corpus / "labels/train.csv", tmp_path / "talkers.csv")
+    scores = [tmp_path / "one.json", tmp_path / "two.json"]
+    common = ("evaluate", "--model", run / "model", "--root", corpus, "--modality", "audio", "--snr", "0", "--json")
+    for file, more in zip(scores, ((), ("--workers", "2", "--babble-labels", tmp_path / "talkers.csv")), strict=True):
+        result = cli(*common, file, *more)
+        assert result.code == 0, result.stderr
+    assert scores[0].read_text() == scores[1].read_text()
+
+
+def test_a_clip_longer_than_the_model_takes_is_named_before_any_is_transcribed(cli, run, corpus):
+    labels = corpus / "labels/long.csv"
+    first, second, *_ = (corpus / "labels/test.csv").read_text().splitlines()
+    fields = second.split(",")
+    labels.write_text(f"{first}\n{','.join([*fields[:2], '76', *fields[3:]])}\n")
+    result = cli("evaluate", "--model", run / "model", "--root", corpus, "--labels", "long.csv")
+    one_line(result, fields[1].removesuffix(".mp4"), "3.04 s is longer than the audio window of 3.00 s")
 
 
 def test_transcribe_takes_mp4_and_wav_and_names_each(cli, run, corpus):

@@ -1,6 +1,7 @@
 """Training on several processes: the loss curve of one process with their batches joined, whatever falls to which."""
 
 import json
+import os
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -104,11 +105,12 @@ def joint(corpus, tmp_path_factory):
     runs = {}
 
     def run(world: int, accumulate: int) -> Path:
-        if world not in runs:
-            runs[world] = tmp_path_factory.mktemp("joint")
+        out = runs.get((world, accumulate))
+        if out is None:
+            out = runs[world, accumulate] = tmp_path_factory.mktemp("joint")
             settings = config(corpus, accumulate=accumulate)
-            assert children.run(train_joint_batches, world, settings, runs[world]) == 0
-        return runs[world]
+            assert children.run(train_joint_batches, world, settings, out) == 0
+        return out
 
     return run
 
@@ -167,6 +169,52 @@ def test_they_go_on_after_an_interruption_with_either_strategy(corpus, two, tmp_
     shutil.copytree(two(first) / checkpoint, tmp_path / checkpoint)
     children.ranks(children.train, 2, config(corpus, then, accumulate=2), tmp_path)
     assert_same_curves(tmp_path, two(first), atol=0 if first == then else 1e-5)
+
+
+def train_and_count_logits(tied: bool, config: dict, out: Path) -> None:
+    """Writes how many steps took all logits, and how many did without."""
+    from transformers import LlamaConfig
+
+    from llama_smop.models import modeling_llama_smop, tiny
+
+    tiny.LlamaConfig = lambda **settings: LlamaConfig(**settings | {"tie_word_embeddings": tied})
+    decide, kinds = modeling_llama_smop.without_logits, []
+
+    def counted(*args, **kwargs):
+        kinds.append(decide(*args, **kwargs))
+        return kinds[-1]
+
+    modeling_llama_smop.without_logits = counted
+    children.train(config, out)
+    if os.environ["RANK"] == "0":
+        (out / "kinds.json").write_text(json.dumps(kinds))
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_sharded_head_needs_not_make_all_logits(corpus, tmp_path, tied):
+    for strategy in ("ddp", "fsdp2"):
+        children.ranks(train_and_count_logits, 2, tied, config(corpus, strategy), tmp_path / strategy)
+        assert json.loads((tmp_path / strategy / "kinds.json").read_text()) == ["chunked"] * STEPS
+    assert_same_curves(tmp_path / "fsdp2", tmp_path / "ddp")
+
+
+def score(arguments: list[str]) -> None:
+    from llama_smop.cli import main
+
+    main(["evaluate", *arguments])
+
+
+def test_clips_are_shared_out_when_a_model_is_scored(corpus, two, tmp_path):
+    scores = {world: tmp_path / f"{world}.json" for world in (1, 2)}
+    common = ["--model", str(two("ddp") / "model"), "--root", str(corpus), "--snr", "0", "--snr", "clean"]
+    assert children.run(score, [*common, "--json", str(scores[1])]) == 0
+    children.ranks(score, 2, [*common, "--json", str(scores[2])])
+    assert scores[1].read_text() == scores[2].read_text()
+    assert [row["modality"] for row in json.loads(scores[1].read_text())] == [
+        *(["audio"] * 2),
+        "video",
+        *(["audiovisual"] * 2),
+    ]
 
 
 def test_without_joint_losses_it_is_the_curve_of_the_ranks_in_turn(corpus, tmp_path):

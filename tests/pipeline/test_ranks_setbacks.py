@@ -14,7 +14,7 @@ from llama_smop import checkpoint
 from llama_smop.data.lrs3 import read_labels
 from tests.pipeline import children
 from tests.pipeline.test_kills import SIGKILL, same_run
-from tests.pipeline.test_ranks import assert_same_curves, config, corpus
+from tests.pipeline.test_ranks import STEPS, assert_same_curves, config, corpus
 
 pytestmark = pytest.mark.xdist_group("ranks_setbacks")
 
@@ -83,10 +83,28 @@ def test_bad_clips_of_all_processes_are_reported(corpus, tmp_path):
     assert set(json.loads((tmp_path / "run/bad_clips.json").read_text())) == {str(path) for path in bad}
 
 
-def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path):
-    """The published recipe in small: a layer's weights are frozen in bfloat16, those of its LoRA learn in float32."""
-    # Tied embeddings are sharded by themselves and so take all logits: both do here, since bfloat16 rounds ways apart.
-    settings = config(corpus, precision="bf16", gradient_checkpointing=True, fused_loss="plain")
+def train_on_a_disk_of_its_own(config: dict, out: Path) -> None:
+    """As on a machine that does not share the folder of the run with the others."""
+    from llama_smop import resume
+
+    resume.PATIENCE_S = 0.5
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    rank = os.environ["RANK"]
+    try:
+        children.train(config, out / rank)
+    except ValueError as error:
+        (out / f"error{rank}").write_text(str(error))
+
+
+def test_a_folder_that_is_not_shared_is_refused_at_the_start(corpus, tmp_path):
+    children.ranks(train_on_a_disk_of_its_own, 2, config(corpus), tmp_path)
+    for rank in range(2):
+        assert "is not the same folder on all machines" in (tmp_path / f"error{rank}").read_text()
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def of_parts(settings: dict) -> dict:
+    """The published structure in small: frozen parts, LoRA."""
     settings["model"] = {
         "language_model": str(GOLDEN / "full_model/llm_hf"),
         "audio_tower": str(GOLDEN / "whisper/hf_model"),
@@ -94,6 +112,26 @@ def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path):
         "lora": {"r": 4, "alpha": 8},
         "projector": settings["model"]["projector"],
     }
+    return settings
+
+
+def test_the_markers_embeddings_are_the_checkpoints_after_an_interruption(corpus, tmp_path):
+    """They are random and frozen, so not among the weights that are trained; here another seed would draw others."""
+    settings = of_parts(config(corpus))
+    assert children.run(children.train, settings, tmp_path) == 0
+    shutil.rmtree(tmp_path / "model")
+    settings["run"]["seed"] = 1
+    settings["optimizer"]["steps"] += 1
+    assert children.run(children.train, settings, tmp_path) == 0
+    rows = load_file(tmp_path / "model/special_tokens.safetensors")
+    for name, value in load_file(tmp_path / f"checkpoints/checkpoint-{STEPS}/special_tokens.safetensors").items():
+        assert torch.equal(rows[name], value), name
+
+
+def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path):
+    """The published recipe in small: a layer's weights are frozen in bfloat16, those of its LoRA learn in float32."""
+    # Tied embeddings are sharded by themselves and so take all logits: both do here, since bfloat16 rounds ways apart.
+    settings = of_parts(config(corpus, precision="bf16", gradient_checkpointing=True, fused_loss="plain"))
     for strategy in ("ddp", "fsdp2"):
         settings["run"]["strategy"] = strategy
         children.ranks(children.train, 2, settings, tmp_path / strategy)

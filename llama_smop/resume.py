@@ -1,0 +1,69 @@
+"""Where a training goes on from, and whether it can: found by the first process, told to all of them."""
+
+import os
+import platform
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llama_smop import checkpoint, files
+from llama_smop.config import TrainConfig
+
+PATIENCE_S = 60  # with file systems that tell late what another machine wrote
+
+
+def starting_point(out: Path, config: TrainConfig, resume: bool, args: TrainingArguments, steps: int) -> str | None:
+    """The newest whole checkpoint under `out`, None to start at the beginning; without `resume` all are removed.
+
+    steps: of the whole training, as it is configured now.
+
+    Raises:
+        ValueError: they are not those the run was begun with, though the epochs are.
+    """
+    checkpoints, latest = out / "checkpoints", None
+    if args.process_index == 0:
+        if not resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        latest = checkpoint.latest(checkpoints)
+        checkpoint.discard_after(checkpoints, latest)
+        if latest is not None:
+            _check_length(out, latest, config, steps)
+    (latest,) = broadcast_object_list([None if latest is None else str(latest)])
+    return latest
+
+
+def _check_length(out: Path, latest: Path, config: TrainConfig, steps: int) -> None:
+    before = files.read_json(latest / TRAINER_STATE_NAME)["max_steps"]
+    if not (out / "config.json").exists():
+        return
+    epochs = files.read_json(out / "config.json")["optimizer"]["epochs"]  # as this run was begun or last gone on with
+    if steps != before and config.optimizer.epochs is not None and config.optimizer.epochs == epochs:
+        raise ValueError(
+            f"{out} was planned as {before} steps, and {epochs:g} epochs are {steps} now: the number of processes, the "
+            "batches or the data have changed; say how many steps it shall have in all, with --set "
+            f"optimizer.epochs=null --set optimizer.steps={before}, or train anew with --no-resume"
+        )
+
+
+def check_shared(out: Path, args: TrainingArguments) -> None:
+    """Raises ValueError: a machine that takes part does not see the folder that the first process writes."""
+    if args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
+        return
+    (name,) = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])
+    mark = out / name
+    if args.process_index == 0:
+        files.write_text(mark, "")
+    args.distributed_state.wait_for_everyone()
+    end = time.monotonic() + PATIENCE_S
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(1)
+    blind = {host for host in gather_object([None if mark.exists() else platform.node()]) if host is not None}
+    if args.process_index == 0:
+        files.remove(mark)
+    if blind:
+        raise ValueError(f"{out} is not the same folder on all machines, which it must be: not on {', '.join(blind)}")
