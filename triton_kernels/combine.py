@@ -20,7 +20,7 @@ from .segments import block_of, ceil_div, max_tiles, tile_segment, tiles_per_exp
 def combine_fwd_kernel(
     z_ptr,  # (rows, O)
     weights_ptr,  # (T, TOP_K) float32, or None: plain sum
-    experts_ptr,  # (T, TOP_K) int32, or None: row k·T + t for choice k
+    experts_ptr,  # (T, TOP_K) int32; or None where `inverse` is given and γ is not
     inverse_ptr,  # (T, TOP_K) int32, or None in the dense-all order
     gamma_ptr,  # (X, O) or None: no LayerNorm
     beta_ptr,  # (X, O) or None
@@ -43,13 +43,13 @@ def combine_fwd_kernel(
         if inverse_ptr is not None:
             row = tl.load(inverse_ptr + choice)
             routed = row >= 0
-        elif experts_ptr is not None:
+        else:
             expert = tl.load(experts_ptr + choice)
             row = expert * tokens + token
             routed = (expert >= 0) & (expert < num_experts)
-        else:
-            row = k * tokens + token
-            routed = row >= 0
+            if weights_ptr is None:  # a gradient row is the sum over all choices of its expert: it counts once
+                for other in range(k):
+                    routed &= tl.load(experts_ptr + choice - k + other) != expert
         if routed:
             z = tl.load(z_ptr + row.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
             if gamma_ptr is not None:
@@ -218,7 +218,7 @@ def combine_fwd(
 ) -> Launch:
     """One launch: y (T, O) from z (rows, O), every element written; mean and rstd (rows,) of the rows that are used.
 
-    `inverse` None: the dense-all order. `experts` and `weights` None: the plain sum over all experts' rows.
+    `inverse` None: the dense-all order. `weights` None: the plain sum over the rows a token was routed to.
     """
     T, O = y.shape
     block = block_of(O)

@@ -21,6 +21,7 @@ def grouped_wgrad_kernel(
     out_ptr,  # (X, M, N)
     bias_grad_ptr,  # (X, M) or None
     order_ptr,  # (rows,) int32 or None
+    experts_ptr,  # (T, TOP_K) int32 in the dense-all order; else unused, or None
     offs_ptr,  # (X,) int32, or None in the dense-all order
     tokens,
     M,
@@ -59,23 +60,25 @@ def grouped_wgrad_kernel(
         if tile_n == 0:
             total = tl.zeros([BLOCK_M], tl.float32)
             for r0 in range(begin, end, BLOCK_R):
-                r = (r0 + tl.arange(0, BLOCK_R))[:, None]
-                a = tl.load(a_cols[None, :] + r.to(tl.int64) * stride_ar, mask=(r < end) & m_mask[None, :], other=0.0)
+                r = r0 + tl.arange(0, BLOCK_R)
+                a_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)[:, None] & m_mask[None, :]
+                a = tl.load(a_cols[None, :] + r.to(tl.int64)[:, None] * stride_ar, mask=a_mask, other=0.0)
                 total += tl.sum(a.to(tl.float32), 0)
             tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m_mask)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r = begin + tl.arange(0, BLOCK_R)
     b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
+    r_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)
     for _ in range(begin, end, BLOCK_R):
-        r_mask = r < end
         a_mask = m_mask[:, None] & r_mask[None, :]
         a = tl.load(a_cols[:, None] + r.to(tl.int64)[None, :] * stride_ar, mask=a_mask, other=0.0)
         b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=r_mask[:, None] & n_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r += BLOCK_R
-        # One block ahead: were b's address loaded where b is, the copies would be pipelined half as deep.
+        # One block ahead: were what a copy waits for loaded where it starts, copies would be pipelined half as deep.
         b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
+        r_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
     tl.store(out_ptr + out_offset, acc, mask=m_mask[:, None] & n_mask)
@@ -89,6 +92,18 @@ def source_row(r, begin, end, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constex
     return r
 
 
+@triton.jit
+def routed(r, expert, begin, end, experts_ptr, TOP_K: tl.constexpr, DENSE: tl.constexpr):
+    """Whether row r stands for a choice. Other rows of the dense-all order may hold inf and NaN, and so may their x."""
+    inside = r < end
+    if DENSE:
+        chosen = tl.zeros_like(inside)
+        for k in tl.static_range(TOP_K):
+            chosen |= tl.load(experts_ptr + (r - begin) * TOP_K + k, mask=inside, other=-1) == expert
+        inside = chosen
+    return inside
+
+
 def grouped_wgrad(
     a: Tensor,
     b: Tensor,
@@ -96,6 +111,7 @@ def grouped_wgrad(
     out: Tensor,
     *,
     bias_grad: Tensor | None = None,
+    experts: Tensor | None = None,
     gather: bool = False,
     order: Tensor | None = None,
     top_k: int = 1,
@@ -106,7 +122,8 @@ def grouped_wgrad(
 
     Args:
         a: (rows, M), any strides.  b: (rows, N), any strides; with `gather`, (T, N), read through `order`.
-        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens.
+        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens, which needs their `experts`,
+            (T, top_k) int32: only rows of a token's own experts count.
         out: (X, M, N), contiguous.  bias_grad: (X, M).
     """
     X, M, N = out.shape
@@ -114,7 +131,7 @@ def grouped_wgrad(
     return Launch(
         grouped_wgrad_kernel,
         (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
-        (a, b, out, bias_grad, order, offs, tokens, M, N, *a.stride(), *b.stride()),
+        (a, b, out, bias_grad, order, experts, offs, tokens, M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,

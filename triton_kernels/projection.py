@@ -18,6 +18,7 @@ With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) m
 launches it makes. A saved tensor that was dropped costs the launch that made it. Nothing is read back on the host.
 
 Few tokens take the dense-all order: every token through every expert, row e·T + t, no gather and no order.
+Rows of tokens that did not choose the expert may hold anything, inf and NaN too: sums over rows skip them.
 """
 
 import torch
@@ -185,12 +186,13 @@ def expert_projection_bwd(
         saved = pre if keeps_pre(activation) else h
         grouped_gemm(dz, w2, offs, dh, pre=saved, gradient=True, activation=activation, tokens=T).run()
     if need_dparams:
-        grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, tokens=T).run()
-        grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, order=order, top_k=K, tokens=T).run()
+        routing = {"order": order, "experts": experts, "top_k": K, "tokens": T}
+        grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, **routing).run()
+        grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, **routing).run()
     if need_dx:
         dx_rows, dx = x.new_empty((h.shape[0], D)), torch.empty_like(x)
         grouped_gemm(dh, w1, offs, dx_rows, tokens=T).run()
-        combine_fwd(dx_rows, None, None, inverse, dx, X, X if dense else K).run()
+        combine_fwd(dx_rows, None, experts, inverse, dx, X, K).run()
     return dx, dweights, dw1, db1, dw2, db2, dgamma, dbeta
 
 

@@ -1,11 +1,14 @@
 """The whole backend, forward and backward, against the float64 oracle. The error PyTorch makes in the same dtype is the
 measure. Each example runs twice, with copies landing and warps running in another order: the bits must agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from llama_smop.ops import backend_torch
 from tests.kernels.cases import make, through_backend
-from tests.kernels.compare import MODELS, check, skip_unless_served
+from tests.kernels.compare import MODELS, check, fp16, skip_unless_served
 from tests.kernels.runners import poisoned_memory, triton_params
 
 EVERY_MODEL = triton_params(
@@ -67,16 +70,59 @@ def test_tf32_follows_the_matmul_precision(runner, name):
         torch.set_float32_matmul_precision(before)
 
 
+BOTH_ORDERS = pytest.mark.parametrize("tokens", [40, 90], ids=["dense", "sorted"])
+
+
+@BOTH_ORDERS
 @pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90)))
-def test_an_idle_expert_gets_zero_gradients(runner, name):
+def test_an_idle_expert_gets_zero_gradients(runner, name, tokens):
+    """And its parameters reach nothing, not even when they are NaN."""
     model = MODELS[name]
     skip_unless_served(runner, model)
-    inputs = make(model, 100, seed=2, video=0.0)  # no video token: experts E to 2E−1 have no rows
+    inputs = make(model, tokens, seed=2, video=0.0)  # no video token: experts E to 2E−1 have no rows
+    for parameter in inputs.parameters():
+        parameter[model.E :] = float("nan")
     with runner.running(), poisoned_memory():
         results = through_backend(runner.module, model, inputs.to(runner.device))
     for parameter in ("w1", "b1", "w2", "b2", "ln_weight", "ln_bias"):
         assert results[f"d{parameter}"][: model.E].abs().sum() > 0
         assert results[f"d{parameter}"][model.E :].abs().sum() == 0, f"d{parameter} of an idle expert is not zero"
+    for t, value in results.items():
+        assert value.isfinite().all(), f"{t} is not finite"
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90), ("jejr-gelu", 80), ("jedr-silu", 90)))
+def test_padding_may_hold_anything(runner, name, tokens):
+    """A masked token's features and gradients reach nothing, not even when they are NaN."""
+    model = MODELS[name]
+    skip_unless_served(runner, model)
+    inputs = make(model, tokens, seed=6, masked=0.3)
+    padding = {t: getattr(inputs, t).clone() for t in ("x", "dy", "dlogits")}
+    for t in padding.values():
+        t[~inputs.mask] = float("nan")
+    with runner.running(), poisoned_memory():
+        clean = through_backend(runner.module, model, inputs.to(runner.device))
+        results = through_backend(runner.module, model, replace(inputs, **padding).to(runner.device))
+    for t in clean:
+        assert torch.equal(results[t], clean[t]), f"{t} depends on what padding holds"
+
+
+@pytest.mark.parametrize(("runner", "activation"), triton_params(("relu", 80), ("gelu", 90), ("silu", 90)))
+def test_an_expert_may_overflow_on_tokens_that_pass_it_by(runner, activation):
+    """In float16, where every expert sees every token: one is infinite on the rows of experts it did not choose."""
+    model = replace(MODELS["dedr-relu"], activation=activation, dtype=fp16)
+    inputs = make(model, 40, seed=8)
+    inputs.gate_weight[:, :, :8] = 0.0  # the router does not see what makes it overflow
+    _, _, experts, *_ = backend_torch.route_fwd(
+        inputs.x, inputs.gate_weight, inputs.modality, inputs.mask, model.K, model.X
+    )
+    inputs.x[:, :8] = 0.0
+    inputs.x[0, :8] = 8.0
+    inputs.w1[:, :, :8] = 2048.0
+    inputs.w1[experts[0].long(), :, :8] = 0.0
+    with runner.running():
+        check(runner, model, inputs)
 
 
 @pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 80, 90)))
