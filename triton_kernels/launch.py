@@ -125,6 +125,6 @@ def device_type() -> str:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of float32 products, following `torch.set_float32_matmul_precision`."""
-    tf32 = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    """`input_precision` of float32 products, as PyTorch's own on a GPU: every way of setting it shows in this one."""
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -1,7 +1,7 @@
 """The operators on Triton: the functions of `backend_torch`, computed by the kernels of `llama_smop.triton_kernels`.
 
-float32 (IEEE or TF32, following `torch.set_float32_matmul_precision`), bfloat16 and float16. The device is whichever
-Triton drives. No host synchronisation; gradients are bitwise the same from run to run.
+float32 (IEEE or TF32, following `torch.backends.cuda.matmul.fp32_precision`), bfloat16 and float16. The device is
+whichever Triton drives. No host synchronisation; gradients are bitwise the same from run to run.
 """
 
 from contextlib import nullcontext

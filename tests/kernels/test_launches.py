@@ -1,5 +1,9 @@
 """How many kernels an operator launches, and that building them needs no values: everything here is on meta tensors."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -54,6 +58,28 @@ def test_the_backend_says_why_it_cannot_run():
         assert "'meta'" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 4)
     with compiling_for(75):
         assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
+
+
+def test_tf32_follows_every_way_to_ask_for_it():
+    """In a process of its own: once PyTorch has been asked in the new way, its old getter raises."""
+    steps = {
+        "pass": "ieee",
+        "torch.set_float32_matmul_precision('high')": "tf32",
+        "torch.set_float32_matmul_precision('highest')": "ieee",
+        "torch.set_float32_matmul_precision('medium')": "tf32",
+        "matmul.allow_tf32 = False": "ieee",
+        "matmul.allow_tf32 = True": "tf32",
+        "matmul.fp32_precision = 'ieee'": "ieee",
+        "matmul.fp32_precision = 'tf32'": "tf32",
+        "matmul.fp32_precision = 'none'": "ieee",
+        "torch.backends.fp32_precision = 'tf32'": "tf32",
+    }
+    script = ["import torch", "from llama_smop.triton_kernels.launch import dot_precision"]
+    script += ["matmul = torch.backends.cuda.matmul"]
+    script += [f"{step}; print(dot_precision(torch.float32))" for step in steps]
+    command = [sys.executable, "-c", "\n".join(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == list(steps.values()), done.stdout + done.stderr
 
 
 def test_every_shape_gets_a_tile_that_fits():
