@@ -4,7 +4,7 @@ float32 (IEEE or TF32, following `torch.backends.cuda.matmul.fp32_precision`), b
 whichever Triton drives. No host synchronisation; gradients are bitwise the same from run to run.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 
 import torch
@@ -25,11 +25,13 @@ def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_expert
         return f"the Triton backend computes in float32, bfloat16 and float16, got {dtype}"
     if not 1 <= num_experts <= MAX_EXPERTS:
         return f"the Triton backend takes 1 to {MAX_EXPERTS} experts, got {num_experts}"
+    device = torch.device(device)
     try:
-        driven, arch = launch.device_type(), launch.target_arch()
-    except RuntimeError as error:
-        return f"Triton finds no GPU to drive ({error})"
-    if torch.device(device).type != driven:
+        with _made_current(device):
+            driven, arch = launch.device_type(), launch.target_arch()
+    except Exception as error:  # a missing driver, compiler or header: each is raised as something else
+        return f"Triton cannot drive a GPU here ({type(error).__name__}: {' '.join(str(error).split())})"
+    if device.type != driven:
         return f"Triton drives {driven!r} devices here, got {device}"
     if not isinstance(arch, int):
         return f"the Triton backend is tuned for NVIDIA GPUs, got {arch}"
@@ -42,13 +44,17 @@ def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
     return projection.intermediate_rows(tokens, top_k, num_experts)
 
 
-def _on_device_of_first_tensor(function):
-    """Triton launches on the current device: make it the tensors'."""
+def _made_current(device: torch.device) -> AbstractContextManager:
+    """Triton asks about, and launches on, the current device: make it this one."""
+    index = device.index if device.type == "cuda" else None
+    elsewhere = index is not None and index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
+
+def _on_device_of_first_tensor(function):
     @wraps(function)
     def on_device(first: Tensor, *args):
-        elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-        with torch.cuda.device(first.device) if elsewhere else nullcontext():
+        with _made_current(first.device):
             return function(first, *args)
 
     return on_device

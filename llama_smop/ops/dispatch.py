@@ -5,6 +5,7 @@ A backend is a module `backend_<name>.py` with the same functions (see `backend_
 a CPU it is always PyTorch. An explicit choice that cannot run is an error that says why, never a silent fallback.
 """
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,7 @@ from torch import Tensor
 BACKENDS = ("torch", "triton", "cuda")
 ACTIVATIONS = ("relu", "gelu", "silu")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -39,7 +41,19 @@ def _auto_candidates(device: torch.device) -> tuple[str, ...]:
         verified = module("cuda").VERIFIED_ON_GPU
     except ImportError:
         verified = False
-    return ("cuda", "triton", "torch") if verified else ("triton", "torch")
+    names = ("cuda", "triton", "torch") if verified else ("triton", "torch")
+    if device.type == "cuda" and _triton_fails(device):
+        names = tuple(name for name in names if name != "triton")
+    return names
+
+
+@cache  # asked once: a driver that fails takes its time to
+def _triton_fails(device: torch.device) -> bool:
+    """Whether Triton serves nothing on this GPU; why is logged."""
+    reason = unsupported("triton", torch.float32, device, 1, 1)
+    if reason is not None:
+        logger.warning('backend="auto" does without Triton on %s: %s', device, reason)
+    return reason is not None
 
 
 @torch.compiler.assume_constant_result  # under torch.compile the choice is made once, while tracing

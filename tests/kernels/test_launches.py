@@ -1,14 +1,17 @@
-"""How many kernels an operator launches, and that building them needs no values: everything here is on meta tensors."""
+"""How many kernels an operator launches, that building them needs no values (everything here is on meta tensors), and
+when a device is refused."""
 
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from llama_smop.ops import backend_triton
-from llama_smop.triton_kernels import configs, projection, tiles
+from llama_smop.ops import backend_triton, dispatch
+from llama_smop.triton_kernels import configs, launch, projection, tiles
 from llama_smop.triton_kernels.launch import recording
 from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import compiling_for
@@ -58,6 +61,46 @@ def test_the_backend_says_why_it_cannot_run():
         assert "'meta'" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 4)
     with compiling_for(75):
         assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
+
+
+def test_the_tensors_own_device_is_asked(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def switched_to(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched_to)
+    monkeypatch.setattr(launch, "device_type", lambda: "cuda")
+    monkeypatch.setattr(launch, "target_arch", lambda: (90, 75)[current[-1]])
+    assert backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 0), 2, 4) is None
+    assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 1), 2, 4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("0 active drivers"),
+        AssertionError("libcuda.so cannot found!\nPlease create a symlink"),
+        subprocess.CalledProcessError(1, ["gcc", "driver.c"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_auto_says_once_that_triton_cannot_start(monkeypatch, caplog, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(launch, "device_type", fail)
+    monkeypatch.setattr(dispatch, "_triton_fails", cache(dispatch._triton_fails.__wrapped__))
+    gpu = torch.device("cuda")
+    reason = backend_triton.unsupported(torch.bfloat16, gpu, 2, 4)
+    assert type(error).__name__ in reason and "\n" not in reason
+    for dtype in (torch.bfloat16, torch.float32):
+        assert dispatch.resolve("auto", dtype, gpu, 2, 4) != "triton"
+    assert caplog.messages == [f'backend="auto" does without Triton on cuda: {reason}']
 
 
 def test_tf32_follows_every_way_to_ask_for_it():
