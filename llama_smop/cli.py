@@ -79,7 +79,7 @@ def corpus_labels(
     root: Annotated[Path, typer.Argument(help="What auto_avsr's preparation wrote: labels/, lrs3/.")],
     prepared: Annotated[list[str], typer.Option("--from", help="Its label file, under root/labels; may be repeated.")],
     to: Annotated[str, typer.Option(help="Label file to write, under root/labels.")],
-    min_seconds: Annotated[float, typer.Option(min=0, help="Leave out shorter clips.")] = 0.5,
+    min_seconds: Annotated[float, typer.Option(min=0, help="Leave out shorter clips.")] = 0.2,
     max_seconds: Annotated[float, typer.Option(help="Leave out longer clips; Whisper takes 30.")] = 30.0,
     keep_case: Annotated[bool, typer.Option("--keep-case", help="Do not lower-case the texts.")] = False,
 ) -> None:

@@ -38,14 +38,16 @@ def write_labels(
     prepared: Sequence[str],
     to: str,
     *,
-    min_seconds: float = 0.5,
+    min_seconds: float = 0.2,
     max_seconds: float = 30.0,
     lower: bool = True,
     progress: bool = True,
 ) -> Written:
     """Writes `root/labels/{to}` in the layout of lrs3.py from label files of the preparation, one after the other.
 
-    The text is lower-cased, as the published models' labels are, its commas become spaces, and its braces go.
+    Clips outside of `min_seconds` and `max_seconds` are left out; the defaults are what the model takes: a token of
+    five frames, Whisper's window. The text is lower-cased, as the published models' labels are, its commas become
+    spaces, and its braces go.
 
     Raises:
         LabelError: a label file or a text that cannot be read, naming it; no clip that is left.
