@@ -136,13 +136,16 @@ def latest(run: Path) -> Path | None:
     return next(whole(run), None)
 
 
-def discard_after(run: Path, start: Path | None) -> None:
-    """Remove the damaged checkpoints after the one that a training goes on from: it comes by there again, and they
+def set_aside_after(run: Path, start: Path | None) -> None:
+    """Rename the damaged checkpoints after the one that a training goes on from: it comes by there again, and they
     would count among those that are kept."""
     step = 0 if start is None else _step(start)
-    for folder in run.glob("checkpoint-*"):
+    for folder in list(run.glob("checkpoint-*")):
         if _step(folder) > step:
-            files.remove(folder)
+            aside = folder.with_name(f"damaged-{folder.name}")
+            files.remove(aside)
+            folder.rename(aside)
+            logger.warning("%s is kept as %s", folder, aside.name)
 
 
 def _step(folder: Path) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from llama_smop import checkpoint, files
 from llama_smop.config import TrainConfig
+from llama_smop.run_folder import last_start
 
 PATIENCE_S = 60  # with file systems that tell late what another machine wrote
 
@@ -23,31 +23,30 @@ def starting_point(out: Path, config: TrainConfig, resume: bool, args: TrainingA
     steps: of the whole training, as it is configured now.
 
     Raises:
-        ValueError: they are not those the run was begun with, though the epochs are.
+        ValueError: they are not those of the last start, though the epochs are.
     """
     checkpoints, latest = out / "checkpoints", None
     if args.process_index == 0:
         if not resume:
             shutil.rmtree(checkpoints, ignore_errors=True)
         latest = checkpoint.latest(checkpoints)
-        checkpoint.discard_after(checkpoints, latest)
         if latest is not None:
-            _check_length(out, latest, config, steps)
+            _check_length(out, config, steps)
+        checkpoint.set_aside_after(checkpoints, latest)
     (latest,) = broadcast_object_list([None if latest is None else str(latest)])
     return latest
 
 
-def _check_length(out: Path, latest: Path, config: TrainConfig, steps: int) -> None:
-    before = files.read_json(latest / TRAINER_STATE_NAME)["max_steps"]
-    if not (out / "config.json").exists():
+def _check_length(out: Path, config: TrainConfig, steps: int) -> None:
+    start, epochs = last_start(out), config.optimizer.epochs
+    before = None if start is None else start.get("steps")
+    if before in (None, steps) or epochs is None or epochs != start.get("epochs"):
         return
-    epochs = files.read_json(out / "config.json")["optimizer"]["epochs"]  # as this run was begun or last gone on with
-    if steps != before and config.optimizer.epochs is not None and config.optimizer.epochs == epochs:
-        raise ValueError(
-            f"{out} was planned as {before} steps, and {epochs:g} epochs are {steps} now: the number of processes, the "
-            "batches or the data have changed; say how many steps it shall have in all, with --set "
-            f"optimizer.epochs=null --set optimizer.steps={before}, or train anew with --no-resume"
-        )
+    raise ValueError(
+        f"{out} was planned as {before} steps, and {epochs:g} epochs are {steps} now: the number of processes, the "
+        "batches or the data have changed; say how many steps it shall have in all, with --set optimizer.epochs=null "
+        f"--set optimizer.steps={before}, or train anew with --no-resume"
+    )
 
 
 def check_shared(out: Path, args: TrainingArguments) -> None:

@@ -18,11 +18,19 @@ from llama_smop.run_report import write_run_report
 
 logger = logging.getLogger(__name__)
 
+STARTS = "starts.json"
+
 
 def check_places(config: TrainConfig) -> None:
     """Raises ValueError: a place to report to that is not installed."""
     if "wandb" in config.run.report_to and not is_wandb_available():
         raise ValueError("run.report_to names wandb, which is not installed: pip install wandb, or leave it out there")
+
+
+def last_start(out: Path) -> dict | None:
+    """What was noted of a run's last start."""
+    record = out / STARTS
+    return files.read_json(record)[-1] if record.exists() else None
 
 
 class RunFolder(TrainerCallback):
@@ -37,14 +45,15 @@ class RunFolder(TrainerCallback):
         self.out, self.config, self.writes = out, config, writes
         self.wandb = "wandb" in config.run.report_to
 
-    def begin(self, checkpoint: str | Path | None, processes: int, fresh: bool) -> None:
-        """Note a start, going on from `checkpoint` if there is one; `fresh`: what was noted before is forgotten."""
+    def begin(self, checkpoint: str | Path | None, processes: int, steps: int, fresh: bool) -> None:
+        """Note a start of a training of so many steps in all, going on from `checkpoint` if there is one; `fresh`: what
+        was noted before is forgotten."""
         if not self.writes:
             return
         if fresh:
             for name in ("metrics.json", "evaluation.json", "report.html"):
                 files.remove(self.out / name)
-        record = self.out / "starts.json"
+        record = self.out / STARTS
         starts = files.read_json(record) if record.exists() and not fresh else []
         drawing = {"processes": processes, "data_workers": self.config.data.workers}
         before = {name: starts[-1][name] for name in drawing} if starts else drawing
@@ -59,6 +68,8 @@ class RunFolder(TrainerCallback):
                 "run": starts[0]["run"] if starts else uuid.uuid4().hex,
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "from_step": 0 if checkpoint is None else int(Path(checkpoint).name.split("-")[1]),
+                "steps": steps,
+                "epochs": self.config.optimizer.epochs,
                 "command": shlex.join(sys.argv),
                 **drawing,
                 "host": platform.node(),

@@ -85,15 +85,15 @@ class Setbacks:
         """Take note of clips that were passed over.
 
         Raises:
-            ValueError: now more than `max_bad_clips` different ones.
+            ValueError: by now more than `max_bad_clips` different ones.
         """
-        new = {path: reason for path, reason in bad.items() if path not in self.bad_clips}
-        if not new:
+        if not bad:
             return
+        new = {path: reason for path, reason in bad.items() if path not in self.bad_clips}
         for path, reason in new.items():
             logger.warning("%s: %s; another clip takes its place", path, reason)
         self.bad_clips |= new
-        if self.record is not None:
+        if new and self.record is not None:
             files.write_json(self.record, self.bad_clips)
         if len(self.bad_clips) > self.max_bad_clips:
             path, reason = list(self.bad_clips.items())[-1]

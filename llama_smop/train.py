@@ -77,10 +77,11 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
     trainer.add_callback(Rhythm)
-    start = starting_point(out, config, resume, args, len(trainer.plan) // config.optimizer.accumulate)
+    steps = len(trainer.plan) // config.optimizer.accumulate
+    start = starting_point(out, config, resume, args, steps)
     if start is not None and model.config.sources:
         put_special_token_rows(model, start)  # frozen, so not among the weights that the Trainer loads
-    folder.begin(start, args.world_size, fresh=not resume)
+    folder.begin(start, args.world_size, steps, fresh=not resume)
     trainer.setbacks.begin(start, fresh=not resume)
     trainer.train(resume_from_checkpoint=start)
     weights = trainer.whole_weights() if config.run.average_last == 1 else None

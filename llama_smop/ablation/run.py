@@ -45,10 +45,12 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
     threads = grid.threads or max(1, (os.cpu_count() or 1) // jobs)
     with _alone(out):
         for cell in planned:
-            _claim(out / "cells" / cell.name, cell, grid)
+            _check_unclaimed(out / "cells" / cell.name, cell)
         if grid.corpus is not None:
             make_corpus(corpus, clips=grid.corpus.clips, seed=grid.corpus.seed)
         _check_scoring(grid.score, planned)
+        for cell in planned:
+            _claim(out / "cells" / cell.name, cell, grid)
         failures = run_children([out / "cells" / cell.name for cell in planned], jobs, threads)
         machine = {
             "cores": os.cpu_count(),
@@ -162,17 +164,19 @@ def _last_words(log: Path, code: int) -> str:
     return lines[-1] if lines else f"ended with {code}"
 
 
-def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
-    """Note what is asked of a cell; one that was scored otherwise keeps its training and is scored anew.
+def _check_unclaimed(folder: Path, cell: Cell) -> None:
+    """Raises ValueError: the folder holds a cell of another training."""
+    note = folder / "cell.json"
+    # What was noted is checked again, so that a field that is newer than the note has its default.
+    if note.exists() and TrainConfig.model_validate(files.read_json(note)["config"]) != cell.config:
+        raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
 
-    Raises ValueError: the folder holds a cell of another training.
-    """
+
+def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
+    """Note what is asked of a cell; one that was scored otherwise keeps its training and is scored anew."""
     note = folder / "cell.json"
     if note.exists():
-        found = files.read_json(note)  # checked again, so that a field that is newer than the note has its default
-        if TrainConfig.model_validate(found["config"]) != cell.config:
-            raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
-        if ScoreSection.model_validate(found["score"]) == grid.score:
+        if ScoreSection.model_validate(files.read_json(note)["score"]) == grid.score:
             return
         (folder / "result.json").unlink(missing_ok=True)
     asked = {

@@ -14,6 +14,7 @@ from .media import MediaError, audio_path, read_audio
 
 logger = logging.getLogger(__name__)
 
+SUBSTITUTES = 10  # for a clip that cannot be read, in babble
 RECIPE_SNRS = (-5, 0, 5, 10, 15, 20, None)
 
 
@@ -84,26 +85,35 @@ class Babble:
     def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
         total = np.zeros(samples, dtype=np.float32)
         for i in rng.integers(len(self.clips), size=self.speakers):
-            voice = _babbler(self.clips[i])
+            voice = self._voice(int(i))
             if voice is not None:
                 total += _stretch(voice, samples, rng)
         return total
 
+    def _voice(self, first: int) -> np.ndarray | None:
+        """Of that clip, or where it cannot be read of the next: no fault of the clip that the noise is for.
 
-_named: set[str] = set()  # bad clips, each in one warning
+        Raises:
+            MediaError: SUBSTITUTES more cannot be read either.
+        """
+        clips = [self.clips[(first + n) % len(self.clips)] for n in range(SUBSTITUTES + 1)]
+        for clip in clips:
+            try:
+                return _babbler(clip)
+            except MediaError as error:
+                if error.path not in _named:
+                    logger.warning("%s: %s; in babble the next clip takes its place", error.path, error.reason)
+                    _named.add(error.path)
+        raise MediaError(clips[0].path if isinstance(clips[0], Sound) else clips[0], "no clip from here on can be read")
+
+
+_named: set[str] = set()  # bad clips, each in one warning of a process
 
 
 @lru_cache(maxsize=256)  # a shard's clips; those of LRS3 take 80 MB
 def _babbler(clip: Path | Sound) -> np.ndarray | None:
-    """A clip's sound at a level of 1; None where it is silent or cannot be read, which is no fault of the clip that the
-    noise is for."""
-    try:
-        voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
-    except MediaError as error:
-        if error.path not in _named:
-            logger.warning("%s: %s; babble does without it", error.path, error.reason)
-            _named.add(error.path)
-        return None
+    """A clip's sound at a level of 1; None where it is silent."""
+    voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
     level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))
     return voice / np.float32(level) if level > 0 else None
 

@@ -85,6 +85,7 @@ def test_a_grid_is_killed_fails_in_part_and_ends_whole(tmp_path, monkeypatch):
     grid.write_text(yaml.safe_dump(rescored | {"score": {"labels": "tset.csv"}}))
     with pytest.raises(ValueError, match=r"tset\.csv: no such label file"):
         ablate(grid, out)
+    assert result.stat().st_mtime_ns == before, "a slip of the pen cost a result"
     grid.write_text(yaml.safe_dump(rescored))
     ablate(grid, out)
     (first, second) = json.loads((out / "results.json").read_text())["cells"]

@@ -76,7 +76,7 @@ class White:
 
 
 def test_babble_does_without_a_clip_that_cannot_be_read(tmp_path, caplog):
-    """It is no fault of the clip that the noise is for; and the bad one is named once."""
+    """It is no fault of the clip that the noise is for; the bad one is named once, and noise there is."""
     good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
     soundfile.write(good, np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10, 16000)
     bad.write_bytes(good.read_bytes()[:30])
@@ -84,7 +84,9 @@ def test_babble_does_without_a_clip_that_cannot_be_read(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         noise = [babble.sample(16000, np.random.default_rng(seed)) for seed in range(4)]
     assert all(part.std() > 0 for part in noise)
-    assert len([r for r in caplog.records if f"{bad}: " in r.getMessage() and "does without" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if f"{bad}: " in r.getMessage() and "takes its place" in r.getMessage()]) == 1
+    with pytest.raises(MediaError, match=rf"^{bad}: no clip from here on can be read"):
+        Babble([bad]).sample(16000, np.random.default_rng(0))
 
 
 def test_snrs_are_drawn_from_the_list_and_none_is_clean():

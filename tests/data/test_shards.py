@@ -278,7 +278,7 @@ def test_shards_through_a_command(shards):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="addresses are read with curl")
 def test_shards_over_http(shards, monkeypatch):
-    monkeypatch.setattr(where, "WAITS_S", ())
+    monkeypatch.setattr(read, "WAITS_S", ())
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=shards))
     Thread(target=server.serve_forever, daemon=True).start()
@@ -299,7 +299,7 @@ def test_shards_over_http(shards, monkeypatch):
 def test_a_server_that_falls_silent_is_given_up(monkeypatch):
     """In the middle of a file, its connection open: without a limit a training would wait for ever."""
     monkeypatch.setattr(where, "SILENCE_S", 1)
-    monkeypatch.setattr(where, "WAITS_S", ())
+    monkeypatch.setattr(read, "WAITS_S", ())
     done = Event()
 
     class Silent(BaseHTTPRequestHandler):
@@ -326,8 +326,8 @@ def test_a_server_that_falls_silent_is_given_up(monkeypatch):
 
 
 def test_a_command_that_fails_is_tried_again(shards, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(where, "WAITS_S", (0, 0))
-    monkeypatch.setattr(where.logger, "propagate", True)
+    monkeypatch.setattr(read, "WAITS_S", (0, 0))
+    monkeypatch.setattr(read.logger, "propagate", True)
     script = tmp_path / "fetch"
     script.write_text(
         f'#!/bin/sh\ncase $1 in *.json) ;; *) echo x >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -gt "$2" ] || '

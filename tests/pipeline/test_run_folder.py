@@ -33,9 +33,9 @@ def row(step: int, **more) -> dict:
 def run(tmp_path) -> Path:
     """A run started twice, killed or still going on."""
     folder = RunFolder(tmp_path / "run", config(), writes=True)
-    folder.begin(None, processes=1, fresh=False)
+    folder.begin(None, processes=1, steps=40, fresh=False)
     folder.on_log(None, SimpleNamespace(log_history=[row(10), row(20)]), None)
-    folder.begin(tmp_path / "run/checkpoints/checkpoint-20", processes=2, fresh=False)
+    folder.begin(tmp_path / "run/checkpoints/checkpoint-20", processes=2, steps=40, fresh=False)
     return tmp_path / "run"
 
 
@@ -54,22 +54,22 @@ def test_going_on_with_other_processes_is_warned_of(run, caplog):
     """The fixture went on with two: what is the same is no news, what differs changes which clips are drawn."""
     checkpoint = run / "checkpoints/checkpoint-20"
     folder = RunFolder(run, config(), writes=True)
-    folder.begin(checkpoint, processes=2, fresh=False)
+    folder.begin(checkpoint, processes=2, steps=40, fresh=False)
     assert not caplog.messages
-    folder.begin(checkpoint, processes=4, fresh=False)
+    folder.begin(checkpoint, processes=4, steps=40, fresh=False)
     assert "goes on with 4 processes of 0 data workers, before it had 2 of 0" in caplog.text
 
 
 def test_from_the_beginning_again_nothing_is_left_of_before(run):
     before = json.loads((run / "starts.json").read_text())[0]["run"]
-    RunFolder(run, config(), writes=True).begin(None, processes=1, fresh=True)
+    RunFolder(run, config(), writes=True).begin(None, processes=1, steps=40, fresh=True)
     (only,) = json.loads((run / "starts.json").read_text())
     assert only["run"] != before
 
 
 def test_only_the_first_process_writes(tmp_path):
     folder = RunFolder(tmp_path / "run", config(), writes=False)
-    folder.begin(None, processes=2, fresh=False)
+    folder.begin(None, processes=2, steps=40, fresh=False)
     folder.on_log(None, SimpleNamespace(log_history=[row(10)]), None)
     folder.end([row(10)])
     assert not (tmp_path / "run").exists()
@@ -90,7 +90,7 @@ def test_the_page_shows_what_happened(run):
 
 
 def test_a_run_without_a_log_is_refused(tmp_path):
-    RunFolder(tmp_path, config(), writes=True).begin(None, processes=1, fresh=False)
+    RunFolder(tmp_path, config(), writes=True).begin(None, processes=1, steps=40, fresh=False)
     with pytest.raises(ValueError, match="nothing was logged yet"):
         write_report(tmp_path)
 
@@ -116,7 +116,7 @@ def test_all_starts_are_one_run_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     settings = config(report_to=["wandb"], name="first")
     for _ in range(2):
-        RunFolder(tmp_path, settings, writes=True).begin(None, processes=1, fresh=False)
+        RunFolder(tmp_path, settings, writes=True).begin(None, processes=1, steps=40, fresh=False)
     RunFolder(tmp_path, settings, writes=True).end([row(10)])
     first, second, end = calls
     assert first == second and first["resume"] == "allow" and first["name"] == "first" and end == "finish"

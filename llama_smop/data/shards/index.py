@@ -1,24 +1,16 @@
 """Where shards are and what is in them."""
 
 import json
-import logging
 import os
 import re
 import shlex
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 INDEX = "index.json"
 FORMAT = 2
 SILENCE_S = 60  # after which a server that sends nothing is given up
-WAITS_S = (2, 10, 30, 120)  # before a file that could not be fetched is tried again
 
 
 class ShardError(ValueError):
@@ -67,7 +59,11 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
     That is `https://bucket/folder`, or a command such as `pipe:aws s3 cp s3://bucket/folder/{name} -`.
     """
     where = place(source, INDEX)
-    index = patiently(source, lambda: _read_json(source))
+    try:
+        with open_file(source, INDEX) as stream:
+            index = json.loads(stream.read())
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{where}: not the index of written shards ({first_line(error)})") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ShardError(
             f"{where}: expected an index of format {FORMAT}; `llama-smop corpus shard` with the same arguments writes "
@@ -81,14 +77,6 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
     if not np.array_equal(numbers, np.arange(len(numbers))):
         raise ShardError(f"{where}: expected every clip once, numbered from 0")
     return ShardIndex(os.fspath(source), shards, tuple(index["words"]))
-
-
-def _read_json(source: str | os.PathLike):
-    try:
-        with open_file(source, INDEX) as stream:
-            return json.loads(stream.read())
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{place(source, INDEX)}: not the index of written shards ({first_line(error)})") from None
 
 
 def place(source: str | os.PathLike, name: str) -> str:
@@ -107,20 +95,6 @@ def open_file(source: str | os.PathLike, name: str):
     if where.startswith(("http://", "https://")):  # webdataset's own curl waits for ever for a server that falls silent
         where = f"pipe:curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time {SILENCE_S} {shlex.quote(where)}"
     return webdataset().gopen(where)
-
-
-def patiently(source: str | os.PathLike, read: Callable[[], T]) -> T:
-    """What `read` gives; a remote source that fails is tried again, each time after a longer wait.
-
-    Raises ShardError: that did not help.
-    """
-    for wait in WAITS_S if is_remote(source) else ():
-        try:
-            return read()
-        except ShardError as error:
-            logger.warning("%s; trying again in %d s", error, wait)
-            time.sleep(wait)
-    return read()
 
 
 def first_line(error: Exception) -> str:

@@ -1,9 +1,11 @@
 """Clips out of shards."""
 
 import json
+import logging
 import os
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import cached_property
@@ -14,8 +16,12 @@ from ..batching import nearest_in_length
 from ..media import read_audio, read_video
 from ..noise import Babble, Sound
 from ..sources import LoadedClip
-from .index import Shard, ShardError, ShardIndex, first_line, open_file, patiently, place
+from .index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
 from .plan import Deal, ShardBatches
+
+logger = logging.getLogger(__name__)
+
+WAITS_S = (2, 10, 30, 120)  # before a shard that could not be fetched is tried again
 
 
 def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
@@ -24,7 +30,13 @@ def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
     Raises:
         ShardError: it cannot be read or lacks clips; from a remote source, when trying again did not help.
     """
-    return patiently(source, lambda: _read_shard(source, shard))
+    for wait in WAITS_S if is_remote(source) else ():
+        try:
+            return _read_shard(source, shard)
+        except ShardError as error:
+            logger.warning("%s; trying again in %d s", error, wait)
+            time.sleep(wait)
+    return _read_shard(source, shard)
 
 
 def _read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
