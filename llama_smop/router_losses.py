@@ -27,8 +27,9 @@ def joint_losses(
         routers, num_experts: R and X.
         group: processes that share the batch; default all, and none where torch.distributed is not in use.
     """
-    with torch.autocast(logits.device.type, enabled=False):  # sums over tokens, and counts of them: float32
-        return _joint_losses(logits.float(), experts, modality, routers, num_experts, group)
+    with torch.autocast(logits.device.type, enabled=False):  # sums over tokens, and counts of them: float32 or better
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _joint_losses(exact, experts, modality, routers, num_experts, group)
 
 
 def _joint_losses(logits, experts, modality, routers, num_experts, group) -> tuple[Tensor, Tensor]:
