@@ -47,14 +47,8 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
     path = Path(root, "labels", label_file)
     if not path.exists() and Path(label_file).exists():
         path = Path(label_file)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise LabelError(f"{path}: no such label file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     clips, seen = [], {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, "label file").splitlines(), start=1):
         if not line.strip():
             continue
         clip = _parse(line, f"{path}:{number}")
@@ -65,6 +59,16 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
     if not clips:
         raise LabelError(f"{path}: holds no clip")
     return clips
+
+
+def read_text(path: Path, what: str) -> str:
+    """Raises LabelError, naming `what` where it is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LabelError(f"{path}: no such {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _parse(line: str, where: str) -> Clip:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llama_smop import files
 
-from .lrs3 import LabelError, parse_place
+from .lrs3 import LabelError, parse_place, read_text
 from .media import VIDEO_RATE
 
 
@@ -59,7 +59,7 @@ def write_labels(
         path = root / "labels" / source
         if path == target:
             raise LabelError(f"{path}: would be overwritten; give another name to write to")
-        rows = _read(path).splitlines()
+        rows = read_text(path, "label file").splitlines()
         for number, row in enumerate(tqdm(rows, desc=source, unit="clip", disable=not progress), start=1):
             if not row.strip():
                 continue
@@ -87,14 +87,5 @@ def _text_path(clip: str, where: str) -> str:
 
 
 def _text(path: Path, lower: bool) -> str:
-    said = _read(path).replace(",", " ").replace("{", "").replace("}", "")
+    said = read_text(path, "text").replace(",", " ").replace("{", "").replace("}", "")
     return " ".join((said.lower() if lower else said).split())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise LabelError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None

@@ -3,6 +3,7 @@ import shutil
 import pytest
 
 from llama_smop.data.corpus import make_corpus
+from llama_smop.data.shards.write import write_shards
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,12 @@ def small_corpus(tmp_path_factory):
 def corpus_copy(small_corpus, tmp_path):
     """The same clips, to be damaged."""
     return shutil.copytree(small_corpus, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def shards(small_corpus, tmp_path_factory):
+    """The nine training clips in five shards."""
+    pytest.importorskip("webdataset")
+    out = tmp_path_factory.mktemp("shards") / "train"
+    write_shards(small_corpus, "train.csv", out, clips_per_shard=2, progress=False)
+    return out

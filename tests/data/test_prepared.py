@@ -53,8 +53,8 @@ def test_limits_and_case_and_several_files(prepared):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        (lambda root: (root / "labels" / SEGMENTS).unlink(), rf"{SEGMENTS}: no such file"),
-        (lambda root: (root / "lrs3/lrs3_text_seg16s/trainval/abc/50002.txt").unlink(), r"50002\.txt: no such file"),
+        (lambda root: (root / "labels" / SEGMENTS).unlink(), rf"{SEGMENTS}: no such label file"),
+        (lambda root: (root / "lrs3/lrs3_text_seg16s/trainval/abc/50002.txt").unlink(), r"50002\.txt: no such text"),
         (lambda root: (root / "labels" / SEGMENTS).write_text("lrs3,a.mp4,50,1\n"), r"csv:1: expected a path such as"),
         (
             lambda root: (root / "labels" / SEGMENTS).write_text("lrs3,a.mp4\n"),
