@@ -200,7 +200,7 @@ def test_a_clip_longer_than_the_model_takes_is_named_before_any_is_transcribed(c
     fields = second.split(",")
     labels.write_text(f"{first}\n{','.join([*fields[:2], '76', *fields[3:]])}\n")
     result = cli("evaluate", "--model", run / "model", "--root", corpus, "--labels", "long.csv")
-    one_line(result, fields[1].removesuffix(".mp4"), "3.04 s is longer than the audio window of 3.00 s")
+    assert_fails_in_one_line(result, fields[1].removesuffix(".mp4"), "3.04 s is longer than the audio window of 3.00 s")
 
 
 def test_transcribe_takes_mp4_and_wav_and_names_each(cli, run, corpus):
@@ -219,7 +219,7 @@ def test_transcribe_is_deterministic_and_takes_any_rate_and_stereo(cli, run, cor
     assert first.stdout and first.stdout == cli("transcribe", stereo, "--model", run / "model").stdout
 
 
-def one_line(result: Ended, *parts: str) -> None:
+def assert_fails_in_one_line(result: Ended, *parts: str) -> None:
     """The command failed, and said so in one line that holds every part."""
     assert result.code != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("llama-smop: ")]
@@ -234,7 +234,7 @@ def test_clips_that_cannot_be_used_are_named(cli, run, corpus, tmp_path):
     empty.touch()
     cut.write_bytes(clip.read_bytes()[:3000])
     for path, reason in ((tmp_path / "none.mp4", "no such file"), (empty, "empty"), (cut, "cut.mp4")):
-        one_line(cli("transcribe", path, "--model", run / "model"), str(path), reason)
+        assert_fails_in_one_line(cli("transcribe", path, "--model", run / "model"), str(path), reason)
 
 
 def test_a_clip_shorter_than_a_token_is_refused(cli, run, corpus, tmp_path):
@@ -242,7 +242,9 @@ def test_a_clip_shorter_than_a_token_is_refused(cli, run, corpus, tmp_path):
 
     short = tmp_path / "short.mp4"
     write_video(short, np.zeros((1, 96, 96, 3), np.uint8))
-    one_line(cli("transcribe", short, "--model", run / "model", "--modality", "video"), "shorter than one token")
+    assert_fails_in_one_line(
+        cli("transcribe", short, "--model", run / "model", "--modality", "video"), "shorter than one token"
+    )
 
 
 def test_weights_that_disagree_with_their_config_are_refused(cli, run, tmp_path):
@@ -250,11 +252,11 @@ def test_weights_that_disagree_with_their_config_are_refused(cli, run, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["projector_config"]["hidden_features"] = 24
     (folder / "config.json").write_text(json.dumps(config))
-    one_line(cli("transcribe", "x.mp4", "--model", folder), str(folder), "disagree")
+    assert_fails_in_one_line(cli("transcribe", "x.mp4", "--model", folder), str(folder), "disagree")
 
 
 def test_a_folder_without_a_model_is_refused(cli, tmp_path):
-    one_line(cli("transcribe", "x.mp4", "--model", tmp_path), str(tmp_path), "no model here")
+    assert_fails_in_one_line(cli("transcribe", "x.mp4", "--model", tmp_path), str(tmp_path), "no model here")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_labels_with_a_wrong_line_stop_the_training(cli, tmp_path, corpus):
         labels.write("generated,a.mp4,12\n")
     lines = len((root / "labels" / "train.csv").read_text().splitlines())
     result = cli("train", "--config", config_file(tmp_path, root), "--out", tmp_path / "out")
-    one_line(result, f"train.csv:{lines}", "expected 5 fields")
+    assert_fails_in_one_line(result, f"train.csv:{lines}", "expected 5 fields")
 
 
 def test_a_full_disk_leaves_the_model_that_was_there(run, tmp_path, monkeypatch):
