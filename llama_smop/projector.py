@@ -9,7 +9,7 @@ from llama_smop import functional
 from llama_smop.functional import SMoPOutput
 from llama_smop.ops import dispatch
 from llama_smop.ops.expert_projection import check_recompute
-from llama_smop.router_losses import joint_losses
+from llama_smop.ops.router_losses import global_aux_losses
 
 
 class SMoPProjector(nn.Module):
@@ -22,7 +22,7 @@ class SMoPProjector(nn.Module):
     with R routers and X experts (modality-major: expert m·E + e): `gate_weight (R, E, D)`, `w1 (X, H, D)`,
     `b1 (X, H)`, `w2 (X, O, H)`, `b2 (X, O)`, `ln_weight (X, O)`, `ln_bias (X, O)`.
 
-    `joint_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
+    `global_aux_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
 
     Raises:
         ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
@@ -42,7 +42,7 @@ class SMoPProjector(nn.Module):
         backend: str = "auto",
         eps: float = 1e-5,
         recompute: str = "none",
-        joint_losses: bool = False,
+        global_aux_losses: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -59,7 +59,7 @@ class SMoPProjector(nn.Module):
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
         self.activation, self.backend, self.eps, self.recompute = activation, backend, eps, recompute
-        self.joint_losses = joint_losses
+        self.global_aux_losses = global_aux_losses
         factory = {"device": device, "dtype": dtype}
         self.gate_weight = nn.Parameter(torch.empty(R, num_experts, in_features, **factory))
         _add_mlps(self, X, layer_norm, factory)
@@ -100,9 +100,9 @@ class SMoPProjector(nn.Module):
             recompute=self.recompute,
             backend=self.backend,
         )
-        if not self.joint_losses:
+        if not self.global_aux_losses:
             return out
-        balance, z_loss = joint_losses(
+        balance, z_loss = global_aux_losses(
             out.router_logits.flatten(0, -2),
             out.expert_indices.flatten(0, -2),
             None if modality is None else modality.flatten(),

@@ -57,7 +57,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     clips = training_clips(config, args.world_size)
     model, processor = build(config, clips.source.texts)
     if config.optimizer.global_aux_losses and config.model.projector.kind == "smop":
-        model.multi_modal_projector.joint_losses = True
+        model.multi_modal_projector.global_aux_losses = True
     if config.optimizer.compile:
         compile_regions(model)
     if args.fsdp:

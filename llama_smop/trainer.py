@@ -26,7 +26,7 @@ class SmopTrainer(Trainer):
 
     On several processes the gradient is that of one process with their batches joined: the language model's loss is
     the mean over all tokens of the joint batch, CTC over all its clips. The routers' losses are means over the
-    processes, unless the projector has `joint_losses`.
+    processes, unless the projector has `global_aux_losses`.
     """
 
     def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):

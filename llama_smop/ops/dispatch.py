@@ -1,6 +1,6 @@
 """Which backend computes an operator, and the checks every operator makes before anything is launched.
 
-A backend is a module `backend_<name>.py` with the same functions (see `backend_torch`), plain tensors in and out.
+A backend is a module of `backends` with the same functions (see `backends.torch`), plain tensors in and out.
 `"auto"` asks, on a GPU, for the CUDA extension (once it has been verified on hardware), then Triton, then PyTorch; on
 a CPU it is always PyTorch. An explicit choice that cannot run is an error that says why, never a silent fallback.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def module(name: str) -> ModuleType:
-    return import_module(f"llama_smop.ops.backend_{name}")
+    return import_module(f"llama_smop.ops.backends.{name}")
 
 
 def unsupported(name: str, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:

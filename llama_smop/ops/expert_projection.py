@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_smop.ops import direct, dispatch, refusals
 from llama_smop.ops.autocast import Autocast
-from llama_smop.ops.backend_torch import acc_dtype
+from llama_smop.ops.backends.torch import acc_dtype
 
 RECOMPUTE = ("none", "h", "z", "hz")
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from llama_smop.ops import backend_cuda, dispatch
+from llama_smop.ops import dispatch
+from llama_smop.ops.backends import cuda as cuda_backend
 from tests.cuda import extension
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -17,7 +18,7 @@ bf16, i32 = torch.bfloat16, torch.int32
 def built(monkeypatch):
     """The extension as compiled for the tests; a launch raises RuntimeError, for there is no device."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(backend_cuda, "extension", extension.static)
+    monkeypatch.setattr(cuda_backend, "extension", extension.static)
 
 
 def projection(**changed):
@@ -29,7 +30,7 @@ def projection(**changed):
         "ln_weight": torch.zeros(X, O, dtype=bf16), "ln_bias": torch.zeros(X, O, dtype=bf16), "activation": "relu",
         "eps": 1e-5,
     }  # fmt: skip
-    return backend_cuda.expert_projection_fwd(**(arguments | changed))
+    return cuda_backend.expert_projection_fwd(**(arguments | changed))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_arguments_that_fit_reach_the_device():
 
 def test_too_many_experts():
     with pytest.raises(ValueError, match="1 to 128 experts, got 129"):
-        backend_cuda.schedule(torch.zeros(T, K, dtype=i32), 129)
+        cuda_backend.schedule(torch.zeros(T, K, dtype=i32), 129)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_router_arguments(changed, error, message):
         "mask": None, "top_k": K, "num_experts": X,
     }  # fmt: skip
     with pytest.raises(error, match=message):
-        backend_cuda.route_fwd(**(arguments | changed))
+        cuda_backend.route_fwd(**(arguments | changed))
 
 
 @pytest.mark.parametrize(
@@ -108,37 +109,37 @@ def test_router_arguments(changed, error, message):
 )  # fmt: skip
 def test_grouped_mm_arguments(a, b, offs, error, message):
     with pytest.raises(error, match=message):
-        backend_cuda.grouped_mm(a, b, offs, None, None)
+        cuda_backend.grouped_mm(a, b, offs, None, None)
 
 
 def test_it_says_why_it_cannot_serve(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "bfloat16 and float16, got torch.float32" in backend_cuda.unsupported(torch.float32, cuda, 2, 8)
-    assert "1 to 128 experts, got 200" in backend_cuda.unsupported(bf16, cuda, 2, 200)
-    assert "needs a CUDA device, got cpu" in backend_cuda.unsupported(bf16, cpu, 2, 8)
+    assert "bfloat16 and float16, got torch.float32" in cuda_backend.unsupported(torch.float32, cuda, 2, 8)
+    assert "1 to 128 experts, got 200" in cuda_backend.unsupported(bf16, cuda, 2, 200)
+    assert "needs a CUDA device, got cpu" in cuda_backend.unsupported(bf16, cpu, 2, 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees none" in backend_cuda.unsupported(bf16, cuda, 2, 8)
+    assert "torch sees none" in cuda_backend.unsupported(bf16, cuda, 2, 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "built for sm_80, sm_90a; cuda is sm_100" in backend_cuda.unsupported(bf16, cuda, 2, 8)
+    assert "built for sm_80, sm_90a; cuda is sm_100" in cuda_backend.unsupported(bf16, cuda, 2, 8)
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert backend_cuda.unsupported(bf16, cuda, 2, 8) is None
+        assert cuda_backend.unsupported(bf16, cuda, 2, 8) is None
 
 
 def test_without_the_extension_an_explicit_choice_names_the_remedy(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "llama_smop._C", None)  # its import fails
-    backend_cuda.extension.cache_clear()
+    cuda_backend.extension.cache_clear()
     with pytest.raises(RuntimeError, match=r'backend="cuda" cannot run(?s:.*)LLAMA_SMOP_BUILD_CUDA=1'):
         dispatch.resolve("cuda", bf16, torch.device("cuda"))
-    backend_cuda.extension.cache_clear()
+    cuda_backend.extension.cache_clear()
 
 
 def test_auto_leaves_it_alone_until_it_has_passed_on_a_gpu(monkeypatch):
-    assert backend_cuda.build_info()["verified_on_gpu"] is backend_cuda.VERIFIED_ON_GPU
+    assert cuda_backend.build_info()["verified_on_gpu"] is cuda_backend.VERIFIED_ON_GPU
     served = {"cuda": None, "triton": None, "torch": None}
     monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: served[name])
     for verified, chosen in ((False, "triton"), (True, "cuda")):
-        monkeypatch.setattr(backend_cuda, "VERIFIED_ON_GPU", verified)
+        monkeypatch.setattr(cuda_backend, "VERIFIED_ON_GPU", verified)
         assert dispatch.resolve("auto", bf16, torch.device("cuda")) == chosen

@@ -45,7 +45,7 @@ def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results):
 @pytest.mark.parametrize("autocast", (False, True))
 def test_joint_losses_of_one_process_are_its_own(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        own, joint = projector()(*batch(1), mask(1)), projector(joint_losses=True)(*batch(1), mask(1))
+        own, joint = projector()(*batch(1), mask(1)), projector(global_aux_losses=True)(*batch(1), mask(1))
     torch.testing.assert_close(joint.load_balancing_loss, own.load_balancing_loss)
     torch.testing.assert_close(joint.router_z_loss, own.router_z_loss)
 

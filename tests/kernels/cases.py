@@ -1,4 +1,4 @@
-"""Problems for the kernels, and the chain route → projection → loss → gradients through a backend or the oracle."""
+"""Problems for the kernels, and the chain route → projection → loss → gradients through a backend or `naive`."""
 
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_smop.functional import layout
-from tests import oracle
+from llama_smop.ops import naive
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,16 @@ def through_backend(
     return {name: t.clone() for name, t in results.items() if t is not None}
 
 
-def through_oracle(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Tensor]:
+def through_naive(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Tensor]:
     """The same names from the float64 loop and autograd, for the routing `experts`."""
     i = inputs.to(torch.float64)
     leaves = {f.name: getattr(i, f.name) for f in fields(i) if f.name.startswith(("gate", "w", "b", "ln"))}
     leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
     i = replace(i, **leaves)
     x_route, x_projection = (i.x.clone().requires_grad_() for _ in range(2))
-    r = oracle.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
+    r = naive.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
     weights = r.weights.detach().requires_grad_()
-    y = oracle.expert_projection(x_projection, weights, r.experts, *i.parameters(), model.activation)
+    y = naive.expert_projection(x_projection, weights, r.experts, *i.parameters(), model.activation)
     results = {
         "logits": r.logits, "weights": r.weights, "counts": r.counts, "load_balancing_loss": r.load_balancing_loss,
         "router_z_loss": r.router_z_loss, "y": y,

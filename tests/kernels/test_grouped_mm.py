@@ -1,10 +1,10 @@
-"""`grouped_mm` and caller-made schedules, against the float64 oracle."""
+"""`grouped_mm` and caller-made schedules, against the float64 loop."""
 
 import pytest
 import torch
 
-from llama_smop.ops import backend_torch
-from tests import oracle
+from llama_smop.ops import naive
+from llama_smop.ops.backends import torch as torch_backend
 from tests.kernels.cases import error
 from tests.kernels.runners import poisoned_memory, triton_params
 
@@ -26,8 +26,8 @@ def check(runner, a, b, offs, bias=None, activation=None):
     runner.vary(1)
     with poisoned_memory():
         out, pre = (t.cpu() for t in runner.module.grouped_mm(*move, activation))
-    plain, plain_pre = backend_torch.grouped_mm(a, b, offs, bias, activation)
-    exact = oracle.grouped_mm(a.double(), b.double(), offs, None if bias is None else bias.double(), activation)
+    plain, plain_pre = torch_backend.grouped_mm(a, b, offs, bias, activation)
+    exact = naive.grouped_mm(a.double(), b.double(), offs, None if bias is None else bias.double(), activation)
     assert out.dtype == a.dtype and out.shape == exact.shape and pre.shape == plain_pre.shape
     bound = 2 * error(plain, exact) + 1e-5
     assert error(out, exact) <= bound, f"off by {error(out, exact):.2e}, allowed {bound:.2e}"
@@ -80,7 +80,7 @@ def test_schedule_of_a_callers_routing(runner, case):
             runner.vary(2)
             with poisoned_memory():
                 order, inverse, offs = (t.cpu() for t in runner.module.schedule(experts.to(runner.device), X))
-            exact_order, exact_inverse, exact_offs = oracle.schedule(experts, X)
+            exact_order, exact_inverse, exact_offs = naive.schedule(experts, X)
             assert offs.tolist() == exact_offs
             assert order.tolist()[: exact_offs[-1]] == exact_order
             assert inverse.shape == (tokens, K) and inverse.flatten().tolist() == exact_inverse
@@ -117,7 +117,7 @@ def test_a_callers_routing_may_repeat_and_skip_experts(runner, order):
                 d[9], *d[:3], *schedule, *d[3:9], *kept, "relu", 1e-5, True, True, True
             )
     leaves = [t.double().requires_grad_() for t in (x, weights, *params)]
-    exact = oracle.expert_projection(leaves[0], leaves[1], experts, *leaves[2:])
+    exact = naive.expert_projection(leaves[0], leaves[1], experts, *leaves[2:])
     exact_grads = torch.autograd.grad((exact * dy).sum(), leaves)
     assert error(y, exact.detach()) < 1e-5
     for name, got, truth in zip(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_smop.ops import backend_triton, dispatch
+from llama_smop.ops import dispatch
+from llama_smop.ops.backends import triton as triton_backend
 from llama_smop.triton_kernels import configs, launch, projection, tiles
 from llama_smop.triton_kernels.launch import recording
 from tests.kernels.cases import Model, make, through_backend
@@ -24,7 +25,7 @@ def names(model: Model, tokens: int, **options) -> list[str]:
     with torch.device("meta"):
         inputs = make(model, tokens)
     with compiling_for(90), recording(execute=False) as recorder:
-        through_backend(backend_triton, model, inputs, **options)
+        through_backend(triton_backend, model, inputs, **options)
     return recorder.names()
 
 
@@ -54,13 +55,13 @@ def test_rows_kept_follow_from_the_shape():
 
 def test_the_backend_says_why_it_cannot_run():
     cpu = torch.device("cpu")
-    assert "float64" in backend_triton.unsupported(torch.float64, cpu, 2, 4)
-    assert "128" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 129)
+    assert "float64" in triton_backend.unsupported(torch.float64, cpu, 2, 4)
+    assert "128" in triton_backend.unsupported(torch.bfloat16, cpu, 2, 129)
     with compiling_for(90):
-        assert backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4) is None
-        assert "'meta'" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 4)
+        assert triton_backend.unsupported(torch.bfloat16, torch.device("meta"), 2, 4) is None
+        assert "'meta'" in triton_backend.unsupported(torch.bfloat16, cpu, 2, 4)
     with compiling_for(75):
-        assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
+        assert "8.0" in triton_backend.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
 
 
 def test_the_tensors_own_device_is_asked(monkeypatch):
@@ -76,8 +77,8 @@ def test_the_tensors_own_device_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", switched_to)
     monkeypatch.setattr(launch, "device_type", lambda: "cuda")
     monkeypatch.setattr(launch, "target_arch", lambda: (90, 75)[current[-1]])
-    assert backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 0), 2, 4) is None
-    assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 1), 2, 4)
+    assert triton_backend.unsupported(torch.bfloat16, torch.device("cuda", 0), 2, 4) is None
+    assert "8.0" in triton_backend.unsupported(torch.bfloat16, torch.device("cuda", 1), 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_auto_says_once_that_triton_cannot_start(monkeypatch, caplog, error):
     monkeypatch.setattr(launch, "device_type", fail)
     monkeypatch.setattr(dispatch, "_triton_fails", cache(dispatch._triton_fails.__wrapped__))
     gpu = torch.device("cuda")
-    reason = backend_triton.unsupported(torch.bfloat16, gpu, 2, 4)
+    reason = triton_backend.unsupported(torch.bfloat16, gpu, 2, 4)
     assert type(error).__name__ in reason and "\n" not in reason
     for dtype in (torch.bfloat16, torch.float32):
         assert dispatch.resolve("auto", dtype, gpu, 2, 4) != "triton"

@@ -81,14 +81,14 @@ def test_autocast_runs_in_the_lower_dtype(runner, name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_synchronises_on_a_gpu():
-    from llama_smop.ops import backend_triton
+    from llama_smop.ops.backends import triton as triton_backend
 
     model = Model(48, 80, 72, E=4, K=2)
     inputs = make(model, 300, masked=0.2).to("cuda")
-    through_backend(backend_triton, model, inputs)
+    through_backend(triton_backend, model, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        through_backend(backend_triton, model, inputs)
+        through_backend(triton_backend, model, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llama_smop import functional
-from llama_smop.ops import cpu_products
+from llama_smop.ops.backends import cpu_products
 from tests.ops.problems import make, relative_error
-from tests.ops.test_torch_against_oracle import gradients, objective, ours
+from tests.ops.test_torch_against_naive import gradients, objective, ours
 
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit in the last place, relative
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_smop import functional
-from llama_smop.ops import cpu_memory
+from llama_smop.ops.backends import cpu_memory
 from tests.ops.problems import Problem, make
 
 

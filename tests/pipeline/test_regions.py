@@ -4,7 +4,7 @@ import torch
 
 from llama_smop.compiled import compile_regions
 from llama_smop.models.tiny import build_tiny
-from llama_smop.ops import backend_torch
+from llama_smop.ops.backends import torch as torch_backend
 
 WORDS = ["bin", "lay", "place", "set", "blue", "green", "red", "at", "by", "with"]
 
@@ -32,12 +32,12 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 def test_gradient_checkpointing_never_routes_again(monkeypatch):
     model, processor = model_and_processor()
     inputs = batch(processor, clips=2, frames=20, words=4)
-    route, calls = backend_torch.route_fwd, {"routings": 0, "layers": 0}
+    route, calls = torch_backend.route_fwd, {"routings": 0, "layers": 0}
 
     def count(name: str) -> None:
         calls[name] += 1
 
-    monkeypatch.setattr(backend_torch, "route_fwd", lambda *args: count("routings") or route(*args))
+    monkeypatch.setattr(torch_backend, "route_fwd", lambda *args: count("routings") or route(*args))
     for layer in model.language_model.model.layers:
         layer.register_forward_pre_hook(lambda *_: count("layers"))
     expected = gradients(model, inputs)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_smop import functional
-from tests import oracle
+from llama_smop.ops import naive
 from tests.ops.problems import PARAMETERS, Problem, make, relative_error
 
 SHARINGS = ("JEJR", "JEDR", "DEDR")
@@ -35,8 +35,8 @@ def ours(p: Problem, activation="relu", recompute="none"):
 
 
 def literal(p: Problem, activation="relu", experts: Tensor | None = None):
-    r = oracle.route(p.x, p.gate_weight, p.modality, p.mask, p.top_k, p.num_experts, experts)
-    y = oracle.expert_projection(p.x, r.weights, r.experts, *(p.parameters[n] for n in PARAMETERS), activation)
+    r = naive.route(p.x, p.gate_weight, p.modality, p.mask, p.top_k, p.num_experts, experts)
+    y = naive.expert_projection(p.x, r.weights, r.experts, *(p.parameters[n] for n in PARAMETERS), activation)
     parts = (y, r.logits, r.weights, r.load_balancing_loss, r.router_z_loss)
     return parts, gradients(p, objective(*parts)), r
 
@@ -49,7 +49,7 @@ def gradients(p: Problem, loss: Tensor) -> dict[str, Tensor]:
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)}
 
 
-def assert_equal_to_oracle(p: Problem, activation="relu", recompute="none", tolerance=1e-11) -> None:
+def assert_equal_to_naive(p: Problem, activation="relu", recompute="none", tolerance=1e-11) -> None:
     parts, grads, out = ours(p, activation, recompute)
     expected, expected_grads, routing = literal(p, activation)
     assert torch.equal(out.expert_indices.long(), routing.experts), "experts"
@@ -66,37 +66,37 @@ def assert_equal_to_oracle(p: Problem, activation="relu", recompute="none", tole
 @pytest.mark.parametrize("masked", (False, True), ids=("all", "masked"))
 @pytest.mark.parametrize("top_k", (1, 2, 4))
 def test_every_sharing(sharing, masked, top_k):
-    assert_equal_to_oracle(make(sharing=sharing, masked=masked, top_k=top_k))
+    assert_equal_to_naive(make(sharing=sharing, masked=masked, top_k=top_k))
 
 
 @pytest.mark.parametrize("activation", ("relu", "gelu", "silu"))
 @pytest.mark.parametrize("recompute", ("none", "h", "z", "hz"))
 def test_activations_and_recompute(activation, recompute):
-    assert_equal_to_oracle(make(sharing="DEDR", masked=True), activation, recompute)
+    assert_equal_to_naive(make(sharing="DEDR", masked=True), activation, recompute)
 
 
 @pytest.mark.parametrize("bias, layer_norm", ((False, True), (True, False), (False, False)))
 def test_without_bias_or_layer_norm(bias, layer_norm):
-    assert_equal_to_oracle(make(bias=bias, layer_norm=layer_norm, masked=True))
+    assert_equal_to_naive(make(bias=bias, layer_norm=layer_norm, masked=True))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("T", (0, 1))
 def test_no_token_and_one(sharing, T):
-    assert_equal_to_oracle(make(T=T, sharing=sharing))
+    assert_equal_to_naive(make(T=T, sharing=sharing))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_all_tokens_masked(sharing):
     p = make(sharing=sharing)
     p.mask = torch.zeros(p.x.shape[0], dtype=torch.bool)
-    assert_equal_to_oracle(p)
+    assert_equal_to_naive(p)
 
 
 def test_one_modality_absent():
     p = make(sharing="DEDR")
     p.modality = torch.ones_like(p.modality)
-    assert_equal_to_oracle(p)
+    assert_equal_to_naive(p)
 
 
 def test_ties_go_to_the_lower_expert():
@@ -124,7 +124,7 @@ def test_ties_go_to_the_lower_expert():
 def test_any_shape(T, D, H, O, E, choice, sharing, masked, skew, activation, recompute, seed):
     # At width 1 LayerNorm is constant and at 2 nearly: 1/σ magnifies rounding there, hence the looser bound.
     p = make(T, D, H, O, E, 1 + choice % E, sharing, masked=masked, skew=skew, seed=seed)
-    assert_equal_to_oracle(p, activation, recompute, tolerance=1e-7)
+    assert_equal_to_naive(p, activation, recompute, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -216,7 +216,7 @@ def test_caller_made_routing_may_skip_and_repeat_experts():
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
     arguments = tuple(p.parameters[n] for n in PARAMETERS)
     got = functional.expert_projection(p.x, weights, experts, *arguments)
-    want = oracle.expert_projection(p.x, weights, experts, *arguments)
+    want = naive.expert_projection(p.x, weights, experts, *arguments)
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), [weights, p.x]) for o in (got, want)), strict=True):
         torch.testing.assert_close(a, b)
@@ -227,6 +227,6 @@ def test_caller_made_routing_may_skip_and_repeat_experts():
 def test_schedule_is_the_stable_sort_by_expert(rows):
     experts = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
     order, inverse, offs = torch.ops.smop.schedule(experts, 5, "torch")
-    expected_order, expected_inverse, expected_offs = oracle.schedule(experts, 5)
+    expected_order, expected_inverse, expected_offs = naive.schedule(experts, 5)
     assert order[: len(expected_order)].tolist() == expected_order
     assert inverse.flatten().tolist() == expected_inverse and offs.tolist() == expected_offs

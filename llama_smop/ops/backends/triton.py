@@ -1,4 +1,4 @@
-"""The operators on Triton: the functions of `backend_torch`, computed by the kernels of `llama_smop.triton_kernels`.
+"""The operators on Triton: the functions of `backends.torch`, computed by the kernels of `llama_smop.triton_kernels`.
 
 float32 (IEEE or TF32, following `torch.backends.cuda.matmul.fp32_precision`), bfloat16 and float16. The device is
 whichever Triton drives. No host synchronisation; gradients are bitwise the same from run to run.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def joint_losses(
+def global_aux_losses(
     logits: Tensor,
     experts: Tensor,
     modality: Tensor | None,
@@ -29,10 +29,10 @@ def joint_losses(
     """
     with torch.autocast(logits.device.type, enabled=False):  # sums over tokens, and counts of them: float32 or better
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _joint_losses(exact, experts, modality, routers, num_experts, group)
+        return _global_aux_losses(exact, experts, modality, routers, num_experts, group)
 
 
-def _joint_losses(logits, experts, modality, routers, num_experts, group) -> tuple[Tensor, Tensor]:
+def _global_aux_losses(logits, experts, modality, routers, num_experts, group) -> tuple[Tensor, Tensor]:
     T, E = logits.shape
     router = modality.long() if routers > 1 else torch.zeros(T, dtype=torch.int64, device=logits.device)
     member = F.one_hot(router, routers).to(logits.dtype) * (experts[:, :1] < num_experts)

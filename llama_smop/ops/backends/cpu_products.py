@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama_smop.ops import cpu_memory
+from llama_smop.ops.backends import cpu_memory
 
 BLOCK_BYTES = 1 << 20  # of a weight in float32, a thread, at few rows: about a core's L2 cache
 # A float32 product of MKL with at most so many rows, in `linear` and in `outer`, is up to a quarter quicker on a part

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_smop.ops import cpu_memory
-from llama_smop.ops.cpu_products import linear, outer, product_dtype
+from llama_smop.ops.backends import cpu_memory
+from llama_smop.ops.backends.cpu_products import linear, outer, product_dtype
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 

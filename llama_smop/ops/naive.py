@@ -1,6 +1,7 @@
-"""The definition, token by token, in float64: what every backend is compared with.
+"""The operators by definition: a literal loop over tokens and choices, meant to be read.
 
-A literal loop over tokens and choices, differentiable, so that autograd gives the reference gradients. Slow on purpose.
+Every backend is tested against it. It is differentiable, so autograd gives the reference gradients, and it computes in
+the dtype of its inputs: give it float64. It reads values on the host and is slow.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class OracleRouting(NamedTuple):
+class NaiveRouting(NamedTuple):
+    """What the router decides. T tokens, R routers, E experts a router, X experts in all, K active."""
+
     logits: Tensor  # (T, E)
     weights: Tensor  # (T, K)
     experts: Tensor  # (T, K) int64, X for masked tokens
@@ -27,7 +30,7 @@ def route(
     top_k: int,
     num_experts: int,
     experts: Tensor | None = None,
-) -> OracleRouting:
+) -> NaiveRouting:
     """Route each token. `experts` (T, K) fixes the choice, for inputs where rounding may tip a near tie."""
     T, (R, E, _) = x.shape[0], gate_weight.shape
     all_logits, all_weights, all_experts = [], [], []
@@ -64,7 +67,7 @@ def route(
             balance.append(E * (counts[r].to(x.dtype) / n * mean_p).sum())
             z.append(torch.stack([lse**2 for _, _, lse in tokens]).sum() / n)
     none = x.new_zeros(())
-    return OracleRouting(
+    return NaiveRouting(
         torch.stack(all_logits) if T else x.new_zeros(0, E),
         torch.stack(all_weights) if T else x.new_zeros(0, top_k),
         torch.tensor(all_experts, dtype=torch.int64).view(T, top_k),
@@ -118,6 +121,8 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[list[int], list[int], l
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """2d x 3d: out[r] = act(a[r] @ b[g] + bias[g]) for rows r of group g, 0 past the last group. 2d x 2d: one product a
+    group over its columns of a and rows of b."""
     ends = offs.tolist()
     begins = [0, *ends[:-1]]
     if b.dim() == 2:
