@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        from llama_smop.ops.dispatch import debug
+        from llama_smop.ops.checks import debug
 
         usage = getattr(error, "exit_code", None)
         if usage is not None:  # typer's own: a wrong option or argument

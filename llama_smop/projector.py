@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from llama_smop import functional
 from llama_smop.functional import SMoPOutput
-from llama_smop.ops import dispatch
-from llama_smop.ops.expert_projection import check_recompute
+from llama_smop.ops import checks, dispatch
 from llama_smop.ops.router_losses import global_aux_losses
 
 
@@ -52,9 +51,8 @@ class SMoPProjector(nn.Module):
         )
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k}")
-        dispatch.check_activation(activation)
+        checks.options(activation, recompute)
         dispatch.check_backend(backend)
-        check_recompute(recompute)
         R, X = functional.layout(sharing, num_experts)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
@@ -81,7 +79,8 @@ class SMoPProjector(nn.Module):
         Raises:
             ValueError: a width or shape that does not fit. IndexError: a modality other than 0 and 1.
         """
-        _check_width(x, self.in_features)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise _wrong_width(x, self.in_features)
         out = functional.smop(
             x,
             self.gate_weight,
@@ -144,9 +143,8 @@ class DenseProjector(nn.Module):
         _check_sizes(
             modalities=modalities, in_features=in_features, hidden_features=hidden_features, out_features=out_features
         )
-        dispatch.check_activation(activation)
+        checks.options(activation, recompute)
         dispatch.check_backend(backend)
-        check_recompute(recompute)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.modalities, self.activation, self.backend, self.eps = modalities, activation, backend, eps
         self.recompute = recompute
@@ -158,21 +156,20 @@ class DenseProjector(nn.Module):
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
         """Project tokens x (..., D) by the projector of their modality (...); masked tokens yield 0."""
-        _check_width(x, self.in_features)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise _wrong_width(x, self.in_features)
         lead = x.shape[:-1]
         for name, ids in (("modality", modality), ("mask", mask)):
             if ids is not None and ids.shape != lead:
                 raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
-        if mask is not None:
-            dispatch.check_mask(mask)
+        checks.token_ids(modality, mask)
         if self.modalities == 1:
             experts = torch.zeros(lead, dtype=torch.int32, device=x.device)
         elif modality is None:
             raise ValueError(f"modality is required with {self.modalities} projectors: an integer for each token")
         else:
-            dispatch.check_integer("modality", modality)
             if not torch.compiler.is_compiling():
-                dispatch.check_in_range("modality", modality, 0, self.modalities - 1)
+                checks.in_range("modality", modality, 0, self.modalities - 1)
             experts = modality.to(torch.int32)
         if mask is not None:
             experts = torch.where(mask, experts, self.modalities)
@@ -228,6 +225,5 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def _check_width(x: Tensor, in_features: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")
+def _wrong_width(x: Tensor, in_features: int) -> ValueError:
+    return ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
 
-from llama_smop.ops import dispatch
+from llama_smop.ops import checks
 
 MODALITIES = ("audio", "video")
 SHARED_EXPERTS = ("JEJR", "JEDR")
@@ -92,7 +92,7 @@ class ProjectorConfig(PreTrainedConfig):
             raise ValueError(
                 f"projector_config.top_k must lie in [1, num_experts] = [1, {self.num_experts}], got {self.top_k}"
             )
-        dispatch.check_activation(self.activation)
+        checks.options(self.activation, self.recompute)
 
 
 class LlamaSmopConfig(PreTrainedConfig):

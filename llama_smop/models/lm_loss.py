@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
-from llama_smop.ops.autocast import dtype_used
+from llama_smop.ops.operator import autocast_dtype
 
 IGNORED_LABEL = -100
 KINDS = ("auto", "chunked", "liger", "plain")
@@ -147,7 +147,7 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, *, chunk
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int, grad_enabled: bool) -> Tensor:
-        dtype = dtype_used(rows)
+        dtype = autocast_dtype(rows)
         exact = torch.promote_types(dtype, torch.float32)
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         d_rows = torch.empty_like(rows) if wanted[0] else None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama_smop.ops.backends import cuda as cuda_backend
+from llama_smop.ops.backends import cuda_extension
 from tests import ptxrun_support
 from tests.cuda import extension
 from tests.kernels.runners import Runner
@@ -72,10 +73,9 @@ class CudaPtx(Runner):
                 launches.reach(tensor)
             return address(tensor)
 
-        cpu_counts_as_gpu = mock.patch.multiple(
-            cuda_backend, extension=lambda: module, unsupported_device=lambda device: None, _ptr=reached_address
-        )
-        with cpu_counts_as_gpu:
+        built = {"extension": lambda: module}
+        cpu_counts_as_gpu = mock.patch.multiple(cuda_extension, unsupported_device=lambda device: None, **built)
+        with cpu_counts_as_gpu, mock.patch.multiple(cuda_backend, _ptr=reached_address, **built):
             launches.start("early", 0)
             try:
                 yield cuda_backend

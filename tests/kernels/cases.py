@@ -1,13 +1,13 @@
 """Problems for the kernels, and the chain route → projection → loss → gradients through a backend or `naive`."""
 
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from llama_smop.functional import layout
 from llama_smop.ops import naive
+from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
 
 
 @dataclass(frozen=True)
@@ -104,24 +104,22 @@ def make(
 
 
 def through_backend(
-    backend: ModuleType, model: Model, inputs: Inputs, *, need_dx: bool = True, recompute: str = ""
+    backend: Backend, model: Model, inputs: Inputs, *, need_dx: bool = True, recompute: str = ""
 ) -> dict[str, Tensor]:
     """Every result and gradient of the chain, by the interface functions, as the operators call them."""
     i, eps = inputs, 1e-5
     routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X)
     logits, weights, experts, counts, balance, z_loss, order, inverse, offs = routing
-    schedule = (order, inverse, offs)
-    y, h, pre, z, mean, rstd = backend.expert_projection_fwd(
-        i.x, weights, experts, *schedule, *i.parameters(), model.activation, eps
-    )
+    schedule, parameters = Schedule(order, inverse, offs), Experts(*i.parameters())
+    y, *kept = backend.expert_projection_fwd(i.x, weights, experts, schedule, parameters, model.activation, eps)
+    saved = Saved(*(y.new_empty(0) if t is None else t for t in kept))
     if "h" in recompute:
-        h = pre = h.new_empty(0)
+        saved = saved._replace(h=y.new_empty(0), pre=y.new_empty(0))
     if "z" in recompute:
-        z = z.new_empty(0)
+        saved = saved._replace(z=y.new_empty(0))
     dx, dweights, *dparams = backend.expert_projection_bwd(
-        i.dy, i.x, weights, experts, *schedule, *i.parameters(), h, pre, z, mean, rstd, model.activation, eps,
-        need_dx, True, True,
-    )  # fmt: skip
+        i.dy, i.x, weights, experts, schedule, parameters, saved, model.activation, eps, need_dx, True, True
+    )
     dx_route, dgate = backend.route_bwd(
         i.x, i.gate_weight, i.modality, i.mask, logits, weights, experts, counts, i.dlogits, dweights, i.dbalance,
         i.dz, need_dx,

@@ -23,11 +23,11 @@ def smop(p, x=None, **options):
 @pytest.mark.parametrize("sharing", ("JEJR", "JEDR", "DEDR"))
 def test_opcheck_route(sharing):
     p = make(sharing=sharing, masked=True)
-    torch.library.opcheck(route.route, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, "torch"))
+    torch.library.opcheck(route.route.op, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, "torch"))
 
 
 def test_opcheck_schedule():
-    torch.library.opcheck(expert_projection.schedule, (torch.tensor([[0, 2], [3, 1]]), 3, "torch"))
+    torch.library.opcheck(expert_projection.schedule.op, (torch.tensor([[0, 2], [3, 1]]), 3, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_opcheck_expert_projection(activation, layer_norm, bias):
     r = functional.route(p.x, p.gate_weight, top_k=2, num_experts=p.num_experts, modality=p.modality)
     arguments = (r.weights.detach().requires_grad_(), r.experts, r.order, r.inverse, r.offs)
     torch.library.opcheck(
-        expert_projection.expert_projection,
+        expert_projection.expert_projection.op,
         (p.x, *arguments, *(p.parameters[n] for n in PARAMETERS), activation, 1e-5, "none", "torch"),
     )
 
@@ -48,10 +48,10 @@ def test_opcheck_expert_projection(activation, layer_norm, bias):
 def test_opcheck_grouped_mm(activation):
     a, b, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((10, 4), (3, 4, 5), (3, 5)))
     offs = torch.tensor([2, 2, 8], dtype=torch.int32)
-    torch.library.opcheck(grouped_mm.grouped_mm, (a, b, offs, bias, activation, "torch"))
+    torch.library.opcheck(grouped_mm.grouped_mm.op, (a, b, offs, bias, activation, "torch"))
     if activation is None:
         b2 = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-        torch.library.opcheck(grouped_mm.grouped_mm, (a, b2, offs.clamp(max=4), None, None, "torch"))
+        torch.library.opcheck(grouped_mm.grouped_mm.op, (a, b2, offs.clamp(max=4), None, None, "torch"))
 
 
 @pytest.mark.parametrize("activation, recompute", (("relu", "none"), ("gelu", "hz"), ("silu", "h")))
@@ -220,7 +220,7 @@ def test_vmap_is_refused_by_name():
 
 def test_forward_mode_is_refused_instead_of_being_zero():
     module, x = layer(sharing="JEJR"), torch.randn(5, 6)
-    with pytest.raises(RuntimeError, match="smop has no forward-mode derivative"):
+    with pytest.raises(RuntimeError, match="smop::route has no forward-mode derivative"):
         torch.func.jvp(lambda x: module(x).hidden_states, (x,), (x,))
     a, b, offs = torch.randn(4, 3), torch.randn(1, 3, 2), torch.tensor([4], dtype=torch.int32)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="smop::grouped_mm has no forward-mode"):

@@ -1,1 +1,1 @@
-"""The computations behind the operators: PyTorch, Triton and the CUDA extension, all with the same functions."""
+"""The implementations of `ops.backend.Backend`; Triton's is `llama_smop.triton_kernels.projection`."""

@@ -9,74 +9,23 @@ No host synchronisation, no float atomics: gradients are bitwise the same from r
 bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
 """
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-# Not yet run on a GPU: `backend="auto"` leaves this backend alone until it has passed the GPU tests and this says so.
-VERIFIED_ON_GPU = False
+from llama_smop.ops.backend import Experts, Saved, Schedule
+from llama_smop.ops.backends.cuda_extension import DTYPES, LN_DTYPES, extension, unsupported
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-LN_DTYPES = {**DTYPES, torch.float32: "float32"}
+__all__ = [
+    "expert_projection_bwd",
+    "expert_projection_fwd",
+    "grouped_mm",
+    "route_bwd",
+    "route_fwd",
+    "schedule",
+    "unsupported",
+]
+
 GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
-
-
-@cache
-def extension() -> ModuleType:
-    """`llama_smop._C`. Raises ImportError, with the remedy, when it is not built."""
-    try:
-        return import_module("llama_smop._C")
-    except ImportError as error:
-        raise ImportError(
-            f"the CUDA extension cannot be imported ({error}); to build it, reinstall with nvcc on PATH and "
-            "LLAMA_SMOP_BUILD_CUDA=1"
-        ) from error
-
-
-def build_info() -> dict:
-    """Architectures, compilers and versions of the extension, and whether its kernels have passed on a GPU."""
-    return {**extension().build_info(), "verified_on_gpu": VERIFIED_ON_GPU}
-
-
-def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
-    try:
-        ext = extension()
-    except ImportError as error:
-        return str(error)
-    if dtype not in DTYPES:
-        return f"the CUDA extension computes in bfloat16 and float16, got {dtype}"
-    if not 1 <= num_experts <= ext.MAX_EXPERTS:
-        return f"the CUDA extension takes 1 to {ext.MAX_EXPERTS} experts, got {num_experts}"
-    if top_k > ext.MAX_EXPERTS:
-        return f"the CUDA extension takes at most {ext.MAX_EXPERTS} choices a token, got {top_k}"
-    return unsupported_device(torch.device(device))
-
-
-def unsupported_device(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"the CUDA extension needs a CUDA device, got {device}"
-    if not torch.cuda.is_available():
-        return "the CUDA extension needs a CUDA device, and torch sees none"
-    major, minor = torch.cuda.get_device_capability(device)
-    built = extension().build_info()["architectures"]
-    if not any(_runs(arch, major, minor) for arch in built.split(";")):
-        return f"the CUDA extension is built for sm_{built.replace(';', ', sm_')}; {device} is sm_{major}{minor}"
-    return None
-
-
-def _runs(arch: str, major: int, minor: int) -> bool:
-    """Machine code runs on its own major version from its minor version on; with an "a", on exactly its version."""
-    number = int(arch.rstrip("a"))
-    if arch.endswith("a"):
-        return (major, minor) == divmod(number, 10)
-    return major == number // 10 and minor >= number % 10
-
-
-def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
-    return tokens * top_k
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -104,11 +53,6 @@ class _launches:
             self.guard.__exit__(*error)
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f'the CUDA backend computes in bfloat16 and float16, got {dtype}; use backend="triton"')
-
-
 def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
     limit = extension().MAX_EXPERTS
     if not 1 <= num_experts <= limit:
@@ -119,26 +63,6 @@ def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
         raise ValueError(f"tokens × top_k must stay under 2^31, got {tokens} × {top_k}")
 
 
-def _check(**tensors: tuple[Tensor | None, torch.dtype, tuple]) -> None:
-    """The kernels trust their pointers, so every tensor that does not fit is refused here.
-
-    Each tensor comes with the dtype and the shape it must have; it must be contiguous and on the device of the first.
-    """
-    device = None
-    for name, (tensor, dtype, shape) in tensors.items():
-        if tensor is None:
-            continue
-        device = device or tensor.device
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-
-
 # ---------------------------------------------------------------------------------------------------------- router
 
 
@@ -146,7 +70,7 @@ def route_fwd(
     x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
 ) -> tuple[Tensor, ...]:
     T, (R, E, _), K, X = x.shape[0], gate_weight.shape, top_k, num_experts
-    _check_route(x, gate_weight, modality, mask, K, X)
+    _check_sizes(X, K, T)
     ext = extension()
     blocks = ext.route_blocks(T)
     f32, i32 = _like(x, torch.float32), _like(x, torch.int32)
@@ -181,14 +105,6 @@ def route_bwd(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
-    # The expert ids alone say whether routers share their experts, and here ids count modulo E either way.
-    _check_route(x, gate_weight, modality, mask, K, E)
-    f32, i32 = torch.float32, torch.int32
-    _check(
-        x=(x, x.dtype, (T, D)), logits=(logits, f32, (T, E)), weights=(weights, f32, (T, K)),
-        experts=(experts, i32, (T, K)), counts=(counts, i32, (R, E)), dlogits=(dlogits, f32, (T, E)),
-        dweights=(dweights, f32, (T, K)), dbalance=(dbalance, f32, ()), dz=(dz, f32, ()),
-    )  # fmt: skip
     ext = extension()
     total = torch.empty_like(logits)
     partial = logits.new_empty(ext.gate_splits(T), R, E, D)
@@ -208,7 +124,6 @@ def route_bwd(
 def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     T, K = experts.shape
     _check_sizes(num_experts, K, T)
-    _check(experts=(experts, torch.int32, (T, K)))
     ext = extension()
     i32 = _like(experts, torch.int32)
     order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
@@ -221,25 +136,7 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return order, inverse, offs
 
 
-def _check_route(x, gate_weight, modality, mask, top_k: int, num_experts: int) -> None:
-    (T, D), (R, E, _) = x.shape, gate_weight.shape
-    if R not in (1, 2):
-        raise ValueError(f"the CUDA backend takes 1 or 2 routers, got {R}")
-    if R == 2 and modality is None:
-        raise ValueError("modality is required with two routers: a (T,) int32 tensor, 0 audio, 1 video")
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k must lie in [1, {E}], got {top_k}")
-    if num_experts not in (E, R * E):
-        raise ValueError(f"num_experts must be {E} or {R * E}, got {num_experts}")
-    _check_dtype(x.dtype)
-    _check_sizes(num_experts, top_k, T)
-    _check(
-        x=(x, x.dtype, (T, D)), gate_weight=(gate_weight, x.dtype, (R, E, D)),
-        modality=(modality, torch.int32, (T,)), mask=(mask, torch.bool, (T,)),
-    )  # fmt: skip
-
-
-def _route_sizes(ext: ModuleType, x: Tensor, gate_weight: Tensor, top_k: int) -> dict:
+def _route_sizes(ext, x: Tensor, gate_weight: Tensor, top_k: int) -> dict:
     (T, D), (R, E, _) = x.shape, gate_weight.shape
     dtype = ext.DTYPES[DTYPES[x.dtype]]
     return {"dtype": dtype, "tokens": T, "dim": D, "routers": R, "gates": E, "top_k": top_k}
@@ -293,24 +190,12 @@ def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     G = offs.shape[0]
-    _check_dtype(a.dtype)
     if max(a.shape) >= 2**31:
         raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
-    if b.dtype != a.dtype or b.device != a.device:
-        raise TypeError(f"b must be {a.dtype} on {a.device}, got {b.dtype} on {b.device}")
-    _check(offs=(offs, torch.int32, (G,)))
     if b.dim() == 2:
-        if a.shape[1] != b.shape[0]:
-            raise ValueError(f"a (P, M) and b (M, N) must share M, got {tuple(a.shape)} and {tuple(b.shape)}")
         # The kernel takes both operands with the summed rows outermost; anything else is copied.
         return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs)[0], a.new_empty(0)
-    rows, (_, K, N) = a.shape[0], b.shape
-    bias = None if bias is None else bias.contiguous()
-    _check(a=(a, a.dtype, (rows, K)), bias=(bias, a.dtype, (G, N)))
-    if b.shape[0] != G:
-        raise ValueError(f"b must have {G} groups as offs, got {b.shape[0]}")
-    if 1 not in b.stride()[1:] and 1 not in b.shape[1:]:
-        raise ValueError(f"b must have a unit stride along K or N, got strides {b.stride()}")
+    rows, N = a.shape[0], b.shape[2]
     pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
     if G == 0:
         return a.new_zeros(rows, N), torch.zeros_like(pre)
@@ -335,20 +220,14 @@ def expert_projection_fwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
+    schedule: Schedule,
+    parameters: Experts,
     activation: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = weights.shape, w2.shape[1]
+    _check_projection(T, K, parameters)
     h, pre = _hidden(x, order, offs, K, w1, b1, activation)
     z = _gemm(h, w2.transpose(1, 2), offs, T * K, bias=b2)
     y = x.new_empty(T, O)
@@ -369,37 +248,24 @@ def expert_projection_bwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    h: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    schedule: Schedule,
+    parameters: Experts,
+    saved: Saved,
     activation: str,
     eps: float,
     need_dx: bool,
     need_dweights: bool,
     need_dparams: bool,
 ) -> tuple[Tensor | None, ...]:
-    _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias)
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
+    h, pre, z, mean, rstd = saved
     (T, K), (X, O, _), D = weights.shape, w2.shape, x.shape[1]
+    _check_projection(T, K, parameters)
     rows = T * K
     if h.numel() == 0:
         h, pre = _hidden(x, order, offs, K, w1, b1, activation)
     if z.numel() == 0:
         z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2)
-    _check(
-        dy=(dy, x.dtype, (T, O)), h=(h, x.dtype, (rows, w1.shape[1])), z=(z, x.dtype, (rows, O)),
-        mean=(mean, torch.float32, (rows if ln_weight is not None else 0,)), rstd=(rstd, torch.float32, mean.shape),
-    )  # fmt: skip
 
     ext = extension()
     ln_grads = need_dparams and ln_weight is not None
@@ -441,23 +307,17 @@ def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor
     return h, pre
 
 
-def _check_projection(x, weights, experts, order, inverse, offs, w1, b1, w2, b2, ln_weight, ln_bias) -> None:
-    (T, D), (X, H, _), O, K = x.shape, w1.shape, w2.shape[1], weights.shape[1]
-    dtype, f32, i32 = x.dtype, torch.float32, torch.int32
-    _check_dtype(dtype)
-    _check_sizes(X, K, T)
-    ln_dtype = dtype if ln_weight is None else ln_weight.dtype
-    if ln_dtype not in (dtype, f32):
-        raise TypeError(f"ln_weight must be {dtype} or float32, got {ln_dtype}")
-    _check(
-        x=(x, dtype, (T, D)), weights=(weights, f32, (T, K)), experts=(experts, i32, (T, K)),
-        order=(order, i32, (T * K,)), inverse=(inverse, i32, (T, K)), offs=(offs, i32, (X,)),
-        w1=(w1, dtype, (X, H, D)), b1=(b1, dtype, (X, H)), w2=(w2, dtype, (X, O, H)), b2=(b2, dtype, (X, O)),
-        ln_weight=(ln_weight, ln_dtype, (X, O)), ln_bias=(ln_bias, ln_dtype, (X, O)),
-    )  # fmt: skip
+def _check_projection(tokens: int, top_k: int, parameters: Experts) -> None:
+    w1, *_, ln_weight, ln_bias = parameters
+    _check_sizes(w1.shape[0], top_k, tokens)
+    if ln_weight is not None and not (ln_weight.dtype == ln_bias.dtype in (w1.dtype, torch.float32)):
+        raise TypeError(
+            f"ln_weight and ln_bias must both be {w1.dtype} or both float32 for the CUDA backend, "
+            f"got {ln_weight.dtype} and {ln_bias.dtype}"
+        )
 
 
-def _combine_sizes(ext: ModuleType, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
+def _combine_sizes(ext, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
     (T, K), O = weights.shape, w2.shape[1]
     dtype = ext.DTYPES[DTYPES[x.dtype]]
     ln_dtype = dtype if ln_weight is None else ext.DTYPES[LN_DTYPES[ln_weight.dtype]]

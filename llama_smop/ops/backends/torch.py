@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype
 from llama_smop.ops.backends import cpu_memory
 from llama_smop.ops.backends.cpu_products import linear, outer, product_dtype
 
@@ -19,15 +20,6 @@ _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
     return None
-
-
-def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
-    return tokens * top_k
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, router logits and gate weights: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------- router
@@ -140,18 +132,12 @@ def expert_projection_fwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
+    schedule: Schedule,
+    parameters: Experts,
     activation: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = inverse.shape, w2.shape[1]
     segments = _segments(offs)
     h, pre = _expert_hidden(x, order, offs, K, w1, b1, activation)
@@ -174,26 +160,17 @@ def expert_projection_bwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    h: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    schedule: Schedule,
+    parameters: Experts,
+    saved: Saved,
     activation: str,
     eps: float,
     need_dx: bool,
     need_dweights: bool,
     need_dparams: bool,
 ) -> tuple[Tensor | None, ...]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
+    h, pre, z, mean, rstd = saved
     (T, K), (X, O, _), D = inverse.shape, w2.shape, x.shape[1]
     segments = _segments(offs)
     rows = segments[-1][1].stop if segments else 0

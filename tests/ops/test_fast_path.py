@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_smop import SMoPProjector
 from llama_smop import functional as F
-from llama_smop.ops import direct
+from llama_smop.ops.operator import is_plain
 
 OPERATORS = {"smop.route.default", "smop.expert_projection.default"}
 
@@ -38,7 +38,7 @@ def run(autocast: bool = False, watch: bool = False) -> tuple[dict, set]:
 
 
 @pytest.mark.parametrize("autocast", (False, True))
-def test_the_short_way_gives_the_same_bits(autocast):
+def test_the_fast_path_gives_the_same_bits(autocast):
     short, _ = run(autocast)
     watched, seen = run(autocast, watch=True)
     assert seen >= OPERATORS | {"smop.route_bwd.default", "smop.expert_projection_bwd.default"}
@@ -74,12 +74,12 @@ def test_a_profile_names_the_operators():
     ids=("meta", "subclass", "second argument"),
 )
 def test_other_tensors_are_dispatched(args):
-    assert direct.is_plain((torch.randn(2, 2), None, 1, 0.5, True, "torch"))
-    assert not direct.is_plain(args)
+    assert is_plain((torch.randn(2, 2), None, 1, 0.5, True, "torch"))
+    assert not is_plain(args)
 
 
 def test_a_schedule_of_the_callers_is_checked():
-    """Operators check what they are given; the short way must not trust it either."""
+    """Operators check what they are given; the fast path must not trust it either."""
     x, weights, experts = torch.randn(4, 3), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int32)
     w1, w2 = torch.randn(2, 5, 3), torch.randn(2, 6, 5)
     schedule = torch.zeros(3, dtype=torch.int32), experts, torch.tensor([4, 4], dtype=torch.int32)
