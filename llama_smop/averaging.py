@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop import checkpoint, files
+from llama_smop import checkpoint, files, seal
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +36,20 @@ def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
 
     Raises:
         ValueError: no checkpoint, or weights of different names, shapes or dtypes; one line.
+        OSError: no place for a model (see `seal.check_target`).
     """
+    seal.check_target(to)
     if not checkpoints:
         raise ValueError("there is no whole checkpoint to average")
 
     def write(aside: Path) -> None:
-        ignored = shutil.ignore_patterns(SAFE_WEIGHTS_NAME, checkpoint.SEAL, *TRAINING_STATE)
-        shutil.copytree(checkpoints[0], aside, ignore=ignored)
+        ignored = shutil.ignore_patterns(SAFE_WEIGHTS_NAME, seal.SEAL, *TRAINING_STATE)
+        shutil.copytree(checkpoints[0], aside, ignore=ignored, dirs_exist_ok=True)
         weights = _mean([folder / SAFE_WEIGHTS_NAME for folder in checkpoints])
         save_file(weights, aside / SAFE_WEIGHTS_NAME, {"format": "pt"})
         files.write_json(aside / SOURCES, [folder.name for folder in checkpoints])
-        checkpoint.seal(aside)
 
-    return files.write_aside(to, write)
+    return seal.write_sealed(to, write)
 
 
 def _mean(paths: list[Path]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,13 @@
 """Model folders and training checkpoints: written aside, sealed with hashes, read back only when whole."""
 
-import hashlib
-import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -18,11 +16,12 @@ from transformers.utils import logging as transformers_logging
 from llama_smop import files
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.seal import SEAL, is_whole, seal, write_sealed
 
 logger = logging.getLogger(__name__)
 
-SEAL = "sha256.json"
 STAGING = ".writing"
+DAMAGED = "damaged-"
 
 
 def save(
@@ -31,15 +30,18 @@ def save(
     folder: str | Path,
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a model folder; `weights` in place of the model's own, which may be sharded."""
+    """Write a model folder; `weights` in place of the model's own, which may be sharded.
+
+    Raises:
+        OSError: see `seal.check_target`; a disk that is full, and the model that was there before still is.
+    """
 
     def write(aside: Path) -> None:
         model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
-        seal(aside)
 
     with _quietly():
-        return files.write_aside(folder, write)
+        return write_sealed(folder, write)
 
 
 def load(
@@ -60,10 +62,16 @@ def load(
     try:
         with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-            model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            return model, LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+            processor = LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # files of others, read by libraries of others
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and str(folder) in reason:
+            raise ValueError(reason) from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{folder}: cannot be read: {kind}{reason}") from error
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
 @contextmanager
@@ -93,6 +101,9 @@ def publishing(trainer: Trainer) -> Iterator[Path]:
     try:
         with _quietly():
             yield staging
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
+        reason = " ".join(str(error).split())
+        raise OSError(f"{run}: a checkpoint could not be written ({reason}); those before it are whole") from error
     finally:
         del trainer._get_output_dir
     trainer.accelerator.wait_for_everyone()
@@ -100,27 +111,11 @@ def publishing(trainer: Trainer) -> Iterator[Path]:
         for folder in staging.glob("checkpoint-*"):
             seal(folder)
             target = run / folder.name
-            shutil.rmtree(target, ignore_errors=True)
+            files.remove(target)
             os.replace(folder, target)
         staging.rmdir()
         rotate_checkpoints(output_dir=str(run), save_total_limit=trainer.args.save_total_limit, use_mtime=False)
     trainer.accelerator.wait_for_everyone()
-
-
-def seal(folder: Path) -> None:
-    """Write down the SHA-256 of every file, last of all."""
-    hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    files.write_json(folder / SEAL, hashes)
-
-
-def is_whole(folder: Path, suffix: str = "") -> bool:
-    """Whether every file, or every one of that suffix, is there with the hash it was sealed with."""
-    try:
-        hashes = json.loads((folder / SEAL).read_text())
-    except (OSError, ValueError):
-        return False
-    hashes = {folder / name: digest for name, digest in hashes.items() if name.endswith(suffix)}
-    return all(file.is_file() and _sha256(file) == digest for file, digest in hashes.items())
 
 
 def whole(run: Path) -> Iterator[Path]:
@@ -142,10 +137,17 @@ def set_aside_after(run: Path, start: Path | None) -> None:
     step = 0 if start is None else _step(start)
     for folder in list(run.glob("checkpoint-*")):
         if _step(folder) > step:
-            aside = folder.with_name(f"damaged-{folder.name}")
+            aside = folder.with_name(DAMAGED + folder.name)
             files.remove(aside)
             folder.rename(aside)
             logger.warning("%s is kept as %s", folder, aside.name)
+
+
+def remove_all(run: Path) -> None:
+    """Remove the checkpoints under `run`, damaged ones too, and nothing else."""
+    for folder in (*run.glob("checkpoint-*"), *run.glob(f"{DAMAGED}checkpoint-*"), run / STAGING):
+        if folder.name == STAGING or _step(folder.with_name(folder.name.removeprefix(DAMAGED))):
+            files.remove(folder)
 
 
 def _step(folder: Path) -> int:
@@ -155,10 +157,5 @@ def _step(folder: Path) -> int:
 
 def discard_unfinished(out: Path) -> None:
     """Remove what interrupted writes left in a run's folder."""
-    for left in (out / "checkpoints" / STAGING, *out.glob(".*.writing-*"), *out.glob(".*.old-*")):
-        files.remove(left)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files.remove(out / "checkpoints" / STAGING)
+    files.discard_unfinished(out)

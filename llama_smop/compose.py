@@ -9,11 +9,14 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
+
+from llama_smop.read_yaml import parse_yaml, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 INCLUDE = "include"
+MAX_FILES = 200
+MAX_DEPTH = 20
 
 
 class Composition:
@@ -22,6 +25,7 @@ class Composition:
     def __init__(self):
         self.content: dict = {}
         self.sources: list[str] = []
+        self._files = 0
         self._origin: dict[tuple[str, ...], list[str]] = {}
 
     def add(self, content: Mapping, source: str) -> None:
@@ -31,10 +35,15 @@ class Composition:
     def add_file(self, name: str | Path, beside: Path | None = None, within: tuple[Path, ...] = ()) -> None:
         """Raises ValueError: no such file, not YAML, no mapping, an include that leads back to itself."""
         path = find(name, beside)
-        if path in within:
+        real = path.resolve()
+        within_real = [file.resolve() for file in within]
+        if real in within_real:
             raise ValueError(
-                f"{path}: includes itself by way of {' and '.join(map(str, within[within.index(path) :]))}"
+                f"{path}: includes itself by way of {' and '.join(map(str, within[within_real.index(real) :]))}"
             )
+        self._files += 1
+        if self._files > MAX_FILES:
+            raise ValueError(f"{path}: more than {MAX_FILES} files are included, counted as often as they are")
         content = read_mapping(path)
         included = content.pop(INCLUDE, [])
         if not isinstance(included, list) or not all(isinstance(entry, str) for entry in included):
@@ -89,10 +98,12 @@ def parse_setting(setting: str) -> dict:
     keys = key.strip().split(".")
     if not equals or not all(keys):
         raise ValueError(f"--set {setting}: expected key.path=value")
+    if len(keys) > MAX_DEPTH:
+        raise ValueError(f"--set {setting[:100]}…: a key of more than {MAX_DEPTH} parts")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {setting}: not YAML: {' '.join(str(error).split())}") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {setting}: {error}") from None
     for name in reversed(keys):
         value = {name: value}
     return value
@@ -112,8 +123,11 @@ def summary(path: Path) -> str:
 
 def find(name: str | Path, beside: Path | None = None) -> Path:
     for path in ([beside / name] if beside else []) + [Path(name)]:
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError) as error:  # a name too long, or with a NUL
+            raise ValueError(f"{str(name)[:100]!r}: no name of a file ({error})") from None
     known = shipped()
     if str(name) not in known:
         raise ValueError(f"{name}: no such file, and none of that name is shipped (`llama-smop configs` lists them)")
@@ -121,10 +135,7 @@ def find(name: str | Path, beside: Path | None = None) -> Path:
 
 
 def read_mapping(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values")
     return content

@@ -10,10 +10,11 @@ from llama_smop.compose import compose
 
 Modality = Literal["audio", "video", "audiovisual"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Snr = Annotated[float, Field(ge=-100, le=100)]  # decibels
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ProjectorSection(Section):
@@ -31,11 +32,11 @@ class ProjectorSection(Section):
 class TinySection(Section):
     """A model from scratch, small enough for two CPU cores; its vocabulary is the words of the training labels."""
 
-    width: int = Field(128, ge=8)
-    audio_layers: int = Field(2, ge=1)
-    video_layers: int = Field(2, ge=1)
-    text_layers: int = Field(3, ge=1)
-    max_seconds: float = Field(3.0, gt=0)
+    width: int = Field(128, ge=16, le=4096, multiple_of=16)  # the groups of AV-HuBERT's positions
+    audio_layers: int = Field(2, ge=1, le=100)
+    video_layers: int = Field(2, ge=1, le=100)
+    text_layers: int = Field(3, ge=1, le=100)
+    max_seconds: float = Field(3.0, ge=0.1, le=30)  # of a clip: Whisper's window is 30
     ctc_weight: float = Field(1.5, ge=0)
 
 
@@ -59,6 +60,10 @@ class ModelSection(Section):
     def _one_origin(self):
         if (self.tiny is None) == (self.language_model is None):
             raise ValueError("give either tiny (from scratch) or language_model with its towers")
+        if self.tiny is not None:
+            named = [name for name in ("audio_tower", "video_tower", "lora") if getattr(self, name) is not None]
+            if named:
+                raise ValueError(f"{', '.join(named)}: not with tiny, which is trained whole and from scratch")
         return self
 
 
@@ -66,7 +71,7 @@ class NoiseSection(Section):
     """Noise in training audio. `source` is "babble" (other clips of the corpus) or a wav file."""
 
     source: str = "babble"
-    snrs: tuple[float | None, ...] = (-5, 0, 5, 10, 15, 20, None)
+    snrs: tuple[Snr | None, ...] = (-5, 0, 5, 10, 15, 20, None)
 
 
 class StageSection(Section):

@@ -3,13 +3,15 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from llama_smop import files
+from llama_smop.data.media import MediaError
 from llama_smop.score import per_cent
 
 STYLE = """
@@ -39,7 +41,8 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """The figure as a PNG over its caption (HTML); the figure is closed."""
+    """The figure as a PNG over its caption, plain text; the figure is closed."""
+    caption = html.escape(caption)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     plt.close(figure)
@@ -47,6 +50,25 @@ def picture(figure: Figure, caption: str) -> str:
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
+
+
+@contextmanager
+def shown(path: Path) -> Iterator[None]:
+    """While a part of a page is made of what a JSON file holds.
+
+    Raises:
+        ValueError: the file holds something else than it should; one line, naming the file and the key.
+    """
+    try:
+        yield
+    except MediaError:  # a clip's own trouble
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        plt.close("all")
+        reason = f"{error.args[0]} is not in it" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: cannot be shown, it holds something else than was written there ({reason})"
+        ) from None
 
 
 def facts(items: Mapping[str, object]) -> str:
@@ -73,6 +95,8 @@ def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
         found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"]) == (labels, modality)}
         shown = ("" if found.get(s) is None else f"{per_cent(found[s])} %" for s in snrs)
         cells = "".join(f'<td class="number">{rate}</td>' for rate in shown)
-        name = html.escape(names.get(labels, labels))
-        lines.append(f"<tr><td>{name}</td><td>{plots.NAMES[modality]}</td>{cells}</tr>")
+        name, heard = (
+            html.escape(str(text)) for text in (names.get(labels, labels), plots.NAMES.get(modality, modality))
+        )
+        lines.append(f"<tr><td>{name}</td><td>{heard}</td>{cells}</tr>")
     return f"<table><tr><th>clips</th><th>input</th>{head}</tr>{''.join(lines)}</table>"

@@ -1,14 +1,13 @@
 """`llama-smop report`: the page about a folder, made again at any time from the JSON files that were left in it."""
 
 import html
-import json
 from pathlib import Path
 
-from llama_smop import plots
+from llama_smop import files, plots
 from llama_smop.data.media import audio_path, read_audio, read_video
 from llama_smop.page import facts as fact_table
-from llama_smop.page import percent, picture, wer_table, write_page
-from llama_smop.run_report import is_run, write_run_report
+from llama_smop.page import percent, picture, shown, wer_table, write_page
+from llama_smop.run_report import REPORT, is_run, write_run_report
 
 LABELS = {"test": "unseen sentences", "test_unseen_voice": "unseen sentences, unseen voice"}
 
@@ -17,43 +16,54 @@ def write_report(run: str | Path) -> Path:
     """`run/report.html`, from what a training or `llama-smop demo` left in `run`.
 
     Raises:
-        ValueError: a result the report needs is not there yet.
+        ValueError: a result the report needs is not there yet, or a file that holds something else.
     """
     run = Path(run)
+    files.check_file(run / REPORT)
     if is_run(run):
         return write_run_report(run)
     facts = {
         name: _read(run / f"{name}.json") for name in ("demo", "metrics", "evaluation", "transcripts", "projectors")
     }
-    body = [
-        _header(facts),
-        _accuracy(facts["evaluation"]),
-        _clips(run, facts["transcripts"]),
-        _training(facts["metrics"]),
-        _experts(facts["evaluation"]),
-        _projectors(facts["projectors"]),
-        _footer(facts["demo"]),
-    ]
-    return write_page(run / "report.html", "Llama-SMoP demo", body)
+    parts = (
+        ("demo", lambda: _lead(facts["demo"])),
+        ("evaluation", lambda: _result(facts["evaluation"]["rows"])),
+        ("evaluation", lambda: _accuracy(facts["evaluation"])),
+        ("transcripts", lambda: _clips(run, facts["transcripts"])),
+        ("metrics", lambda: _training(facts["metrics"])),
+        ("evaluation", lambda: _experts(facts["evaluation"])),
+        ("projectors", lambda: _projectors(facts["projectors"])),
+        ("demo", lambda: _footer(facts["demo"])),
+    )
+    body = []
+    for name, part in parts:
+        with shown(run / f"{name}.json"):
+            body.append(part())
+    return write_page(run / REPORT, "Llama-SMoP demo", body)
 
 
 def _read(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: not there; run `llama-smop demo --out {path.parent}` (or a training) to its end first"
         ) from None
 
 
-def _header(facts: dict) -> str:
-    demo, rows = facts["demo"], facts["evaluation"]["rows"]
+def _lead(demo: dict) -> str:
+    train_clips, test_clips = (html.escape(str(demo[name])) for name in ("train_clips", "test_clips"))
+    return (
+        "<h1>A Llama-SMoP that listens and reads lips</h1>"
+        f'<p class="lead">Trained from scratch on {train_clips} generated talking-head clips (synthetic: '
+        f"espeak-ng speech, drawn faces), scored on {test_clips} clips of sentences it never saw.</p>"
+    )
+
+
+def _result(rows: list[dict]) -> str:
     clean, noisy = (_wer(rows, "audiovisual", snr) for snr in (None, 0))
     audio = _wer(rows, "audio", 0)
     return (
-        "<h1>A Llama-SMoP that listens and reads lips</h1>"
-        f'<p class="lead">Trained from scratch on {demo["train_clips"]} generated talking-head clips (synthetic: '
-        f"espeak-ng speech, drawn faces), scored on {demo['test_clips']} clips of sentences it never saw.</p>"
         f"<p>Listening and reading lips it gets <b>{percent(clean)}</b> of the words wrong in clean speech and "
         f"<b>{percent(noisy)}</b> in babble as loud as the speaker (0 dB), where listening alone gets "
         f"<b>{percent(audio)}</b> wrong.</p>"
@@ -82,7 +92,7 @@ def _clips(run: Path, transcripts: list[dict]) -> str:
             for h in clip["hypotheses"]
         )
         said = f"<tr><td>said</td><td><b>{html.escape(clip['reference'])}</b></td></tr>"
-        parts.append(f"{picture(strip, html.escape(clip['id']))}<table>{said}{heard}</table>")
+        parts.append(f"{picture(strip, clip['id'])}<table>{said}{heard}</table>")
     return "".join(parts)
 
 
@@ -104,8 +114,8 @@ def _experts(evaluation: dict) -> str:
 
 
 def _projectors(measured: dict) -> str:
-    note = html.escape(measured["what"])
-    return "<h2>Dense against sparse projector</h2>" + picture(plots.projector_bars(measured["rows"]), note)
+    figure = plots.projector_bars(measured["rows"])
+    return "<h2>Dense against sparse projector</h2>" + picture(figure, measured["what"])
 
 
 def _footer(demo: dict) -> str:

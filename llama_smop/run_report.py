@@ -7,7 +7,9 @@ from pathlib import Path
 import yaml
 
 from llama_smop import files, plots
-from llama_smop.page import facts, picture, wer_table, write_page
+from llama_smop.page import facts, picture, shown, wer_table, write_page
+
+REPORT = "report.html"
 
 
 def is_run(folder: Path) -> bool:
@@ -19,24 +21,47 @@ def write_run_report(run: str | Path) -> Path:
     evaluation.json (`llama-smop evaluate --json`) in the folder of a training.
 
     Raises:
-        ValueError: nothing was logged yet.
+        ValueError: nothing was logged yet, or a file that holds something else.
     """
     run = Path(run)
+    files.check_file(run / REPORT)
     config, starts, log = (_read(run, name) for name in ("config", "starts", "metrics"))
     if not log:
         raise ValueError(f"{run}: nothing was logged yet; wait for the training's first run.log_every steps")
-    body = [
-        _header(run, config, log),
-        _losses(log),
-        _schedule(log),
-        _experts(config, log),
-        _entropy(config, log),
-        _setbacks(log, _read(run, "bad_clips") or {}),
-        _scores(run, _read(run, "evaluation")),
-        _starts(starts or []),
-        f"<h2>Setting</h2><pre>{html.escape(yaml.safe_dump(config, sort_keys=False, width=100))}</pre>",
-    ]
-    return write_page(run / "report.html", f"Llama-SMoP training, {run.resolve().name}", body)
+    parts = (
+        ("metrics", lambda: _check_log(log)),
+        ("config", lambda: _header(run, config, log)),
+        ("metrics", lambda: _losses(log)),
+        ("metrics", lambda: _schedule(log)),
+        ("metrics", lambda: _experts(config, log)),
+        ("metrics", lambda: _entropy(config, log)),
+        ("bad_clips", lambda: _setbacks(log, _read(run, "bad_clips") or {})),
+        ("evaluation", lambda: _scores(run, _read(run, "evaluation"))),
+        ("starts", lambda: _starts(starts or [])),
+        ("config", lambda: _setting(config)),
+    )
+    body = []
+    for name, part in parts:
+        with shown(run / f"{name}.json"):
+            body.append(part())
+    return write_page(run / REPORT, f"Llama-SMoP training, {run.resolve().name}", body)
+
+
+def _check_log(log) -> str:
+    """Nothing to show. Raises ValueError: rows that are none, or hold what is no number."""
+    if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+        raise ValueError("expected a list of rows")
+    for number, row in enumerate(log, 1):
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f"row {number}: step is {row.get('step')!r}")
+        odd = [f"{key} is {value!r}" for key, value in row.items() if not isinstance(value, int | float)]
+        if odd:
+            raise ValueError(f"row {number}: {odd[0]}")
+    return ""
+
+
+def _setting(config: dict) -> str:
+    return f"<h2>Setting</h2><pre>{html.escape(yaml.safe_dump(config, sort_keys=False, width=100))}</pre>"
 
 
 def _read(run: Path, name: str):
@@ -60,7 +85,7 @@ def _header(run: Path, config: dict, log: list[dict]) -> str:
         state = f"Ended after {steps} steps; its last start took {_duration(seconds)}."
     return (
         f"<h1>{html.escape(run.resolve().name)}</h1>"
-        f'<p class="lead">Training of a Llama-SMoP: {html.escape(", ".join(what))}.</p><p>{state}</p>'
+        f'<p class="lead">Training of a Llama-SMoP: {html.escape(", ".join(what))}.</p><p>{html.escape(state)}</p>'
     )
 
 
@@ -109,7 +134,7 @@ def _scores(run: Path, evaluation) -> str:
     for labels in dict.fromkeys(r["labels"] for r in evaluation):
         rows = [r for r in evaluation if r["labels"] == labels]
         if any(r["snr"] is not None for r in rows):
-            figures.append(picture(plots.wer_against_snr(rows), f"Clips of {html.escape(labels)}."))
+            figures.append(picture(plots.wer_against_snr(rows), f"Clips of {labels}."))
     return f"<h2>Word error rate</h2>{''.join(figures)}{wer_table(evaluation, {})}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks import results, say
 from benchmarks.environment import ROOT
+from llama_smop import files
 
 
 def run(
@@ -26,7 +27,7 @@ def run(
     devices = sorted(((path.stem, results.load(path)) for path in paths), key=lambda d: order[d[1]["kind"]])
     drawn = [(found, plots.draw(found, folder, stem)) for stem, found in devices]
     memories = [training_memory.table(results.load(path)) for path in sorted(folder.glob("training_memory/*.json"))]
-    results.write_text(folder / "README.md", tables.document([found for found, _ in drawn], memories))
+    files.write_text(folder / "README.md", tables.document([found for found, _ in drawn], memories))
     page.write(folder / "index.html", drawn, memories)
     say(f"wrote {folder / 'README.md'} and {folder / 'index.html'}")
     if readme is not None:

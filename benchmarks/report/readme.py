@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.report import readings, tables
-from benchmarks.results import write_text
+from llama_smop.files import write_text
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 

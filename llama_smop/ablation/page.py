@@ -34,21 +34,31 @@ CAPTIONS = {
     "router_entropy.png": "Entropy of the router's softmax, mean over real tokens, during training.",
 }
 
+WRITTEN = "_Written by `llama-smop ablate` from `results.json`._"
+
+
+def check_page(folder: Path) -> None:
+    """Raises FileExistsError: a README.md in the folder that is not an ablation's page."""
+    page = folder / "README.md"
+    if page.exists() and WRITTEN not in page.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{page}: is not an ablation's page, which would be written over it; name another folder")
+
 
 def write_page(folder: str | Path) -> Path:
     """`folder/README.md` and its pictures, from `folder/results.json`.
 
     Raises:
-        ValueError: no results there.
+        ValueError: no results there. FileExistsError: see `check_page`.
     """
     folder = Path(folder)
+    check_page(folder)
     path = folder / "results.json"
     if not path.exists():
         raise ValueError(f"{path}: not there; run `llama-smop ablate --out {folder}` first")
     results = files.read_json(path)
     drawn = pictures(results)
     for name, figure in drawn.items():
-        files.write_aside(folder / name, lambda aside, figure=figure: figure.savefig(aside, format="png", dpi=110))
+        files.write_file(folder / name, lambda aside, figure=figure: figure.savefig(aside, format="png", dpi=110))
         plt.close(figure)
     return files.write_text(folder / "README.md", page(results, list(drawn)))
 
@@ -56,7 +66,7 @@ def write_page(folder: str | Path) -> Path:
 def page(results: Mapping, drawn: Sequence[str] = ()) -> str:
     parts = [
         "# Ablation" + (" on synthetic data" if results["synthetic"] else ""),
-        "_Written by `llama-smop ablate` from `results.json`._",
+        WRITTEN,
         what_was_run(results),
         *_failed(results),
         "## Word error rates",

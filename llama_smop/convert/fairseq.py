@@ -1,7 +1,6 @@
 """fairseq's AV-HuBERT checkpoints: their names, their settings, and the video tower made of them."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from llama_smop import files, seal
 from llama_smop.convert.key_map import KeyReport, Rule, rename
 from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.avhubert import AvHubertVideoEncoder
-from llama_smop.models.checkpoint import written_aside
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
 
 _NOT_VIDEO = "not needed for video features"
+ACCOUNT = "conversion.json"
 FRONTEND = r"feature_extractor_video\.resnet\."
 AVHUBERT_RULES = (
     Rule(FRONTEND + r"frontend3D\.0\.weight", "frontend.conv.weight"),
@@ -63,7 +63,7 @@ def load_avhubert(
     state = state_dict_of(checkpoint, path)
     if any(k.startswith(FINE_TUNED) for k in state):
         state = {k.removeprefix(FINE_TUNED): v for k, v in state.items() if k.startswith(FINE_TUNED)}
-    config = avhubert_config(state, model_settings(checkpoint) | (settings or {}), source=path)
+    config = avhubert_config(state, model_settings(checkpoint, path) | (settings or {}), source=path)
     with no_init_weights():
         tower = AvHubertVideoEncoder(config)
     tensors, report = rename(state, AVHUBERT_RULES, {k: v.shape for k, v in tower.state_dict().items()})
@@ -81,29 +81,43 @@ def convert_avhubert(source: str | Path, to: str | Path, *, partial: bool = Fals
     """Write the video tower of a fairseq file to a folder, with `conversion.json`, the account of every key.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_avhubert`.
+        FileNotFoundError, ValueError: see `load_avhubert`. OSError: `to` is no place for it (`seal.check_target`).
     """
     tower, report = load_avhubert(source, partial=partial)
     account = {"source": str(source), "keys": report.to_dict()}
-    with written_aside(to) as folder:
+
+    def write(folder: Path) -> None:
         tower.save_pretrained(folder)
-        (folder / "conversion.json").write_text(json.dumps(account, indent=1))
+        files.write_json(folder / ACCOUNT, account)
+
+    seal.write_sealed(to, write)
     return report
 
 
-def model_settings(checkpoint) -> dict:
-    """fairseq's settings of the encoder ("cfg" or "args"), {} where the file has none."""
-    settings = checkpoint.get("cfg") if isinstance(checkpoint, dict) else None
-    settings = settings.get("model") if isinstance(settings, dict) else None
-    if settings is None and isinstance(checkpoint, dict):
-        settings = checkpoint.get("args")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    inner = (settings or {}).get("w2v_args")
+def model_settings(checkpoint, source: str | Path = "AV-HuBERT") -> dict:
+    """fairseq's settings of the encoder ("cfg" or "args"), {} where the file has none.
+
+    Raises:
+        ValueError: what should be settings is something else.
+    """
+    if not isinstance(checkpoint, dict):
+        return {}
+    cfg = _settings(checkpoint.get("cfg"), "cfg", source)
+    settings = _settings(cfg.get("model"), "cfg.model", source) or _settings(checkpoint.get("args"), "args", source)
+    inner = settings.get("w2v_args")
     if isinstance(inner, argparse.Namespace):
         return vars(inner)
-    if isinstance(inner, dict):
-        return inner.get("model", inner)
-    return settings or {}
+    inner = _settings(inner, "w2v_args", source)
+    return (_settings(inner["model"], "w2v_args.model", source) if "model" in inner else inner) or settings
+
+
+def _settings(found, name: str, source: str | Path) -> dict:
+    if found is None:
+        return {}
+    found = vars(found) if isinstance(found, argparse.Namespace) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: {name} holds a {type(found).__name__}, expected fairseq's settings by name")
+    return found
 
 
 def avhubert_config(
@@ -125,6 +139,12 @@ def avhubert_config(
     for name, wanted in (("modality_fuse", "concat"), ("resnet_relu_type", "prelu"), ("activation_fn", "gelu")):
         if settings.get(name, wanted) != wanted:
             raise ValueError(f"{source}: {name} = {settings[name]!r} is not supported, only {wanted!r}")
+    heads = settings.get("encoder_attention_heads") or max(1, width // 64)
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(f"{source}: encoder_attention_heads = {heads!r} does not divide the width, {width}")
+    norm_first = settings.get("layer_norm_first", width >= 1024)
+    if not isinstance(norm_first, bool):
+        raise ValueError(f"{source}: layer_norm_first = {norm_first!r} is neither true nor false")
     blocks = sorted({(int(s), int(b)) for k in state for s, b in re.findall(r"trunk\.layer(\d+)\.(\d+)\.conv1", k)})
     stages = sorted({s for s, _ in blocks})
     return AvHubertVideoConfig(
@@ -135,9 +155,9 @@ def avhubert_config(
         trunk_blocks=[sum(stage == s for stage, _ in blocks) for s in stages],
         hidden_size=width,
         num_hidden_layers=1 + max(int(m) for k in state for m in re.findall(r"^encoder\.layers\.(\d+)\.", k)),
-        num_attention_heads=settings.get("encoder_attention_heads") or max(1, width // 64),
+        num_attention_heads=heads,
         intermediate_size=ffn,
-        layer_norm_first=settings.get("layer_norm_first", width >= 1024),
+        layer_norm_first=norm_first,
         num_conv_pos_embeddings=kernel.shape[2],
         num_conv_pos_embedding_groups=kernel.shape[0] // kernel.shape[1],
         dtype=torch.float32,

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
+
+from llama_smop.read_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,28 @@ def load_rules(path: str | Path) -> list[Rule]:
     """Rules from a YAML or JSON list of {pattern, target, why}; they go before the built-in ones.
 
     Raises:
-        ValueError: another structure, an unknown key, a pattern that is no regular expression.
+        ValueError: no such file, not YAML, another structure, an unknown key, a pattern that is no regular expression,
+            a target that asks for a group it does not have.
     """
-    entries = yaml.safe_load(Path(path).read_text())
+    entries = read_yaml(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of rules, each with pattern, target and why")
     rules = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or "pattern" not in entry or set(entry) - {"pattern", "target", "why"}:
             raise ValueError(f"{path}: rule {number} must have pattern, target and optionally why, got {entry!r}")
+        pattern, target, why = entry["pattern"], entry.get("target"), entry.get("why", "")
+        if not all(isinstance(text, str) for text in (pattern, "" if target is None else target, why)):
+            raise ValueError(f"{path}: rule {number}: pattern, target and why are text, got {entry!r}")
         try:
-            re.compile(entry["pattern"])
-        except re.error as error:
-            raise ValueError(f"{path}: rule {number}: {entry['pattern']!r} is no regular expression: {error}") from None
-        rules.append(Rule(entry["pattern"], entry.get("target"), entry.get("why", "")))
+            groups = re.compile(pattern).groups
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}: rule {number}: {pattern!r} is no regular expression: {error}") from None
+        try:  # against an empty string in place of every group
+            re.compile("()" * groups).match("").expand(target or "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"{path}: rule {number}: {target!r} is no target for {pattern!r}: {error}") from None
+        rules.append(Rule(pattern, target, why))
     return rules
 
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,7 +50,9 @@ def load_checkpoint(path: str | Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from None
-    except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a pickle that is none can make torch raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: truncated or damaged ({reason}); fetch the file again") from None
     raise ValueError(
@@ -72,6 +73,9 @@ def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(checkpoint, dict) or not any(isinstance(v, Tensor) for v in checkpoint.values()):
         raise ValueError(f"{path}: holds no state dict (names with tensors)")
+    nameless = [key for key, value in checkpoint.items() if isinstance(value, Tensor) and not isinstance(key, str)]
+    if nameless:
+        raise ValueError(f"{path}: holds no state dict: a tensor is named {nameless[0]!r}, which is not text")
     state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
     if all(k.startswith("model.") for k in state):
         state = {k.removeprefix("model."): v for k, v in state.items()}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_smop import files
+
 from .lrs3 import Clip, LabelError, load_clip, read_labels
 from .media import AUDIO_RATE, VIDEO_RATE, write_bytes
 
@@ -15,11 +17,11 @@ _FRAMES = 16  # columns of the strip
 
 def _choose(root: Path, n: int) -> list[tuple[str, Clip]]:
     """`n` clips from all label files in turn, from as many different folders (speakers) as there are."""
-    files = sorted((root / "labels").glob("*.csv"))
-    if not files:
+    label_files = sorted((root / "labels").glob("*.csv"))
+    if not label_files:
         raise LabelError(f"{root / 'labels'}: holds no label file")
     pools = []
-    for path in files:
+    for path in label_files:
         pool = [(path.stem, clip) for clip in read_labels(root, path)]
         seen: dict[str, int] = {}
         rank = []
@@ -67,6 +69,7 @@ def contact_sheet(root: str | os.PathLike, out_png: str | os.PathLike, n: int = 
     from matplotlib.figure import Figure  # no pyplot: it would choose a screen
 
     root, out = Path(root), Path(out_png)
+    files.check_file(out)
     chosen = _choose(root, n)
     times = _word_times(root)
     n = len(chosen)

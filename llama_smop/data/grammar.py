@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-import yaml
+from llama_smop.read_yaml import read_yaml
 
 
 class CorpusError(ValueError):
@@ -24,11 +23,12 @@ class Grammar:
         if not self.slots:
             raise CorpusError("a grammar needs at least one slot of words")
         for name, words in self.slots:
-            if not words or len(set(words)) != len(words):
-                raise CorpusError(f"grammar slot {name!r}: expected distinct words, got {list(words)}")
             for word in words:
                 if not isinstance(word, str):
                     raise CorpusError(f"grammar slot {name!r}: a word is text, got {word!r} (YAML needs it quoted)")
+            if not words or len(set(words)) != len(words):
+                raise CorpusError(f"grammar slot {name!r}: expected distinct words, got {list(words)}")
+            for word in words:
                 if not word or word != word.lower() or not word.replace("'", "").isalpha():
                     raise CorpusError(f"grammar slot {name!r}: a word is lower-case letters, got {word!r}")
 
@@ -36,16 +36,21 @@ class Grammar:
     def from_file(cls, path: str | os.PathLike) -> "Grammar":
         """Reads YAML: `slots:`, name → list of words, in the order they are said; if need be `spoken:`, respellings."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CorpusError(f"{path}: no grammar in YAML ({' '.join(str(error).split())})") from None
+            content = read_yaml(path)
+        except ValueError as error:
+            raise CorpusError(str(error)) from None
         slots = content.get("slots") if isinstance(content, dict) else None
         if not isinstance(slots, dict) or not all(isinstance(words, list) for words in slots.values()):
             raise CorpusError(f"{path}: expected `slots:` with a list of words each")
         spoken = content.get("spoken") or {}
         if not isinstance(spoken, dict) or set(content) - {"slots", "spoken"}:
             raise CorpusError(f"{path}: expected `slots:` and `spoken:`, a respelling for each word, and nothing else")
-        return cls(tuple((str(name), tuple(words)) for name, words in slots.items()), tuple(spoken.items()))
+        if not all(isinstance(text, str) and text for pair in spoken.items() for text in pair):
+            raise CorpusError(f"{path}: `spoken:` respells words as text, got {spoken} (YAML needs it quoted)")
+        try:
+            return cls(tuple((str(name), tuple(words)) for name, words in slots.items()), tuple(spoken.items()))
+        except CorpusError as error:
+            raise CorpusError(f"{path}: {error}") from None
 
     @property
     def size(self) -> int:

@@ -195,9 +195,9 @@ def audio_path(video_path: str | os.PathLike) -> Path:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file aside and renames it; where that fails (MediaError), an earlier file of that name is untouched."""
     try:
-        files.write_aside(path, lambda aside: aside.write_bytes(content))
+        files.write_bytes(path, content)
     except OSError as error:
-        raise MediaError(path, f"cannot be written ({error.strerror})") from None
+        raise MediaError(path, f"cannot be written ({error.strerror or error})") from None
 
 
 def write_audio(path: str | os.PathLike, samples: np.ndarray, rate: int = AUDIO_RATE) -> None:

@@ -50,10 +50,16 @@ def write_labels(
     spaces, and its braces go.
 
     Raises:
-        LabelError: a label file or a text that cannot be read, naming it; no clip that is left.
+        LabelError: a label file or a text that cannot be read, naming it; no clip that is left; names that are not
+            those of files under `root/labels`.
+        OSError: a label file that cannot be written.
     """
     root = Path(root)
+    for name in (to, *prepared):
+        if name != Path(name).name or name in ("", ".."):
+            raise LabelError(f"{name!r}: expected the plain name of a label file under {root / 'labels'}")
     target = root / "labels" / to
+    files.check_file(target)
     lines, frames, too_short, too_long, without_text = [], 0, 0, 0, 0
     for source in prepared:
         path = root / "labels" / source

@@ -1,17 +1,16 @@
 """What our checkpoints hold, and how they are written and read without half-done results."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llama_smop import files, seal
 from llama_smop.models.part_weights import load_part, part_weights
 
 SPECIAL_TOKENS_FILE = "special_tokens.safetensors"
@@ -21,19 +20,13 @@ SPECIAL_TOKENS_FILE = "special_tokens.safetensors"
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A folder beside `folder` to write into; its files move over when all of them are there."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        yield aside
-        folder.mkdir(exist_ok=True)
-        for file in sorted(aside.iterdir()):
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"could not save {folder} ({error.strerror}); its earlier files are as they were"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with files.folder_aside(folder) as aside:
+            yield aside
+            seal.renew(folder, files.move_into(aside, folder))
+    except (OSError, SafetensorError) as error:  # the second is safetensors' full disk
+        errno, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        raise OSError(errno, f"could not save {folder} ({reason}); its earlier files are as they were") from error
 
 
 @contextmanager

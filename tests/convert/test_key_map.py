@@ -56,6 +56,11 @@ def test_misfits_are_named(state, message):
         ("- {target: a}", "rule 1 must have pattern"),
         ("- {pattern: a, target: b, colour: red}", "rule 1 must have pattern"),
         ("- {pattern: 'a('}", "no regular expression"),
+        ("- {pattern: 5}", "pattern, target and why are text"),
+        ("- {pattern: a, target: [b]}", "pattern, target and why are text"),
+        (r"- {pattern: 'a(.)', target: 'b\2'}", "rule 1: .* is no target"),
+        ("- {pattern: a", "not YAML"),
+        ("", "expected a list of rules"),
     ],
 )
 def test_a_bad_key_map_file_is_refused(tmp_path, text, message):

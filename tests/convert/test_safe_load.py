@@ -125,3 +125,33 @@ def test_another_model_and_another_variant_are_refused():
     state = state_dict_of(load_checkpoint(FAIRSEQ), FAIRSEQ)
     with pytest.raises(ValueError, match="modality_fuse = 'add' is not supported"):
         avhubert_config(state, {"modality_fuse": "add"}, source="x.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        ({"cfg": 5}, "cfg holds a int"),
+        ({"cfg": {"model": [1]}}, r"cfg\.model holds a list"),
+        ({"cfg": None, "args": "text"}, "args holds a str"),
+        ({"cfg": {"model": {"w2v_args": 3}}}, "w2v_args holds a int"),
+        ({"cfg": {"model": {"w2v_args": {"model": 3}}}}, r"w2v_args\.model holds a int"),
+        ({"cfg": {"model": {"encoder_attention_heads": "four"}}}, "encoder_attention_heads = 'four'"),
+        ({"cfg": {"model": {"encoder_attention_heads": 5}}}, "encoder_attention_heads = 5"),
+        ({"cfg": {"model": {"layer_norm_first": "yes"}}}, "layer_norm_first = 'yes'"),
+        ({"model": {5: torch.zeros(1)}}, "a tensor is named 5"),
+        ({"model": {("a", "b"): torch.zeros(1), "w": torch.zeros(1)}}, "a tensor is named"),
+    ),
+)
+def test_a_file_of_another_make_is_refused_by_name(tmp_path, changes, message):
+    checkpoint = {"model": state_dict_of(load_checkpoint(FAIRSEQ), FAIRSEQ), "cfg": {"model": {}}} | changes
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=rf"odd\.pt: .*{message}") as error:
+        convert(tmp_path / "odd.pt", tmp_path / "to", language_model="x")
+    assert "\n" not in str(error.value) and not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("scale", (float("nan"), float("inf"), 0, -1))
+def test_a_scale_that_is_none_is_refused(tmp_path, scale):
+    torch.save({"llm.w": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="--lora-scale"):
+        convert(tmp_path / "a.pt", tmp_path / "to", language_model="x", lora_scale=scale)

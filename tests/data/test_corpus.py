@@ -206,13 +206,16 @@ def test_a_grammar_from_a_file(tmp_path):
         ("slots: {answer: [yes, maybe]}", "a word is text, got True"),
         ("slots: [lay, put]", "list of words each"),
         ("slots: {verb: [lay]}\nwords: 3", "and nothing else"),
-        ("slots: {verb: [lay", "no grammar in YAML"),
+        ("slots: {verb: [lay]}\nspoken: {a: 5}", "grammar.yaml: .*respells words as text"),
+        ("slots: {verb: [{a: b}]}", "grammar.yaml: .*a word is text"),
+        ("slots: {verb: &v [*v]}", "grammar.yaml: a value contains itself"),
+        ("slots: {verb: [lay", "grammar.yaml: not YAML"),
     ):
         path.write_text(text)
         with pytest.raises(CorpusError, match=reason) as caught:
             Grammar.from_file(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CorpusError, match=r"none\.yaml: no grammar"):
+    with pytest.raises(CorpusError, match=r"none\.yaml: no such file"):
         Grammar.from_file(tmp_path / "none.yaml")
 
 

@@ -110,6 +110,61 @@ def test_what_cannot_be_had_is_said_before_anything_is_done(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+MARK = "<script>alert(1)</script>"
+
+
+def test_nothing_that_is_shown_is_taken_for_html(run):
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"]["projector"]["sharing"] = MARK
+    settings["model"]["modalities"] = [MARK]
+    files.write_json(run / "config.json", settings)
+    starts = json.loads((run / "starts.json").read_text())
+    starts[0] |= {"command": MARK, "commit": MARK, "modified": False, "time": MARK, "from_step": MARK}
+    files.write_json(run / "starts.json", starts)
+    files.write_json(run / "bad_clips.json", {MARK: MARK})
+    scored = [{"labels": MARK, "modality": m, "snr": snr, "wer": 0.1} for m in ("audio", MARK) for snr in (None, 0)]
+    files.write_json(run / "evaluation.json", scored)
+    page = write_report(run).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    (
+        ("metrics", [{"loss": 1.0}]),
+        ("metrics", [{"step": "<b>"}]),
+        ("metrics", [{"step": 1, "lm_loss": "x"}]),
+        ("metrics", {"step": 1}),
+        ("metrics", [5]),
+        ("config", {}),
+        ("config", []),
+        ("config", {"model": {"projector": 5}}),
+        ("bad_clips", [1]),
+        ("evaluation", [{"labels": "test"}]),
+        ("evaluation", {"rows": []}),
+        ("starts", [{"machine": 5}]),
+        ("starts", {"run": 1}),
+    ),
+)
+def test_a_file_that_holds_something_else_is_named(run, name, content):
+    files.write_json(run / f"{name}.json", content)
+    with pytest.raises(ValueError, match=rf"{run}/{name}\.json: cannot be shown") as error:
+        write_report(run)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_json_is_named(run):
+    (run / "metrics.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"metrics\.json: damaged, no JSON"):
+        write_report(run)
+
+
+def test_a_report_is_not_written_over_a_folder(run):
+    (run / "report.html").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"report\.html: is a folder"):
+        write_report(run)
+
+
 def test_all_starts_are_one_run_in_wandb(tmp_path, monkeypatch):
     calls = []
     wandb = SimpleNamespace(init=lambda **settings: calls.append(settings), finish=lambda: calls.append("finish"))
