@@ -29,6 +29,8 @@ class SMoPProjector(nn.Module):
             below 1.
     """
 
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, or routers
+
     def __init__(
         self,
         in_features: int,
@@ -125,6 +127,8 @@ class DenseProjector(nn.Module):
     there is nothing to route: the auxiliary losses are 0 and the routing is None. Parameters are stacked over
     modalities: `w1 (M, H, D)`, `b1 (M, H)`, `w2 (M, O, H)`, `b2 (M, O)`, `ln_weight (M, O)`, `ln_bias (M, O)`.
     """
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts modalities
 
     def __init__(
         self,

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop import checkpoint, sharding
+from llama_smop import checkpoint, sharding, weight_decay
 from llama_smop.data.plan import TrainingPlan
 from llama_smop.setbacks import Setbacks
 
@@ -51,6 +52,14 @@ class SmopTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return weight_decay.decayed_names(model)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: weight_decay.by_this_rule(state, self.model))
+        return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.setbacks.clips(inputs.pop("bad_clips", {}))
@@ -160,7 +169,7 @@ class SmopTrainer(Trainer):
             return
         asked = [{name: group[name] for name in ASKED} for group in self.optimizer.param_groups]
         if self.is_fsdp_enabled:
-            sharding.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            sharding.load_optimizer(self.optimizer, self.model, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from llama_smop.integrations import replace_experts
 from llama_smop.integrations.replace_experts import StackedMixture
+from llama_smop.weight_decay import decayed_names
 from tests.golden_files import golden
 
 CASES = ("e4k2", "e8k1", "e3k3", "e4k2_empty_expert", "e4k1_collapsed")
@@ -144,7 +146,7 @@ def test_bad_checkpoints_are_refused_as_before():
     ):
         assert part in str(caught.value)
     found = model.load_state_dict({"projector.experts.0.0.bias": torch.ones(20)}, strict=False)
-    assert "projector.experts.1.0.bias" in found.missing_keys and model.projector.experts.b1[0].eq(1).all()
+    assert "projector.experts.1.0.bias" in found.missing_keys and model.projector.experts.bias1[0].eq(1).all()
 
 
 def test_assigning_a_state_dict_to_a_meta_model():
@@ -286,3 +288,20 @@ def test_plain_settings_survive_and_frozen_stays_frozen():
 def test_the_module_itself_has_no_place_to_be_replaced_in():
     with pytest.raises(ValueError, match="module is itself a mixture: wrap it"):
         replace_experts(Mixture())
+
+
+@pytest.mark.parametrize("options", ({}, {"bias": False}, {"layer_norm": False}), ids=str)
+def test_weight_decay_spares_what_it_spared_before(options, tmp_path):
+    """By transformers' Trainer as it is, and by this package's rule."""
+
+    def numbers_decayed(rule) -> int:
+        model = Model(**options)
+        before = sum(model.get_parameter(name).numel() for name in rule(model))
+        replace_experts(model)
+        after = sum(model.get_parameter(name).numel() for name in rule(model))
+        assert after == before
+        return after
+
+    trainer = Trainer(Model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    matrices = 12 * 12 + 4 * 12 + 4 * (12 * 20 + 20 * 16)
+    assert numbers_decayed(trainer.get_decay_parameter_names) == numbers_decayed(decayed_names) == matrices
