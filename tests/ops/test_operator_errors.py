@@ -156,9 +156,13 @@ def test_the_unchanged_arguments_are_served():
 
 
 def test_smop_checks_its_experts_before_it_routes(monkeypatch):
-    monkeypatch.setattr(route, "route", lambda *_: pytest.fail("routed before all arguments were checked"))
+    calls, run = [], route.run
+    monkeypatch.setattr(route, "run", lambda *args: calls.append(args) or run(*args))
     with pytest.raises(ValueError, match="w2 must have shape"):
         functional.smop(**smop_arguments(w2=torch.randn(E, O, H + 1)))
+    assert not calls, "routed before all arguments were checked"
+    functional.smop(**smop_arguments())
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
