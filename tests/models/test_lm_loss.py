@@ -15,6 +15,7 @@ from llama_smop.models.lm_loss import IGNORED_LABEL, label_positions, linear_cro
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, chosen, clip
 from tests.pipeline import children
+from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
 
 CLIPS = [clip(20, 1), clip(25, 2), clip(22, 3)]
 TEXTS = ["bin blue", "set red at by f now please", "lay"]
@@ -143,10 +144,8 @@ def test_a_training_step_is_the_ordinary_one(changes, arguments, checkpointing):
     ordinary, expected = step(model, batch, skip_logits=False, **arguments)
     output, gradients = step(model, batch, **arguments)
     assert output.logits is None and ordinary.logits is not None
-    torch.testing.assert_close(output.lm_loss, ordinary.lm_loss, rtol=1e-6, atol=0)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_sums(output.lm_loss, ordinary.lm_loss, 60, "the loss")  # 16 of a logit, 20 of a softmax, 20 labels
+    assert_same_gradients(gradients, expected, TINY_MODEL)
 
 
 def test_positions_given_are_those_found(monkeypatch):
@@ -183,7 +182,7 @@ def test_the_language_models_own_loss_arguments_are_obeyed():
     shifted = torch.where(shifted == batch["labels"].max(), IGNORED_LABEL, shifted)
     output = model(**batch, shift_labels=shifted)
     expected = cross_entropy(output.logits.flatten(0, 1), shifted.flatten())
-    torch.testing.assert_close(output.lm_loss, expected)
+    assert_same_sums(output.lm_loss, expected, 60, "the loss")
 
 
 def test_without_any_label_it_is_what_the_ordinary_loss_is():
@@ -241,9 +240,8 @@ def test_liger_is_called_as_it_documents(monkeypatch):
     expected, gradients = step(model, batch)
     model.fused_loss = "liger"
     output, found = step(model, batch)
-    torch.testing.assert_close(output.loss, expected.loss)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_sums(output.loss, expected.loss, 60, "the loss")
+    assert_same_gradients(found, gradients, TINY_MODEL)
 
 
 def test_under_torch_compile_the_number_of_labels_may_change():
@@ -251,7 +249,7 @@ def test_under_torch_compile_the_number_of_labels_may_change():
     compiled = torch.compile(lambda x, w, t: linear_cross_entropy(x * 2, w, t) * 2, backend="eager")
     for rows in (3, 17, 30):
         expected = 2 * ordinary(x[:rows] * 2, weight, targets[:rows])
-        torch.testing.assert_close(compiled(x[:rows], weight, targets[:rows]), expected)
+        assert_same_sums(compiled(x[:rows], weight, targets[:rows]), expected, 60, "the loss")
 
 
 def sharded_step(folder) -> None:
@@ -275,6 +273,4 @@ def test_sharded_by_fsdp2_it_gives_the_same_gradients(tmp_path):
     children.ranks(sharded_step, 2, tmp_path)
     expected = step(*small())[1]
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_gradients(found, expected, TINY_MODEL)
