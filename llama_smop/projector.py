@@ -24,6 +24,8 @@ class SMoPProjector(nn.Module):
 
     `joint_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
 
+    For an optimizer, `weight_decay.parameter_groups` spares the stacked biases and LayerNorm parameters from decay.
+
     Raises:
         ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
             below 1.

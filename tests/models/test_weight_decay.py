@@ -1,12 +1,16 @@
 """Weight decay shrinks matrices, kernels and embeddings, never biases, norms or slopes, stacked or not."""
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from llama_smop import sharding
 from llama_smop.models.tiny import build_tiny
-from llama_smop.weight_decay import by_this_rule, decayed_names, parameter_groups
+from llama_smop.setbacks import Setbacks
+from llama_smop.trainer import SmopTrainer
+from llama_smop.weight_decay import decayed_names, parameter_groups
 
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
 MULTIPLIES = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
@@ -55,9 +59,24 @@ def test_a_zero_gradient_shrinks_what_is_decayed_and_leaves_the_rest():
     assert all((p == 1).all() for name, p in projector.named_parameters() if name not in shrunk)
 
 
-def test_an_optimizer_state_of_the_earlier_groups_finds_its_parameters():
-    """Checkpoints from when transformers' rule alone made the groups."""
-    ours = model()
+@pytest.fixture
+def trainer(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], weight_decay=0.1)
+    return SmopTrainer(model=model(), args=args, plan=None, setbacks=Setbacks(None, 0, 1))
+
+
+def test_a_training_decays_by_this_rule(trainer):
+    decayed, rest = trainer.create_optimizer().param_groups
+    expected = parameter_groups(trainer.model, 0.1)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    for group, own in zip((decayed, rest), expected, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in own["params"]]
+
+
+@pytest.mark.parametrize("sharded", (False, True))
+def test_a_training_goes_on_from_a_checkpoint_of_the_earlier_groups(trainer, sharded, tmp_path):
+    """From when transformers' rule alone made them; the sharded training reads its optimizer's state in its own way."""
+    ours = trainer.model
     by_name = set(Trainer.get_decay_parameter_names(None, ours))
     names = {p: n for n, p in ours.named_parameters() if p.requires_grad}
     earlier = AdamW(
@@ -69,10 +88,15 @@ def test_an_optimizer_state_of_the_earlier_groups_finds_its_parameters():
     for number, parameter in enumerate(names):
         parameter.grad = torch.full_like(parameter, 1.0 + number)
     earlier.step()
-    now = AdamW(parameter_groups(ours, 0.1))
-    state = earlier.state_dict()
-    assert [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in now.param_groups]
-    now.load_state_dict(by_this_rule(state, ours))
+    torch.save(earlier.state_dict(), tmp_path / "optimizer.pt")
+    now = trainer.create_optimizer()
+    assert [len(g["params"]) for g in now.param_groups] != [len(g["params"]) for g in earlier.param_groups]
+    if sharded:
+        sharding.load_optimizer(now, ours, tmp_path / "optimizer.pt")
+    else:
+        now.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     for parameter, name in names.items():
         assert torch.equal(now.state[parameter]["exp_avg"], earlier.state[parameter]["exp_avg"]), name
-    assert by_this_rule(now.state_dict(), ours)["state"].keys() == now.state_dict()["state"].keys()
+    kept = {n: v["exp_avg"] for n, v in now.state_dict()["state"].items()}
+    now.load_state_dict(now.state_dict())
+    assert all(torch.equal(v["exp_avg"], kept[n]) for n, v in now.state_dict()["state"].items()), "its own is changed"
