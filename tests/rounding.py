@@ -21,7 +21,7 @@ def two_orders(additions: int, dtype: torch.dtype = torch.float32) -> float:
     return 8 * math.sqrt(additions) * torch.finfo(dtype).eps / 2
 
 
-def assert_same_sums(got: Tensor, want: Tensor, additions: int, what: str = "", scale: float = 0.0) -> None:
+def assert_same_sums(got: Tensor, want: Tensor, additions: int, what: str = "the result", scale: float = 0.0) -> None:
     """Equal but for the order of sums in want's dtype, relative to the largest value, or to `scale` if that is more."""
     assert got.shape == want.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{what} is {got.dtype}, expected {want.dtype}"
