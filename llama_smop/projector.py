@@ -23,10 +23,14 @@ class SMoPProjector(nn.Module):
 
     `global_aux_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
 
+    For an optimizer, `weight_decay.parameter_groups` spares the stacked biases and LayerNorm parameters from decay.
+
     Raises:
         ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
             below 1.
     """
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, or routers
 
     def __init__(
         self,
@@ -124,6 +128,8 @@ class DenseProjector(nn.Module):
     there is nothing to route: the auxiliary losses are 0 and the routing is None. Parameters are stacked over
     modalities: `w1 (M, H, D)`, `b1 (M, H)`, `w2 (M, O, H)`, `b2 (M, O)`, `ln_weight (M, O)`, `ln_bias (M, O)`.
     """
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts modalities
 
     def __init__(
         self,

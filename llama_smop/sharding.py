@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
+from llama_smop import weight_decay
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 
@@ -90,13 +91,13 @@ def load_weights(model: nn.Module, file: Path) -> None:
         own[name].copy_(scatter(value, own[name]))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
     """Put a whole optimizer state into the optimizer of a sharded model.
 
     Not by torch.distributed.checkpoint: it makes up a state for parameters that have had no gradient yet, which the
     training that is gone on with would not have had.
     """
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    state = weight_decay.by_this_rule(torch.load(file, map_location="cpu", weights_only=True, mmap=True), model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state["state"] = {
         number: {name: scatter(value, parameters[number]) for name, value in values.items()}

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop import checkpoint, sharding
+from llama_smop import checkpoint, sharding, weight_decay
 from llama_smop.data.plan import TrainingPlan
+from llama_smop.models.lm_loss import IGNORED_LABEL
 from llama_smop.setbacks import Setbacks
 
 ASKED = ("initial_lr", "weight_decay", "betas")  # of a parameter group
@@ -24,15 +26,18 @@ class SmopTrainer(Trainer):
     """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside, skips
     steps whose loss or gradient is not finite.
 
-    On several processes the gradient is that of one process with their batches joined: the language model's loss is
-    the mean over all tokens of the joint batch, CTC over all its clips. The routers' losses are means over the
-    processes, unless the projector has `global_aux_losses`.
+    A step's gradient is that of one batch that joins the micro-batches of all processes (`accumulate` of each): the
+    language model's loss is the mean over all its text tokens, CTC over all its clips. The routers' losses compare the
+    tokens of one micro-batch with each other, so they are means over the micro-batches of the step, each on its own
+    tokens; with `global_aux_losses` of the projector, on those that the processes have at the same time.
     """
 
     def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):
         super().__init__(*args, **kwargs)
         self.plan, self.setbacks = plan, setbacks
         self.ctc_weight = self.model.config.ctc_weight
+        self.model_accepts_loss_kwargs = False  # what transformers would weight by tokens is weighted in compute_loss
+        self._mean_counts: torch.Tensor | None = None  # (2,) text tokens and clips of a micro-batch of this step
         self._sums: dict[str, torch.Tensor] = defaultdict(float)
         self._batches: dict[str, torch.Tensor] = defaultdict(float)
         self._finite = True
@@ -52,6 +57,21 @@ class SmopTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return weight_decay.decayed_names(model)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: weight_decay.by_this_rule(state, self.model))
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            own = torch.stack([_counts(batch["labels"]) for batch in batches]).mean(0)
+            self._mean_counts = self.accelerator.reduce(own.to(device), "mean")
+        return batches, items
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.setbacks.clips(inputs.pop("bad_clips", {}))
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -61,8 +81,8 @@ class SmopTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.accelerator.autocast():  # accelerate does it itself, but not with FSDP2
             outputs = model(**inputs)
-        if self.accelerator.num_processes > 1:
-            tokens, clips = self._shares(inputs["labels"])
+        if model.training:  # the Trainer takes the mean over the micro-batches, and it or DDP that over the processes
+            tokens, clips = _counts(inputs["labels"]) / self._mean_counts
             outputs.loss = outputs.loss + (tokens - 1) * outputs.lm_loss
             outputs.lm_loss = tokens * outputs.lm_loss
             if outputs.ctc_loss is not None:
@@ -77,11 +97,6 @@ class SmopTrainer(Trainer):
             for modality, entropy in zip(("audio", "video"), outputs.router_entropy, strict=True):
                 self._add(f"router_entropy/{modality}", entropy)  # a batch without that modality is not counted
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _shares(self, labels: torch.Tensor) -> torch.Tensor:
-        """(2,) text tokens and clips of this process's batch, each by its mean over the processes."""
-        own = torch.stack([(labels[:, 1:] != -100).sum(), torch.tensor(len(labels), device=labels.device)]).float()
-        return own / self.accelerator.reduce(own, "mean")
 
     def _clip_grad_norm(self, model):
         """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply."""
@@ -160,7 +175,7 @@ class SmopTrainer(Trainer):
             return
         asked = [{name: group[name] for name in ASKED} for group in self.optimizer.param_groups]
         if self.is_fsdp_enabled:
-            sharding.load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            sharding.load_optimizer(self.optimizer, self.model, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -171,6 +186,12 @@ class SmopTrainer(Trainer):
         schedule._last_lr = [base * rule(schedule.last_epoch) for base, rule in rules]
         for group, settings, lr in zip(self.optimizer.param_groups, asked, schedule._last_lr, strict=True):
             group |= settings | {"lr": lr}
+
+
+def _counts(labels: torch.Tensor) -> torch.Tensor:
+    """(2,) float32: text tokens that are predicted, and clips, of labels (B, L)."""
+    tokens = (labels[:, 1:] != IGNORED_LABEL).sum().float()
+    return torch.stack([tokens, tokens.new_full((), len(labels))])
 
 
 class Rhythm(TrainerCallback):

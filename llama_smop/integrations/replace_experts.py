@@ -20,14 +20,15 @@ from llama_smop.ops import dispatch
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 2e-3  # of the largest value
 
-# Stacked parameter -> its place in each expert's Sequential.
+# Stacked parameter -> its place in each expert's Sequential, in the order of smop's arguments. transformers' Trainer
+# spares from weight decay by these names what it spared as a bias or a LayerNorm before.
 PLACES = {
     "w1": (0, "weight"),
-    "b1": (0, "bias"),
+    "bias1": (0, "bias"),
     "w2": (2, "weight"),
-    "b2": (2, "bias"),
-    "ln_weight": (3, "weight"),
-    "ln_bias": (3, "bias"),
+    "bias2": (2, "bias"),
+    "layernorm_weight": (3, "weight"),
+    "layernorm_bias": (3, "bias"),
 }
 
 
@@ -236,7 +237,9 @@ class StackedMixture(nn.Module):
 
 
 class StackedExperts(nn.Module):
-    """Parameters `w1, b1, w2, b2, ln_weight, ln_bias` of all experts, saved and loaded under each expert's own keys."""
+    """Parameters of all experts (the names in PLACES), saved and loaded under each expert's own keys."""
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts
 
     def __init__(self, experts: nn.ModuleList):
         super().__init__()
@@ -298,4 +301,4 @@ class StackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         E, H, D = self.w1.shape
-        return f"{D} -> {H} -> {self.w2.shape[1]}, num_experts={E}, layer_norm={self.ln_weight is not None}"
+        return f"{D} -> {H} -> {self.w2.shape[1]}, num_experts={E}, layer_norm={self.layernorm_weight is not None}"

@@ -51,8 +51,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
 
     # How the language model's loss is computed where no logits are asked for (`lm_loss.KINDS`); not saved.
     fused_loss = "auto"
-    # The Trainer then divides by the accumulation steps, as means over micro-batches (the auxiliary losses) ask.
-    accepts_loss_kwargs = False
+    # transformers' Trainer then hands over `num_items_in_batch`, and leaves the mean over micro-batches to the model.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: LlamaSmopConfig):
         super().__init__(config)
@@ -232,6 +232,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
         label_positions: (N,) of `lm_loss.label_positions`, which spares a GPU the wait for their number.
+        num_items_in_batch: text tokens of all micro-batches and processes of a training step. The losses of the
+            micro-batches then add up: the language model's to its mean over all those tokens, each other loss to its
+            mean over the micro-batches, weighted by their text tokens.
         """
         speech = None
         given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
@@ -266,10 +269,12 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
         )
         if speech is not None:
-            self._add_speech_losses(result, speech, labels)
+            self._add_speech_losses(result, speech, labels, kwargs.get("num_items_in_batch"))
         return result
 
-    def _add_speech_losses(self, result: LlamaSmopOutput, speech: SpeechFeatures, labels: Tensor | None) -> None:
+    def _add_speech_losses(
+        self, result: LlamaSmopOutput, speech: SpeechFeatures, labels: Tensor | None, items: Tensor | int | None
+    ) -> None:
         projection, config = speech.projection, self.config
         result.router_logits, result.expert_counts = projection.router_logits, projection.expert_counts
         if config.projector_config.kind == "smop":
@@ -277,15 +282,16 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             result.router_entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
         if labels is None:
             return
+        share = 1 if items is None else (labels[:, 1:] != IGNORED_LABEL).sum() / items
         if config.projector_config.kind == "smop":
             result.loss = (
                 result.loss
-                + config.load_balancing_coef * result.load_balancing_loss
-                + config.router_z_coef * result.router_z_loss
+                + share * config.load_balancing_coef * result.load_balancing_loss
+                + share * config.router_z_coef * result.router_z_loss
             )
         if config.ctc_weight:
             result.ctc_loss = sum(self._ctc_loss(m, speech, labels) for m in speech.states)
-            result.loss = result.loss + config.ctc_weight * result.ctc_loss
+            result.loss = result.loss + share * config.ctc_weight * result.ctc_loss
 
     def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
         """On compressed tokens: with fewer places between the words than on frames, it is learned much sooner."""

@@ -30,7 +30,8 @@ class SpeechFeatures:
 @dataclass
 class LlamaSmopOutput(ModelOutput):
     """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
-    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
+    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss. With `num_items_in_batch` the last
+    three are weighted by the batch's share of these text tokens, and lm_loss is divided by all of them.
 
     logits: (B, L, vocabulary), None where the loss was made without them. router_logits: (B, S, E) over the speech
     tokens, audio before video. expert_counts: (X,) int32, how often real tokens chose each expert (DEDR: audio's E,

@@ -169,4 +169,4 @@ def error(result: Tensor, exact: Tensor) -> float:
     as infinite, so an element that was never written is an infinite error."""
     if result.numel() == 0:
         return 0.0
-    return (result.cpu().double() - exact.double()).square().mean().nan_to_num(nan=float("inf")).sqrt().item()
+    return (result.cpu().double() - exact.cpu().double()).square().mean().nan_to_num(nan=float("inf")).sqrt().item()

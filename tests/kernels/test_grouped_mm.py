@@ -7,6 +7,7 @@ from llama_smop.ops import naive
 from llama_smop.ops.backends import torch as torch_backend
 from tests.kernels.cases import error
 from tests.kernels.runners import poisoned_memory, triton_params
+from tests.rounding import two_orders
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": bf16, "fp16": fp16, "fp32": fp32}
@@ -115,11 +116,12 @@ def test_a_callers_routing_may_repeat_and_skip_experts(runner, T):
     leaves = [t.double().requires_grad_() for t in (x, weights, *params)]
     exact = naive.expert_projection(leaves[0], leaves[1], experts, *leaves[2:])
     exact_grads = torch.autograd.grad((exact * dy).sum(), leaves)
-    assert error(y, exact.detach()) < 1e-5
+    sums = two_orders(D + H + O)
+    assert error(y, exact.detach()) < sums
     for name, got, truth in zip(
         ("x", "weights", "w1", "b1", "w2", "b2", "gamma", "beta"), grads, exact_grads, strict=True
     ):
-        assert error(got, truth) < 1e-5 * (1 + truth.abs().max()), f"the gradient of {name} is wrong"
+        assert error(got, truth) < 2 * sums * truth.abs().max(), f"the gradient of {name} is wrong"
 
 
 @pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp32", 80)))

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from llama_smop.projector import SMoPProjector
 from tests.kernels.cases import Model, error, make, through_backend
 from tests.kernels.runners import poisoned_memory, triton_params
+from tests.rounding import assert_same_sums
 
 TOKENS, IN, HIDDEN, OUT = 90, 48, 56, 40
 
@@ -48,7 +49,8 @@ def test_a_training_step_is_as_exact_as_pytorchs(runner, dtype):
     truth = step(exact, {n: t.double() if t.is_floating_point() else t for n, t in batch(dtype).items()})
     same_dtype = step(plain, batch(dtype))
     for name, value in results.items():
-        off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5
+        size = truth[name].square().mean().sqrt().item()
+        off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5 * size
         assert off <= bound, f"{name} is off by {off:.2e}, allowed {bound:.2e}"
 
 
@@ -60,8 +62,8 @@ def test_one_graph_forward_and_backward(runner, name):
         eager = step(module, inputs)
         module.compile(fullgraph=True, backend="aot_eager")
         compiled = step(module, inputs)
-    for name, value in eager.items():
-        assert error(compiled[name], value) < 1e-7, f"{name} differs when compiled"  # the loss is rounded elsewhere
+    for name, value in eager.items():  # the same kernels; only the loss is summed, and its gradient rounded, elsewhere
+        assert_same_sums(compiled[name], value, 30, f"{name}, compiled,")
 
 
 @pytest.mark.parametrize(("runner", "name"), triton_params(("lengths", 90)))

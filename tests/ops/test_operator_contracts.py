@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 from llama_smop import DenseProjector, SMoPProjector, functional
 from llama_smop.ops import expert_projection, grouped_mm, route
 from tests.ops.problems import PARAMETERS, make, relative_error
+from tests.rounding import assert_same_gradients, assert_same_sums
+
+ADDITIONS = 100  # widths 6, 9 and 7 forward and back, LayerNorm, up to 40 tokens
 
 
 def smop(p, x=None, **options):
@@ -137,9 +140,9 @@ def test_whole_layer_compiles_to_one_graph_forward_and_backward(backend, fresh_c
     out = function(*batch(12))
     loss = out.hidden_states.square().mean() + 0.01 * out.load_balancing_loss + 0.001 * out.router_z_loss
     loss.backward()
-    torch.testing.assert_close(out.hidden_states, expected.hidden_states)
-    for name, parameter in compiled.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected_grads[name], msg=name)
+    assert_same_sums(out.hidden_states, expected.hidden_states, ADDITIONS, "the output")
+    found = {name: parameter.grad for name, parameter in compiled.named_parameters()}
+    assert_same_gradients(found, {name: expected_grads[name] for name in found}, ADDITIONS)
 
 
 def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):
@@ -149,7 +152,8 @@ def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):
     for T in (12, 17, 23, 5, 40, 9):
         out = function(*batch(T, seed=T))
         out.hidden_states.sum().backward()
-        torch.testing.assert_close(out.hidden_states, module(*batch(T, seed=T)).hidden_states)
+        expected = module(*batch(T, seed=T)).hidden_states
+        assert_same_sums(out.hidden_states, expected, ADDITIONS, "the output")
     assert counter.frame_count <= 2, f"compiled {counter.frame_count} times: once as given, once for any T is enough"
 
 
@@ -158,7 +162,8 @@ def test_dense_projector_compiles_to_one_graph(fresh_compiler):
     module = DenseProjector(6, 9, 7)
     x, modality, mask = batch(12)
     function = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(function(x, modality, mask).hidden_states, module(x, modality, mask).hidden_states)
+    compiled, expected = function(x, modality, mask), module(x, modality, mask)
+    assert_same_sums(compiled.hidden_states, expected.hidden_states, ADDITIONS, "the output")
 
 
 def test_layer_runs_on_fake_tensors():
@@ -244,7 +249,7 @@ def test_frozen_inputs_get_none_and_the_rest_is_unchanged(frozen):
         if name in frozen:
             assert t.grad is None, name
         else:
-            torch.testing.assert_close(t.grad, p.leaves()[name].grad, msg=name)
+            assert_same_sums(t.grad, p.leaves()[name].grad, ADDITIONS, name)
 
 
 def test_nothing_is_kept_without_gradients():
@@ -253,7 +258,7 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         assert not module(x).hidden_states.requires_grad
     with torch.inference_mode():
-        torch.testing.assert_close(module(x).hidden_states, deepcopy(module)(x).hidden_states)
+        assert torch.equal(module(x).hidden_states, deepcopy(module)(x).hidden_states)
 
 
 def test_module_is_an_ordinary_module():

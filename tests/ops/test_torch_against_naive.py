@@ -217,9 +217,9 @@ def test_caller_made_routing_may_skip_and_repeat_experts():
     arguments = tuple(p.parameters[n] for n in PARAMETERS)
     got = functional.expert_projection(p.x, weights, experts, *arguments)
     want = naive.expert_projection(p.x, weights, experts, *arguments)
-    torch.testing.assert_close(got, want)
+    assert relative_error(got, want) < 1e-11
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), [weights, p.x]) for o in (got, want)), strict=True):
-        torch.testing.assert_close(a, b)
+        assert relative_error(a, b) < 1e-11
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

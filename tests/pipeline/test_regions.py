@@ -5,6 +5,7 @@ import torch
 from llama_smop.compiled import compile_regions
 from llama_smop.models.tiny import build_tiny
 from llama_smop.ops.backends import torch as torch_backend
+from tests.rounding import TINY_MODEL, assert_same_gradients
 
 WORDS = ["bin", "lay", "place", "set", "blue", "green", "red", "at", "by", "with"]
 
@@ -45,9 +46,7 @@ def test_gradient_checkpointing_never_routes_again(monkeypatch):
     model.gradient_checkpointing_enable()
     found = gradients(model, inputs)
     assert calls == {"routings": 1 + 1, "layers": 2 + 2 * 2}, "layers are computed again for backward, routings are not"
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_gradients(found, expected, TINY_MODEL)
 
 
 def test_one_graph_serves_every_length_and_every_layer():
@@ -65,8 +64,6 @@ def test_one_graph_serves_every_length_and_every_layer():
     for clips, frames, words in ((2, 20, 4), (3, 24, 6), (4, 12, 3)):
         inputs = batch(processor, clips, frames, words)
         expected, found = gradients(eager, inputs), gradients(compiled, inputs)
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_same_gradients(found, expected, TINY_MODEL)
     assert len(graphs) == 2, "one of the projector, one of a layer"
     assert compiled.state_dict().keys() == eager.state_dict().keys()
