@@ -4,22 +4,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from llama_smop.expert_use import router_entropy
 from llama_smop.models import checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
-from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
+from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
 from llama_smop.projector import DenseProjector, SMoPProjector
-
-SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
 
 
 class LlamaSmopPreTrainedModel(PreTrainedModel):
@@ -42,7 +42,7 @@ class LlamaSmopPreTrainedModel(PreTrainedModel):
                 module.reset_parameters()
 
 
-class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixin):
+class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerationMixin):
     """Transcribes audio, video or both with one set of weights.
 
     Placeholders: in `input_ids` a clip's audio is the marker `<audio>` A + 1 times, then `</audio>`: the first marker
@@ -186,9 +186,15 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def place_speech(self, input_ids: Tensor, speech: SpeechFeatures) -> Tensor:
-        """Embeddings (B, L, O) of `input_ids` (B, L) with each clip's speech tokens at its placeholders."""
-        embeds = self.get_input_embeddings()(input_ids)
+    def place_speech(
+        self, input_ids: Tensor | None, speech: SpeechFeatures, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, L, O) of `input_ids` (B, L), or `inputs_embeds`, with each clip's speech tokens at its
+        placeholders; without ids those are found by the markers' embeddings."""
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("speech needs input_ids or inputs_embeds that say where it stands, got neither")
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        input_ids = self._marker_ids(embeds) if input_ids is None else input_ids
         S = speech.tokens.shape[1]
         previous = nn.functional.pad(input_ids, (1, 0), value=-1)[:, :-1]
         places = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -204,6 +210,15 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         index = index.clamp(0, S - 1)[..., None].expand(-1, -1, speech.tokens.shape[-1])
         return torch.where(places[..., None], speech.tokens.gather(1, index).to(embeds.dtype), embeds)
 
+    def _marker_ids(self, embeds: Tensor) -> Tensor:
+        """(B, L) ids of the markers in (B, L, O) embeddings, -1 elsewhere."""
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for token_id in (self.config.audio_token_id, self.config.video_token_id):
+            marker = self.get_input_embeddings()(torch.full((), token_id, device=embeds.device))
+            ids = ids.masked_fill((embeds == marker).all(-1), token_id)
+        return ids
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -236,11 +251,13 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         speech = None
         given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
-        if inputs_embeds is None and any(speech_inputs[k] is not None for k in SPEECH_INPUTS):
+        if any(v is not None for v in given):
             speech = self.get_speech_features(**speech_inputs)
-            inputs_embeds, input_ids = self.place_speech(input_ids, speech), None
-        if position_ids is None and past_key_values is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs_embeds, input_ids = self.place_speech(input_ids, speech, inputs_embeds), None
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            # With a cache the mask also covers what is in it, and the new tokens are its last.
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         kwargs |= {
             "input_ids": input_ids if inputs_embeds is None else None,
             "inputs_embeds": inputs_embeds,
@@ -248,6 +265,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": (labels is None) if use_cache is None else use_cache,
+            "return_dict": True,
         }
         skip = (self.training and labels is not None) if skip_logits is None else skip_logits
         kind = None
@@ -274,7 +292,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         result.router_logits, result.expert_counts = projection.router_logits, projection.expert_counts
         if config.projector_config.kind == "smop":
             result.load_balancing_loss, result.router_z_loss = projection.load_balancing_loss, projection.router_z_loss
-            result.router_entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
+            entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
+            first = MODALITIES.index(config.modalities[0])
+            result.router_entropy = entropy[first : first + len(config.modalities)]
         if labels is None:
             return
         if config.projector_config.kind == "smop":
@@ -329,29 +349,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         checkpoint.complete(model, info, pretrained_model_name_or_path)
         model.freeze()
         return (model, info) if output_loading_info else model
-
-    # -- generation --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor:
-        """transformers' `generate`; the towers and the projector run once a clip, whatever the number of beams.
-
-        Greedy unless told otherwise. Returns the prompt's ids followed by the new ones, (B, L + new).
-        """
-        input_ids = kwargs.pop("input_ids", None)
-        input_ids = inputs if input_ids is None else input_ids
-        for name in ("labels", "label_positions"):
-            kwargs.pop(name, None)
-        speech = {k: kwargs.pop(k) for k in SPEECH_INPUTS if kwargs.get(k) is not None}
-        if speech:
-            kwargs["inputs_embeds"] = self.place_speech(input_ids, self.get_speech_features(**speech))
-        return super().generate(input_ids=input_ids, **kwargs)
-
-    def _refresh_generation_config(self) -> None:
-        generation = self.generation_config
-        generation.do_sample, generation.num_beams = False, 1
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(generation, name, getattr(self.config, name))
 
 
 def _projector(config: LlamaSmopConfig) -> nn.Module:

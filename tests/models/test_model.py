@@ -218,3 +218,11 @@ def test_a_config_that_does_not_fit_is_refused(changes, message):
 def test_lora_settings_are_checked(lora, message):
     with pytest.raises(ValueError, match=message):
         variant(small(modalities=("audio",))[0], lora={"language_model": lora})
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_a_model_of_one_modality_has_one_router_entropy(modality):
+    model, processor = small(modalities=(modality,))
+    entropy = model(**processor(text=TEXTS, **chosen(CLIPS, modality))).router_entropy
+    assert entropy.shape == (1,)
+    assert 0 < entropy.item() <= torch.tensor(4.0).log()
