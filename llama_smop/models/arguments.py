@@ -11,9 +11,9 @@ from transformers.utils import TransformersKwargs
 OF_THE_LOSS = ("shift_labels", "ignore_index")
 
 
-def known_to(language_model: nn.Module) -> frozenset[str]:
-    """The keywords that a causal language model of transformers does something with."""
-    own = inspect.signature(type(language_model).forward).parameters.values()
+def known_to(*models: nn.Module) -> frozenset[str]:
+    """The keywords that the forward of one of these models, or transformers behind it, does something with."""
+    own = [p for model in models for p in inspect.signature(type(model).forward).parameters.values()]
     named = {p.name for p in own if p.kind is not p.VAR_KEYWORD} - {"self"}
     return frozenset(named | TransformersKwargs.__annotations__.keys() | set(OF_THE_LOSS))
 

@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from llama_smop.expert_use import router_entropy
-from llama_smop.models import checkpoint
+from llama_smop.models import arguments, checkpoint
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
@@ -62,6 +62,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             self.video_tower = AvHubertVideoEncoder(config.video_config)
         self.multi_modal_projector = _projector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._known_arguments = arguments.known_to(self, self.language_model)
         if config.ctc_weight:
             vocabulary = config.text_config.vocab_size
             self.ctc_heads = nn.ModuleDict({m: nn.Linear(d, vocabulary) for m, d in config.token_features.items()})
@@ -246,8 +247,10 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
 
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
+        kwargs: the language model's own, such as `num_items_in_batch` or `output_hidden_states`; TypeError for others.
         label_positions: (N,) of `lm_loss.label_positions`, which spares a GPU the wait for their number.
         """
+        arguments.refuse_unknown(kwargs, self._known_arguments)
         speech = None
         given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))

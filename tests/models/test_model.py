@@ -226,3 +226,19 @@ def test_a_model_of_one_modality_has_one_router_entropy(modality):
     entropy = model(**processor(text=TEXTS, **chosen(CLIPS, modality))).router_entropy
     assert entropy.shape == (1,)
     assert 0 < entropy.item() <= torch.tensor(4.0).log()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("atention_mask", "attention_mask"), ("video_value", "video_values"), ("skip_logit", "skip_logits")],
+)
+def test_a_misspelt_keyword_is_refused(model, processor, name, meant):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean '{meant}'"):
+        model(**batch, **{name: torch.ones(2, 3)})
+
+
+def test_the_language_models_own_keywords_are_taken(model, processor):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    output = model(**batch, output_hidden_states=True, num_items_in_batch=2)
+    assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1
