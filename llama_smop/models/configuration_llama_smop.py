@@ -124,6 +124,12 @@ class LlamaSmopConfig(PreTrainedConfig):
         "projector_config": ProjectorConfig,
     }
 
+    # What the Trainer leaves out of an evaluation's predictions, which are the logits alone.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - a list by transformers' protocol
+        *("past_key_values", "lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss"),
+        *("expert_counts", "router_entropy", "router_logits"),
+    ]
+
     text_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
     video_config: dict | PreTrainedConfig | None = None

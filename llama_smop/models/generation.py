@@ -22,7 +22,7 @@ class SpeechGenerationMixin(GenerationMixin):
         """
         input_ids = kwargs.pop("input_ids", None)
         input_ids = inputs if input_ids is None else input_ids
-        for name in ("labels", "label_positions"):
+        for name in ("labels", "target_positions"):
             kwargs.pop(name, None)
         speech = {k: v for k in SPEECH_INPUTS if (v := kwargs.pop(k, None)) is not None}
         if speech:

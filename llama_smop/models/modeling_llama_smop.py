@@ -1,11 +1,14 @@
 """Llama-SMoP: Whisper's encoder, AV-HuBERT, one projector and a language model, for audio, video or both."""
 
+import logging
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
@@ -20,6 +23,8 @@ from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, wit
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
 from llama_smop.projector import DenseProjector, SMoPProjector
+
+logger = logging.getLogger(__name__)
 
 
 class LlamaSmopPreTrainedModel(PreTrainedModel):
@@ -53,6 +58,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
     fused_loss = "auto"
     # The Trainer then divides by the accumulation steps, as means over micro-batches (the auxiliary losses) ask.
     accepts_loss_kwargs = False
+    _warned = False
 
     def __init__(self, config: LlamaSmopConfig):
         super().__init__(config)
@@ -236,7 +242,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         logits_to_keep: int | Tensor = 0,
         audio_states: Tensor | None = None,
         video_states: Tensor | None = None,
-        label_positions: Tensor | None = None,
+        target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> LlamaSmopOutput:
@@ -248,7 +254,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
         kwargs: the language model's own, such as `num_items_in_batch` or `output_hidden_states`; TypeError for others.
-        label_positions: (N,) of `lm_loss.label_positions`, which spares a GPU the wait for their number.
+        target_positions: (N,) of `lm_loss.target_positions`, which spares a GPU the wait for their number.
         """
         arguments.refuse_unknown(kwargs, self._known_arguments)
         speech = None
@@ -277,7 +283,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if kind is None:
             outputs = self.language_model(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         else:
-            outputs = forward_without_logits(self.language_model, labels, label_positions, kind, **kwargs)
+            outputs = forward_without_logits(self.language_model, labels, target_positions, kind, **kwargs)
         result = LlamaSmopOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -299,6 +305,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             first = MODALITIES.index(config.modalities[0])
             result.router_entropy = entropy[first : first + len(config.modalities)]
         if labels is None:
+            self._warn_of_a_loss_made_elsewhere()
             return
         if config.projector_config.kind == "smop":
             result.loss = (
@@ -309,6 +316,23 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if config.ctc_weight:
             result.ctc_loss = sum(self._ctc_loss(m, speech, labels) for m in speech.states)
             result.loss = result.loss + config.ctc_weight * result.ctc_loss
+
+    def _warn_of_a_loss_made_elsewhere(self) -> None:
+        if not self.training or self._warned or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        smop = self.config.projector_config.kind == "smop"
+        parts = {
+            "load balancing": smop and self.config.load_balancing_coef,
+            "the router's z": smop and self.config.router_z_coef,
+            "CTC": self.config.ctc_weight,
+        }
+        if any(parts.values()):
+            self._warned = True
+            logger.warning(
+                "training without labels in forward, as the Trainer does with label_smoothing_factor: a loss made of "
+                "the logits lacks the auxiliary ones (%s); add those of the output, or set their weights to 0",
+                ", ".join(name for name, weight in parts.items() if weight),
+            )
 
     def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
         """On compressed tokens: with fewer places between the words than on frames, it is learned much sooner."""
@@ -393,5 +417,7 @@ def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
 
 
 AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
+# By this list the Trainer's label smoothing knows that logits are those of the next token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LlamaSmopConfig.model_type] = LlamaSmopForConditionalGeneration.__name__
 
 __all__ = ["LlamaSmopForConditionalGeneration", "LlamaSmopOutput", "SpeechFeatures"]
