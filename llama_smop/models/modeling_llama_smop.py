@@ -148,7 +148,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if not states:
             raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
         tokens, token_masks, modality = [], [], []
-        projector_width = self.multi_modal_projector.in_features
+        projector_width = max(self.config.token_features.values())
         for name, frames in states.items():
             x, mask = self.compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
             # Zeros add nothing to a product: the narrower modality of separate experts is filled up with them.
@@ -156,9 +156,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             token_masks.append(mask)
             modality.append(torch.full_like(mask, self.config.modalities.index(name), dtype=torch.int32))
         mask = torch.cat(token_masks, 1)
-        projection = self.multi_modal_projector(
-            torch.cat(tokens, 1).to(self.multi_modal_projector.w1.dtype), torch.cat(modality, 1), mask
-        )
+        # Any of its parameters: with LoRA on them the projector is inside a module without their names.
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        projection = self.multi_modal_projector(torch.cat(tokens, 1).to(dtype), torch.cat(modality, 1), mask)
         return SpeechFeatures(
             tokens=projection.hidden_states,
             mask=mask,
