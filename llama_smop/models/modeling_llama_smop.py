@@ -32,7 +32,8 @@ class LlamaSmopPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("audio", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("WhisperEncoderLayer", "HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
+    # The parts' own are added to these.
+    _no_split_modules = ("WhisperEncoderLayer", "SMoPProjector", "DenseProjector")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
