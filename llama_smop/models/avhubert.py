@@ -116,7 +116,8 @@ class AvHubertVideoEncoder(PreTrainedModel):
         self.encoder.config._attn_implementation = self._encoder_attention()
         x = self.proj(self.frontend(video_values))
         x = self.layer_norm(torch.cat([torch.zeros_like(x), x], dim=-1))
-        return self.encoder(self.post_extract_proj(x), attention_mask=video_mask)
+        # A copy, since the encoder zeroes padded frames in place, which a quantised layer's output does not allow.
+        return self.encoder(self.post_extract_proj(x).clone(), attention_mask=video_mask)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.frontend.conv

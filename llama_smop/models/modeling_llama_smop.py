@@ -35,6 +35,8 @@ class LlamaSmopPreTrainedModel(PreTrainedModel):
     # The parts' own are added to these.
     _no_split_modules = ("WhisperEncoderLayer", "SMoPProjector", "DenseProjector")
     _skip_keys_device_placement = ("past_key_values",)
+    # Nor are LoRA's factors quantised, which learn.
+    _keep_in_fp32_modules = ("lora_A.default", "lora_B.default")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -92,7 +94,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             frozen |= {f"{m}_tower" for m in self.config.modalities}
         for part in frozen:
             for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_("lora_" in name)
+                if parameter.is_floating_point():  # a quantised one never learns
+                    parameter.requires_grad_("lora_" in name)
 
     def train(self, mode: bool = True):
         """Frozen towers stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
@@ -116,7 +119,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         """Lip frames (B, T, 1, H, W) at 25 Hz -> AV-HuBERT frames (B, T, D)."""
         tower = self.video_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
-            return tower(video_values.to(tower.proj.weight.dtype), video_mask).last_hidden_state
+            # Of the first layer: quantised weights of the linear ones do not have the dtype that they compute in.
+            return tower(video_values.to(tower.frontend.conv.weight.dtype), video_mask).last_hidden_state
 
     def get_speech_features(
         self,
