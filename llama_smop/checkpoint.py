@@ -60,10 +60,13 @@ def load(
     try:
         with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-            model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            return model, LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+            processor = LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a malformed file
+        if str(error).startswith(f"{folder}: "):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder}: cannot be read: {reason[:300]}") from error
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 import logging
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
@@ -14,7 +12,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from llama_smop.expert_use import router_entropy
-from llama_smop.models import arguments, checkpoint
+from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
@@ -22,12 +20,13 @@ from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
+from llama_smop.models.pretrained import CheckpointMixin
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 logger = logging.getLogger(__name__)
 
 
-class LlamaSmopPreTrainedModel(PreTrainedModel):
+class LlamaSmopPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config: LlamaSmopConfig
     base_model_prefix = "model"
     input_modalities = ("audio", "video", "text")
@@ -345,42 +344,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         tokens, mask = self.compress(speech.states[modality], speech.state_masks[modality], rate)
         ignored = (IGNORED_LABEL, *_as_tuple(self.config.eos_token_id))
         return ctc_loss(self.ctc_heads[modality](tokens), mask, labels, blank=self.config.pad_token_id, ignored=ignored)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory, *, complete: bool | None = None, state_dict=None, **kwargs) -> None:
-        """Save whole, or with `config.sources` (and not `complete`) only what cannot be fetched again: what is
-        trained, and the special tokens' embeddings. Written aside, then renamed: a full disk leaves the old files."""
-        state = self.state_dict() if state_dict is None else state_dict
-        rows = None
-        if self.config.sources and not complete:
-            rows = checkpoint.special_token_rows(self, state)
-            state = checkpoint.without_fetched_parts(self, state)
-        with checkpoint.written_aside(save_directory) as folder:
-            super().save_pretrained(folder, state_dict=state, **kwargs)
-            if rows is not None:
-                save_file(rows, folder / checkpoint.SPECIAL_TOKENS_FILE)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """transformers' `from_pretrained`; parts that the checkpoint leaves out come from `config.sources`.
-
-        Raises:
-            ValueError: a checkpoint that is damaged, lacks weights, has others, or disagrees with its config.
-        """
-        kwargs["ignore_mismatched_sizes"] = True
-        try:
-            with checkpoint.quiet_load_report():
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-                )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"
-            ) from None
-        checkpoint.complete(model, info, pretrained_model_name_or_path)
-        model.freeze()
-        return (model, info) if output_loading_info else model
 
 
 def _projector(config: LlamaSmopConfig) -> nn.Module:

@@ -1,0 +1,87 @@
+"""Whether a model folder's config and weights fit together, found out before memory is taken for them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import initialization as init
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.hub import Source
+
+
+def check_folder(kind: type, source: Source) -> None:
+    """Read the config of a local folder and compare the shapes it asks for with those of the weights there.
+
+    Parts and names that the weights lack are not judged, nor is a hub name.
+
+    Raises:
+        ValueError: a config that no model can be made of, or weights of other shapes; one line with the folder.
+    """
+    folder = Path(str(source))
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or settings.get("model_type") != LlamaSmopConfig.model_type:
+            raise ValueError(f"it is not that of a {LlamaSmopConfig.model_type} model")
+        config = LlamaSmopConfig.from_pretrained(folder)
+        with torch.device("meta"), init.no_init_weights():
+            asked = {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
+    except Exception as error:  # whatever transformers and torch make of nonsense
+        reason = " ".join(f"{error or type(error).__name__}".split())[:300]
+        raise ValueError(f"{folder}: no model can be made of its {CONFIG_NAME}: {reason}") from error
+    there = _shapes(folder)
+    refuse_disagreement(source, wrong=[name for name in asked.keys() & there if asked[name] != there[name]])
+
+
+def refuse_disagreement(source: Source, *, lost=(), unexpected=(), wrong=()) -> None:
+    """ValueError of one line for weights, by name, that disagree with the config."""
+    for keys, what in (
+        (lost, "lacks"),
+        (unexpected, "has, beyond what its config asks for,"),
+        (wrong, "has in another shape than its config asks for"),
+    ):
+        if keys:
+            names, more = sorted(keys), f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"{source}: the checkpoint {what} {', '.join(names[:3])}{more}; config and weights disagree"
+            )
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the weights that `from_pretrained` would take; without those of files that cannot be read."""
+    files = [folder / SAFE_WEIGHTS_NAME]
+    if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        files = sorted(folder.glob("model-*-of-*.safetensors"))
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            continue  # loading says what is wrong with it
+    return shapes
+
+
+@torch.no_grad()
+def refuse_non_finite(weights: Mapping[str, Tensor], source: Source | str | Path) -> None:
+    """ValueError for a weight with a NaN or an infinity: a training that diverged, or a damaged file."""
+    names = [name for name, value in weights.items() if not _finite(value)]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{source}: {names[0]}{more} holds NaN or infinity; the training diverged or the file is damaged, take "
+            "another checkpoint"
+        )
+
+
+def _finite(value: Tensor) -> bool:
+    whole = not value.is_floating_point() or value.element_size() < 2  # as quantised weights are
+    if whole or value.is_meta or value.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(value)).isfinite().all())  # NaN is passed on; no copy of the weight
