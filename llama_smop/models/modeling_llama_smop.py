@@ -21,12 +21,13 @@ from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, wit
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
 from llama_smop.models.pretrained import CheckpointMixin
+from llama_smop.models.vocabulary import VocabularyMixin
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 logger = logging.getLogger(__name__)
 
 
-class LlamaSmopPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class LlamaSmopPreTrainedModel(CheckpointMixin, VocabularyMixin, PreTrainedModel):
     config: LlamaSmopConfig
     base_model_prefix = "model"
     input_modalities = ("audio", "video", "text")
@@ -69,7 +70,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if "video" in config.modalities:
             self.video_tower = AvHubertVideoEncoder(config.video_config)
         self.multi_modal_projector = _projector(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        # In the dtype of the other parts, whatever the language model's own config says.
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self._known_arguments = arguments.known_to(self, self.language_model)
         if config.ctc_weight:
             vocabulary = config.text_config.vocab_size
@@ -187,15 +189,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         return x, mask[:, rate - 1 : S * rate : rate]
 
     # -- the sequence ------------------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
 
     def place_speech(
         self, input_ids: Tensor | None, speech: SpeechFeatures, inputs_embeds: Tensor | None = None
