@@ -203,8 +203,9 @@ class LlamaSmopConfig(PreTrainedConfig):
 
     @property
     def special_token_ids(self) -> list[int]:
-        """The markers' and the pad token's, ascending."""
-        pad = () if self.pad_token_id is None else (self.pad_token_id,)
+        """The markers' and, if there is such a row, the pad token's, ascending."""
+        padded = self.pad_token_id is not None and self.pad_token_id < self.text_config.vocab_size
+        pad = (self.pad_token_id,) if padded else ()
         markers = (self.audio_token_id, self.audio_end_token_id, self.video_token_id, self.video_end_token_id)
         return sorted({*markers, *pad})
 
@@ -248,18 +249,18 @@ class LlamaSmopConfig(PreTrainedConfig):
     def _check_tokens(self) -> None:
         vocabulary = self.text_config.vocab_size
         names = ("audio_token_id", "audio_end_token_id", "video_token_id", "video_end_token_id")
-        optional = tuple(n for n in ("pad_token_id", "first_added_token") if getattr(self, n) is not None)
-        for name in (*names, *optional):
+        needed = ("pad_token_id",) if self.ctc_weight else ()  # CTC's blank
+        added = () if self.first_added_token is None else ("first_added_token",)
+        for name in (*names, *needed, *added):
             value = getattr(self, name)
             if not check.is_whole(value) or not 0 <= value < vocabulary:
                 raise ValueError(
                     f"{name} = {value!r:.60} lies outside the language model's vocabulary of {vocabulary}; "
                     "add the special tokens and resize the embeddings"
                 )
-        if self.ctc_weight and self.pad_token_id is None:
-            raise ValueError("ctc_weight needs a pad_token_id, which is CTC's blank; got None")
-        if self.bos_token_id is not None:
-            check.whole(self, bos_token_id=(0, 2**31))
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                check.whole(self, **{name: (0, 2**31)})
         if self.eos_token_id is not None and self.eos_token_id != []:
             several = isinstance(self.eos_token_id, list | tuple)
             (check.wholes if several else check.whole)(self, eos_token_id=(0, 2**31))

@@ -17,7 +17,7 @@ from llama_smop.models.hub import Source
 def check_folder(kind: type, source: Source) -> None:
     """Read the config of a local folder and compare the shapes it asks for with those of the weights there.
 
-    Parts and names that the weights lack are not judged, nor is a hub name.
+    Parts and names that the weights lack are not judged, nor are quantised weights and hub names.
 
     Raises:
         ValueError: a config that no model can be made of, or weights of other shapes; one line with the folder.
@@ -35,6 +35,8 @@ def check_folder(kind: type, source: Source) -> None:
     except Exception as error:  # whatever transformers and torch make of nonsense
         reason = " ".join(f"{error or type(error).__name__}".split())[:300]
         raise ValueError(f"{folder}: no model can be made of its {CONFIG_NAME}: {reason}") from error
+    if settings.get("quantization_config"):
+        return  # packed weights have shapes of their own
     there = _shapes(folder)
     refuse_disagreement(source, wrong=[name for name in asked.keys() & there if asked[name] != there[name]])
 
