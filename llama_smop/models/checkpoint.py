@@ -98,10 +98,11 @@ def complete(model, info: dict, folder: Source) -> None:
     lost = [k for k in missing if not k.startswith(tuple(f"{p}." for p in fetched)) or "lora_" in k]
     wrong = [str(k[0] if isinstance(k, tuple | list) else k) for k in info["mismatched_keys"]]
     refuse_disagreement(folder, lost=lost, unexpected=info["unexpected_keys"], wrong=wrong)
-    if fetched and getattr(model, "hf_quantizer", None) is not None:
+    elsewhere = [p for p in fetched if any(w.is_meta for w in getattr(model, p).parameters())]
+    if elsewhere or (fetched and getattr(model, "hf_quantizer", None) is not None):
         raise ValueError(
             f"{folder}: leaves out the weights of {' and '.join(fetched)}, and only a whole checkpoint can be loaded "
-            "quantised; load it as it is and save it with save_pretrained(…, complete=True)"
+            "quantised or offloaded; load it as it is and save it with save_pretrained(…, complete=True)"
         )
     for part in fetched:
         source, module = model.config.sources[part], getattr(model, part)

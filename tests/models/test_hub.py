@@ -146,3 +146,19 @@ def test_loading_says_nothing_when_all_is_well(pair, tmp_path):
     finally:
         logging.getLogger("transformers").removeHandler(handler)
     assert [r.getMessage()[:200] for r in records] == []
+
+
+def test_a_part_that_is_fetched_cannot_be_offloaded(assembled, tmp_path):
+    assembled.save_pretrained(tmp_path / "small")
+    assembled.save_pretrained(tmp_path / "whole", complete=True)
+    places = {"audio_tower": "cpu", "multi_modal_projector": "cpu", "language_model": "disk"}
+
+    def load(name):
+        settings = {"device_map": places, "offload_folder": tmp_path / f"{name} offloaded"}
+        return LlamaSmopForConditionalGeneration.from_pretrained(tmp_path / name, **settings)
+
+    ids = torch.tensor([[0, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(load("whole")(ids).logits, assembled.eval()(ids).logits)
+    with pytest.raises(ValueError, match=r"small: leaves out the weights of .*language_model.*complete=True"):
+        load("small")
