@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import initialization as init
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.hub import Source
@@ -25,6 +25,7 @@ def check_folder(kind: type, source: Source) -> None:
     folder = Path(str(source))
     if not (folder / CONFIG_NAME).is_file():
         return
+    _check_generation_settings(folder)
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.get("model_type") != LlamaSmopConfig.model_type:
@@ -53,6 +54,16 @@ def refuse_disagreement(source: Source, *, lost=(), unexpected=(), wrong=()) -> 
             raise ValueError(
                 f"{source}: the checkpoint {what} {', '.join(names[:3])}{more}; config and weights disagree"
             )
+
+
+def _check_generation_settings(folder: Path) -> None:
+    """transformers says nothing of a damaged file, and takes its defaults."""
+    file = folder / GENERATION_CONFIG_NAME
+    try:
+        if file.exists() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: {file.name} cannot be read ({error}); copy it again") from None
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
