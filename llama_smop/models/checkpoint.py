@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_smop.models.fit import refuse_disagreement, refuse_non_finite
+from llama_smop.models.fit import absent, refuse_disagreement, refuse_non_finite
 from llama_smop.models.hub import Source
 from llama_smop.models.part_weights import load_part, part_weights
 
@@ -94,8 +94,7 @@ def complete(model, info: dict, folder: Source) -> None:
         ValueError: the checkpoint disagrees with its config, or holds numbers that are not finite.
     """
     missing = set(info["missing_keys"])
-    fetched = [p for p in model.config.sources if any(k.startswith(f"{p}.") for k in missing)]
-    lost = [k for k in missing if not k.startswith(tuple(f"{p}." for p in fetched)) or "lora_" in k]
+    fetched, lost = absent(missing, model.config)
     wrong = [str(k[0] if isinstance(k, tuple | list) else k) for k in info["mismatched_keys"]]
     refuse_disagreement(folder, lost=lost, unexpected=info["unexpected_keys"], wrong=wrong)
     elsewhere = [p for p in fetched if any(w.is_meta for w in getattr(model, p).parameters())]

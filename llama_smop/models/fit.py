@@ -1,7 +1,7 @@
 """Whether a model folder's config and weights fit together, found out before memory is taken for them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from llama_smop.models.hub import Source
 def check_folder(kind: type, source: Source) -> None:
     """Read the config of a local folder and compare the shapes it asks for with those of the weights there.
 
-    Parts and names that the weights lack are not judged, nor are quantised weights and hub names.
+    Quantised weights and hub names are not judged, nor is what is missing where weights have names of their own.
 
     Raises:
         ValueError: a config that no model can be made of, or weights of other shapes; one line with the folder.
@@ -32,14 +32,25 @@ def check_folder(kind: type, source: Source) -> None:
             raise ValueError(f"it is not that of a {LlamaSmopConfig.model_type} model")
         config = LlamaSmopConfig.from_pretrained(folder)
         with torch.device("meta"), init.no_init_weights():
-            asked = {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
+            model = kind(config)
+        asked = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     except Exception as error:  # whatever transformers and torch make of nonsense
         reason = " ".join(f"{error or type(error).__name__}".split())[:300]
         raise ValueError(f"{folder}: no model can be made of its {CONFIG_NAME}: {reason}") from error
     if settings.get("quantization_config"):
         return  # packed weights have shapes of their own
     there = _shapes(folder)
-    refuse_disagreement(source, wrong=[name for name in asked.keys() & there if asked[name] != there[name]])
+    wrong = [name for name in asked.keys() & there if asked[name] != there[name]]
+    known = there and there.keys() <= asked.keys()
+    missing = asked.keys() - there - model.all_tied_weights_keys.keys() if known else ()
+    refuse_disagreement(source, lost=absent(missing, config)[1], wrong=wrong)
+
+
+def absent(missing: Collection[str], config: LlamaSmopConfig) -> tuple[list[str], list[str]]:
+    """Of weights that a checkpoint lacks: the parts to fetch from their sources, and the names that are lost."""
+    fetched = [part for part in config.sources if any(name.startswith(f"{part}.") for name in missing)]
+    prefixes = tuple(f"{part}." for part in fetched)
+    return fetched, [name for name in missing if not name.startswith(prefixes) or "lora_" in name]
 
 
 def refuse_disagreement(source: Source, *, lost=(), unexpected=(), wrong=()) -> None:

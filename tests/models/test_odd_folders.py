@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from llama_smop import LlamaSmopForConditionalGeneration, checkpoint
 from llama_smop.models.parts import assemble
@@ -133,13 +134,22 @@ def test_a_malformed_processor(folder, changes):
     expect_one_line(checkpoint.load, folder)
 
 
-def test_sizes_that_would_fill_the_memory_are_refused_by_the_shapes_of_the_weights(folder):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 2**17, "intermediate_size": 2**20, "vocab_size": 2**23}, "in another shape than"),
+        ({"num_hidden_layers": 1000}, "lacks language_model.model.layers.1."),
+    ],
+)
+def test_sizes_that_would_fill_the_memory_are_refused_by_the_shapes_of_the_weights(
+    folder, changes, message, monkeypatch
+):
     """Each within its bounds, together terabytes."""
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"hidden_size": 2**17, "intermediate_size": 2**20, "vocab_size": 2**23}
+    config["text_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
-    message = expect_one_line(LlamaSmopForConditionalGeneration.from_pretrained, folder)
-    assert "in another shape than its config asks for" in message
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # which takes the memory
+    assert message in expect_one_line(LlamaSmopForConditionalGeneration.from_pretrained, folder)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
