@@ -75,7 +75,7 @@ def run(path: Path | None = None, quick: bool = False, say: Callable[[str], None
         "width": config.text_config.hidden_size,
         "clips": workload.clips,
         "positions": ids["input_ids"].numel(),
-        "labelled": ids["label_positions"].numel(),
+        "labelled": ids["target_positions"].numel(),
         "chunk": lm_loss.CHUNK,
     }
     found["cases"] = []

@@ -173,7 +173,7 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
     # Their number is known here, and could not be read from fake tensors.
     positions = (torch.arange(B)[:, None] * ids.shape[1] + torch.arange(prompt - 1, ids.shape[1] - 1)).flatten()
     text_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return inputs | text_inputs | {"label_positions": positions}
+    return inputs | text_inputs | {"target_positions": positions}
 
 
 def _estimate(

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from llama_smop import weight_decay
+from llama_smop.models.avhubert import FRONT_BLOCKS
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 
@@ -50,7 +51,7 @@ def units(model: nn.Module) -> list[str]:
 
     What is left (embeddings, convolutions in front of the towers, heads) is gathered for the whole step.
     """
-    names = {*model._no_split_modules, SMoPProjector.__name__, DenseProjector.__name__}
+    names = {*model._no_split_modules, SMoPProjector.__name__, DenseProjector.__name__} - {*FRONT_BLOCKS}
     return sorted(names & {type(module).__name__ for module in model.modules()})
 
 

@@ -18,7 +18,7 @@ from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
 from llama_smop.models.checkpoint import put_special_token_rows
-from llama_smop.models.lm_loss import check_fused_loss, label_positions
+from llama_smop.models.lm_loss import check_fused_loss, target_positions
 from llama_smop.resume import check_shared, starting_point
 from llama_smop.run_folder import RunFolder, check_places
 from llama_smop.setbacks import ReplacedClips, Setbacks
@@ -175,7 +175,7 @@ class Collator:
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
         batch = dict(self.processor(text=[item["text"] for item in items], **streams))
-        batch["label_positions"] = label_positions(batch["labels"])
+        batch["target_positions"] = target_positions(batch["labels"])
         return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 
 

@@ -94,7 +94,7 @@ class SmopTrainer(Trainer):
         if outputs.expert_counts is not None:
             self._add("expert_counts", outputs.expert_counts)
         if outputs.router_entropy is not None:
-            for modality, entropy in zip(("audio", "video"), outputs.router_entropy, strict=True):
+            for modality, entropy in zip(self.model.config.modalities, outputs.router_entropy, strict=True):
                 self._add(f"router_entropy/{modality}", entropy)  # a batch without that modality is not counted
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

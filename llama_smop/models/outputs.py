@@ -35,8 +35,8 @@ class LlamaSmopOutput(ModelOutput):
 
     logits: (B, L, vocabulary), None where the loss was made without them. router_logits: (B, S, E) over the speech
     tokens, audio before video. expert_counts: (X,) int32, how often real tokens chose each expert (DEDR: audio's E,
-    then video's E). router_entropy: (2,) nats, mean over real audio and real video tokens, NaN without any. Losses
-    that do not apply are None.
+    then video's E). router_entropy: (M,) nats for the model's modalities, audio before video, mean over real tokens;
+    NaN where the batch has none of a modality. Losses that do not apply are None.
     """
 
     loss: Tensor | None = None

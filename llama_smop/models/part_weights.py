@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, WhisperConfig, WhisperModel
 
 from llama_smop.models.avhubert import AvHubertVideoEncoder
+from llama_smop.models.fit import refuse_non_finite
 from llama_smop.models.hub import fetch
 
 PARTS = ("audio_tower", "video_tower", "language_model")
@@ -52,8 +53,9 @@ def load_part(module: nn.Module, weights: dict[str, Tensor], source: str | Path)
     """Put `weights` into a part that may have LoRA inside, and embeddings of more tokens than its source.
 
     Raises:
-        ValueError: a tensor that is missing or of another shape.
+        ValueError: a tensor that is missing, of another shape, or with numbers that are not finite.
     """
+    refuse_non_finite(weights, source)
     embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
     growing = {id(e.weight) for e in embeddings if e is not None}
     for name, own in module.state_dict(keep_vars=True).items():

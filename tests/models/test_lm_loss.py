@@ -5,13 +5,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from llama_smop.models import lm_loss
-from llama_smop.models.lm_loss import IGNORED_LABEL, label_positions, linear_cross_entropy
+from llama_smop.models.lm_loss import IGNORED_LABEL, linear_cross_entropy, target_positions
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, chosen, clip
 from tests.pipeline import children
@@ -152,16 +153,16 @@ def test_a_training_step_is_the_ordinary_one(changes, arguments, checkpointing):
 
 def test_positions_given_are_those_found(monkeypatch):
     model, batch = small()
-    positions = label_positions(batch["labels"])
+    positions = target_positions(batch["labels"])
     assert len(positions) == (batch["labels"] != IGNORED_LABEL).sum()
     expected = step(model, batch)[0].loss
-    monkeypatch.setattr(lm_loss, "label_positions", None)
-    assert torch.equal(step(model, batch, label_positions=positions)[0].loss, expected)
+    monkeypatch.setattr(lm_loss, "target_positions", None)
+    assert torch.equal(step(model, batch, target_positions=positions)[0].loss, expected)
 
 
 def test_left_padding_and_a_label_at_the_very_first_place():
     labels = torch.tensor([[-100, -100, 4, 5], [7, -100, 2, -100]])
-    assert label_positions(labels).tolist() == [1, 2, 5], "what no position predicts has no loss"
+    assert target_positions(labels).tolist() == [1, 2, 5], "what no position predicts has no loss"
 
 
 def test_logits_are_there_when_they_are_wanted():
@@ -276,3 +277,25 @@ def test_sharded_by_fsdp2_it_gives_the_same_gradients(tmp_path):
     expected = step(*small())[1]
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert_same_gradients(found, expected, TINY_MODEL)
+
+
+@pytest.mark.parametrize("offload", (cpu_offload, disk_offload))
+def test_an_offloaded_head_is_called_for_its_logits(tmp_path, offload):
+    model, batch = small()
+    expected = model(**batch, skip_logits=False).lm_loss
+    where = (tmp_path,) if offload is disk_offload else ()
+    offload(model, *where, execution_device=torch.device("cpu"))
+    for _ in range(3):
+        output = model(**batch)
+        torch.testing.assert_close(output.lm_loss, expected)
+        assert output.logits is not None
+    with pytest.raises(ValueError, match="skip_logits needs a head without hooks, which offloading adds"):
+        model(**batch, skip_logits=True)
+
+
+def test_a_head_with_a_hook_is_called():
+    model, batch = small()
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, made: seen.append(made))
+    model(**batch)
+    assert len(seen) == 1

@@ -194,11 +194,11 @@ def test_errors_say_what_was_expected(model, processor):
     [
         ({"modalities": ["smell"]}, "modalities must be"),
         ({"modalities": []}, "modalities must be"),
-        ({"compression": "squeeze"}, '"pool" or "stack"'),
-        ({"rate_audio": 0}, "rate_audio must be at least 1"),
+        ({"compression": "squeeze"}, "one of pool, stack, got 'squeeze'"),
+        ({"rate_audio": 0}, "rate_audio must be a whole number from 1 to 1000, got 0"),
         ({"projector_config": {"top_k": 5}}, r"\[1, 4\], got 5"),
-        ({"projector_config": {"sharing": "JDJD"}}, "JEJR, JEDR or DEDR, got 'JDJD'"),
-        ({"projector_config": {"kind": "mlp"}}, '"smop" or "dense"'),
+        ({"projector_config": {"sharing": "JDJD"}}, "one of JEJR, JEDR, DEDR, got 'JDJD'"),
+        ({"projector_config": {"kind": "mlp"}}, "one of smop, dense, got 'mlp'"),
         ({"projector_config": {"activation": "tanh"}}, "activation"),
         ({"projector_config": {"sharing": "JEJR"}, "compression": "stack"}, "one width, got 128 and 64"),
         ({"lora": {"projector": {"r": 1, "alpha": 1}}}, "language_model and video_tower"),
@@ -218,3 +218,27 @@ def test_a_config_that_does_not_fit_is_refused(changes, message):
 def test_lora_settings_are_checked(lora, message):
     with pytest.raises(ValueError, match=message):
         variant(small(modalities=("audio",))[0], lora={"language_model": lora})
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_a_model_of_one_modality_has_one_router_entropy(modality):
+    model, processor = small(modalities=(modality,))
+    entropy = model(**processor(text=TEXTS, **chosen(CLIPS, modality))).router_entropy
+    assert entropy.shape == (1,)
+    assert 0 < entropy.item() <= torch.tensor(4.0).log()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("atention_mask", "attention_mask"), ("video_value", "video_values"), ("skip_logit", "skip_logits")],
+)
+def test_a_misspelt_keyword_is_refused(model, processor, name, meant):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean '{meant}'"):
+        model(**batch, **{name: torch.ones(2, 3)})
+
+
+def test_the_language_models_own_keywords_are_taken(model, processor):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    output = model(**batch, output_hidden_states=True, num_items_in_batch=2)
+    assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1

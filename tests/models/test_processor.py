@@ -81,6 +81,18 @@ def test_arrays_tensors_and_columns_are_one(processor):
         assert torch.equal(batches[0]["input_features"], batch["input_features"])
 
 
+def test_a_single_clip_need_not_be_in_a_list(processor):
+    audio, video = clip(20, 0)
+    expected = processor(text=["bin"], audio=[audio], video=[video])
+    for sound in (audio, audio.numpy(), audio[:, None], audio.tolist(), audio[None], tuple(audio.tolist())):
+        for picture in (video, video.numpy(), video[None]):
+            found = processor(text="bin", audio=sound, video=picture)
+            assert all(torch.equal(found[k], expected[k]) for k in expected)
+    states = torch.randn(20, 8)
+    listed = processor(video_states=[states])
+    assert torch.equal(processor(video_states=states)["video_states"], listed["video_states"])
+
+
 def test_save_and_load(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = LlamaSmopProcessor.from_pretrained(tmp_path)
@@ -109,6 +121,8 @@ def test_text_round_trip(processor):
         ({"audio": [np.zeros(0)]}, "no audio samples"),
         ({"audio": [np.zeros(40000)]}, "2.50 s is longer than the audio window of 2.00 s"),
         ({"audio": [np.zeros((2, 16000))]}, "mono"),
+        ({"audio": np.zeros(0)}, "no audio samples"),
+        ({"video": torch.zeros(20, 88, 88)}, r"\(T, 1, H, W\)"),
         ({"video": [torch.zeros(1, 1, 88, 88)]}, "1 video frames is shorter than one token of 2 frames"),
         ({"video": [torch.zeros(20, 88, 88)]}, r"\(T, 1, H, W\)"),
         ({"audio": [np.zeros(16000)], "padding_side": "top"}, '"left" or "right"'),
