@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .media import MediaError, audio_path, read_audio, read_video
+from .media import audio_path, read_audio, read_video
 from .noise import Noise
 from .transforms import ClipTransform, clip_rng
 
@@ -157,14 +157,13 @@ class Lrs3Dataset(Dataset):
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
     """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
 
-    The sound comes from the .wav beside the clip, or from the clip itself where there is none.
+    The sound comes from the .wav beside the clip, which begins with its first frame, or from the clip itself where
+    there is none. Raises MediaError.
     """
     audio = video = None
+    source = audio_path(path)
     if modality != "audio":
-        video = read_video(path)
+        video = read_video(path, with_sound=source == Path(path))
     if modality != "video":
-        source = audio_path(path)
-        if not source.exists():
-            raise MediaError(source.with_suffix(".wav"), "no such file, and no mp4 beside it")
         audio = read_audio(source)
     return audio, video
