@@ -5,6 +5,9 @@
 """
 
 import os
+import re
+import reprlib
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .media import MediaError, audio_path, read_audio, read_video
+from .media import audio_path, read_audio, read_video
 from .noise import Noise
 from .transforms import ClipTransform, clip_rng
 
 MODALITIES = ("audio", "video", "audiovisual")
+MOST_FRAMES = 10_000_000  # of a clip, four days
+ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # would end a line for `splitlines`
 
 
 class LabelError(ValueError):
@@ -45,10 +50,10 @@ class Clip:
 def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[Clip]:
     """The clips of a label file: a name under `root/labels/`, else a path. Raises LabelError naming file and line."""
     path = Path(root, "labels", label_file)
-    if not path.exists() and Path(label_file).exists():
+    if not os.path.exists(path) and os.path.exists(label_file):
         path = Path(label_file)
     clips, seen = [], {}
-    for number, line in enumerate(read_text(path, "label file").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "label file").split("\n"), start=1):
         if not line.strip():
             continue
         clip = _parse(line, f"{path}:{number}")
@@ -62,12 +67,19 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
 
 
 def read_text(path: Path, what: str) -> str:
-    """Raises LabelError, naming `what` where it is not there."""
+    """A text file's content, its lines ended by "\\n" alone; a spreadsheet's byte order mark is no part of it.
+
+    Raises LabelError, naming `what` where it is not there, or is a pipe or device, which may have no end.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LabelError(f"{path}: is not a regular file")
+        return ODD_SPACES.sub(" ", path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise LabelError(f"{path}: no such {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except LabelError:
+        raise
+    except (OSError, ValueError) as error:
         raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -89,11 +101,17 @@ def parse_place(fields: Sequence[str], where: str) -> tuple[str, str, int]:
     dataset, path, n_frames = (field.strip() for field in fields[:3])
     if not dataset or not path:
         raise LabelError(f"{where}: dataset, path and text must not be empty")
-    if Path(path).is_absolute() or ".." in Path(path).parts:
+    if _leads_out(dataset):
+        raise LabelError(f"{where}: expected a dataset's folder below the corpus, got {dataset!r}")
+    if _leads_out(path):
         raise LabelError(f"{where}: expected a path below the dataset's folder, got {path!r}")
-    if not n_frames.isdecimal() or int(n_frames) == 0:
-        raise LabelError(f"{where}: expected a positive number of frames, got {n_frames!r}")
+    if not n_frames.isdecimal() or len(n_frames) > 20 or not 0 < int(n_frames) <= MOST_FRAMES:
+        raise LabelError(f"{where}: expected a positive number of frames, got {reprlib.repr(n_frames)}")
     return dataset, path, int(n_frames)
+
+
+def _leads_out(path: str) -> bool:
+    return Path(path).is_absolute() or ".." in Path(path).parts
 
 
 class Lrs3Dataset(Dataset):
@@ -157,14 +175,13 @@ class Lrs3Dataset(Dataset):
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
     """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
 
-    The sound comes from the .wav beside the clip, or from the clip itself where there is none.
+    The sound comes from the .wav beside the clip, which begins with its first frame, or from the clip itself where
+    there is none. Raises MediaError.
     """
     audio = video = None
+    source = audio_path(path)
     if modality != "audio":
-        video = read_video(path)
+        video = read_video(path, with_sound=source == Path(path))
     if modality != "video":
-        source = audio_path(path)
-        if not source.exists():
-            raise MediaError(source.with_suffix(".wav"), "no such file, and no mp4 beside it")
         audio = read_audio(source)
     return audio, video

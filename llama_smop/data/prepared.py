@@ -65,7 +65,7 @@ def write_labels(
         path = root / "labels" / source
         if path == target:
             raise LabelError(f"{path}: would be overwritten; give another name to write to")
-        rows = read_text(path, "label file").splitlines()
+        rows = read_text(path, "label file").split("\n")
         for number, row in enumerate(tqdm(rows, desc=source, unit="clip", disable=not progress), start=1):
             if not row.strip():
                 continue

@@ -75,3 +75,13 @@ def test_the_preparations_own_file_is_not_overwritten(prepared):
     with pytest.raises(LabelError, match="would be overwritten"):
         write_labels(prepared, [SEGMENTS], SEGMENTS, progress=False)
     assert (prepared / "labels" / SEGMENTS).read_text() == before
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name_or_a_text(prepared):
+    said = prepared / "lrs3/lrs3_text_seg16s/test/abc/00001.txt"
+    said.parent.mkdir(parents=True)
+    said.write_bytes(b"\xef\xbb\xbfHELLO\xc2\x85YOU\x0c")
+    row = b"\xef\xbb\xbflrs3,lrs3_video_seg16s/test/abc/00001.mp4,40,3\r\n"
+    (prepared / "labels/more.csv").write_bytes(row)
+    write_labels(prepared, ["more.csv"], "all.csv", progress=False)
+    assert [(c.dataset, c.text) for c in read_labels(prepared, "all.csv")] == [("lrs3", "hello you")]
