@@ -18,6 +18,7 @@ test: $(READY) $(REAL)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks cpu

@@ -1,6 +1,7 @@
 """`SMoPProjector`, the sparse mixture of projectors, and `DenseProjector`, the one it is compared with."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ class SMoPProjector(nn.Module):
     """
 
     stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, or routers
+    gate_weight: nn.Parameter
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -62,7 +70,7 @@ class SMoPProjector(nn.Module):
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
         self.activation, self.backend, self.eps, self.recompute = activation, backend, eps, recompute
         self.global_aux_losses = global_aux_losses
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_weight = nn.Parameter(torch.empty(R, num_experts, in_features, **factory))
         _add_mlps(self, X, layer_norm, factory)
         self.reset_parameters()
@@ -105,6 +113,7 @@ class SMoPProjector(nn.Module):
         )
         if not self.global_aux_losses:
             return out
+        assert out.router_logits is not None and out.expert_indices is not None
         balance, z_loss = global_aux_losses(
             out.router_logits.flatten(0, -2),
             out.expert_indices.flatten(0, -2),
@@ -130,6 +139,12 @@ class DenseProjector(nn.Module):
     """
 
     stacked_parameters = True  # for `weight_decay`: the first dimension counts modalities
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -203,7 +218,7 @@ class DenseProjector(nn.Module):
         return f"{sizes}, modalities={self.modalities}, activation={self.activation}, backend={self.backend}"
 
 
-def _add_mlps(module: nn.Module, count: int, layer_norm: bool, factory: dict) -> None:
+def _add_mlps(module: "SMoPProjector | DenseProjector", count: int, layer_norm: bool, factory: dict[str, Any]) -> None:
     """Stacked parameters of `count` MLPs D -> H -> O, LayerNorm parameters None without `layer_norm`."""
     D, H, O = module.in_features, module.hidden_features, module.out_features
     module.w1 = nn.Parameter(torch.empty(count, H, D, **factory))
@@ -214,13 +229,13 @@ def _add_mlps(module: nn.Module, count: int, layer_norm: bool, factory: dict) ->
     module.ln_bias = nn.Parameter(torch.empty(count, O, **factory)) if layer_norm else None
 
 
-def _reset_mlps(module: nn.Module) -> None:
+def _reset_mlps(module: "SMoPProjector | DenseProjector") -> None:
     """As `nn.Linear` and `nn.LayerNorm`: uniform in ±1/√fan_in; scale 1, shift 0."""
     for weight, bias in ((module.w1, module.b1), (module.w2, module.b2)):
         bound = 1 / math.sqrt(weight.shape[-1])
         nn.init.uniform_(weight, -bound, bound)
         nn.init.uniform_(bias, -bound, bound)
-    if module.ln_weight is not None:
+    if module.ln_weight is not None and module.ln_bias is not None:
         nn.init.ones_(module.ln_weight)
         nn.init.zeros_(module.ln_bias)
 

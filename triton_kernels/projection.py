@@ -20,6 +20,8 @@ launches it makes. A saved tensor that was dropped costs the launch that made it
 Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def route_fwd(
 ) -> tuple[Tensor, ...]:
     T, (R, E, _) = x.shape[0], gate_weight.shape
     blocks = _router.router_blocks(T)
-    f32, i32 = {"dtype": torch.float32, "device": x.device}, {"dtype": torch.int32, "device": x.device}
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    i32: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
     logits, weights = torch.empty((T, E), **f32), torch.empty((T, top_k), **f32)
     experts, counts = torch.empty((T, top_k), **i32), torch.empty((R, E), **i32)
     hist, stats = torch.empty((blocks, R * E), **i32), torch.empty((blocks, R * E + R), **f32)
@@ -104,7 +107,7 @@ def expert_projection_fwd(
     parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],  # w1, b1, … ln_bias
     activation: str,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), (X, O, _) = weights.shape, w2.shape
     h, pre = _hidden(x, w1, b1, activation, order, offs, K)
@@ -159,10 +162,10 @@ def expert_projection_bwd(
     dx = None
     if need_dparams or need_dx:
         dh = torch.empty_like(h)
-        saved = pre if keeps_pre(activation) else h
-        grouped_gemm(dz, w2, offs, dh, pre=saved, gradient=True, activation=activation, tokens=T).run()
+        kept = pre if keeps_pre(activation) else h
+        grouped_gemm(dz, w2, offs, dh, pre=kept, gradient=True, activation=activation, tokens=T).run()
     if need_dparams:
-        routing = {"order": order, "experts": experts, "top_k": K, "tokens": T}
+        routing: dict[str, Any] = {"order": order, "experts": experts, "top_k": K, "tokens": T}
         grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, **routing).run()
         grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, **routing).run()
     if need_dx:

@@ -6,6 +6,7 @@ and up are laid out is the model's own affair (`_apply_gate`). Expert ids ≥ th
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def register() -> None:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str = "auto"
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """Σ_k top_k_weights[t, k] · expert[top_k_index[t, k]](hidden_states[t]).
 

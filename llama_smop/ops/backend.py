@@ -93,7 +93,7 @@ class Backend(Protocol):
         parameters: Experts,
         activation: str,
         eps: float,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """→ y (T, O), then the tensors of `Saved`, None for those that have no use."""
         ...
 

@@ -46,7 +46,7 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device, top_k: int,
 def _auto_candidates(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("torch",)
-    names = ("cuda", "triton", "torch") if cuda_extension.VERIFIED_ON_GPU else ("triton", "torch")
+    names: tuple[str, ...] = ("cuda", "triton", "torch") if cuda_extension.VERIFIED_ON_GPU else ("triton", "torch")
     if device.type == "cuda" and _triton_fails(device):
         names = tuple(name for name in names if name != "triton")
     return names

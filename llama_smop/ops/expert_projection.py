@@ -4,12 +4,14 @@ Kept for backward: x, h (after the ReLU: it is the mask and the operand of dW2),
 weights themselves. `recompute` drops h or z and pays one grouped GEMM in backward; the routing is never recomputed.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from llama_smop.ops import checks, dispatch
 from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype
-from llama_smop.ops.operator import operator
+from llama_smop.ops.operator import is_plain, operator
 
 
 def _check_experts(experts, num_experts, backend) -> None:
@@ -63,10 +65,13 @@ def check_schedule(experts: Tensor, num_experts: int, schedule: Schedule) -> Non
             raise TypeError(f"{name} must be int32, as `route` returns it, got {tensor.dtype}")
 
 
-def _check_rows(schedule: Schedule) -> None:
-    """A kernel reads whatever rows a schedule names; on a GPU they are checked only under LLAMA_SMOP_DEBUG=1."""
+def check_rows(schedule: Schedule) -> None:
+    """Kernels read the rows that a schedule names: raise IndexError where there are none such.
+
+    On a GPU only under LLAMA_SMOP_DEBUG=1; never where the tensors hold no data.
+    """
     order, inverse, offs = schedule
-    if offs.numel() and checks.values_are_checked(offs.device):
+    if offs.numel() and is_plain(schedule) and checks.values_are_checked(offs.device):
         rows = order.numel()
         checks.cumulative("offs", offs, rows)
         used = int(offs[-1])
@@ -124,11 +129,11 @@ def _backward(ctx, dy, *_) -> tuple:
     schedule, parameters, saved = Schedule(*rest[:3]), Experts(*rest[3:9]), Saved(*rest[9:])
     need_dx, need_dweights, *_ = ctx.needs_input_grad
     needed = ctx.needs_input_grad[6:12]  # of the parameters
-    dx, dweights, *dparams = expert_projection_bwd(
+    dx, dweights, *grads = expert_projection_bwd(
         dy, x, weights, experts, schedule, parameters, saved, ctx.activation, ctx.eps,
         need_dx, need_dweights, any(needed), ctx.backend,
     )  # fmt: skip
-    dparams = Experts(*(g if wanted else None for g, wanted in zip(dparams, needed, strict=True)))
+    dparams = tuple(g if wanted else None for g, wanted in zip(grads, needed, strict=True))
     dweights = dweights.to(weights.dtype) if need_dweights else None
     return dx if need_dx else None, dweights, None, None, dparams, None, None, None, None
 
@@ -151,9 +156,10 @@ def expert_projection(
     recompute: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ y, then the tensors of `Saved`."""
+    """→ y, then the tensors of `Saved`; what has no use is empty."""
     _check_dtypes(x, parameters)
-    _check_rows(schedule)
+    if checks.debug():
+        check_rows(schedule)
     x, weights, experts = _contiguous((x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
     schedule, parameters = Schedule(*_contiguous(schedule)), Experts(*_contiguous(parameters))
     y, h, pre, z, mean, rstd = dispatch.module(backend).expert_projection_fwd(
@@ -161,7 +167,7 @@ def expert_projection(
     )
     if pre is None:
         pre = x.new_empty(0)
-    if mean is None:
+    if mean is None or rstd is None:
         mean, rstd = weights.new_empty(0), weights.new_empty(0)
     return y, h, pre, z, mean, rstd
 
@@ -174,6 +180,17 @@ def _fake_bwd(
 
     dweights = x.new_empty(weights.shape, dtype=acc_dtype(x.dtype)) if need_dweights else x.new_empty(0)
     return like(x, need_dx), dweights, *(like(p, need_dparams) for p in parameters)
+
+
+class Gradients(NamedTuple):
+    dx: Tensor
+    dweights: Tensor
+    dw1: Tensor
+    db1: Tensor
+    dw2: Tensor
+    db2: Tensor
+    dln_weight: Tensor
+    dln_bias: Tensor
 
 
 @operator("smop::expert_projection_bwd", fake=_fake_bwd, derivative_of="smop::expert_projection")
@@ -191,11 +208,11 @@ def expert_projection_bwd(
     need_dweights: bool,
     need_dparams: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dx, dweights, then the gradients of `Experts`; what was not asked for is empty."""
+) -> Gradients:
+    """What was not asked for is empty."""
     dy, x, weights, experts = _contiguous((dy, x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
     schedule, parameters = Schedule(*_contiguous(schedule)), Experts(*_contiguous(parameters))
     grads = dispatch.module(backend).expert_projection_bwd(
         dy, x, weights, experts, schedule, parameters, saved, activation, eps, need_dx, need_dweights, need_dparams
     )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return Gradients(*(x.new_empty(0) if g is None else g for g in grads))

@@ -4,11 +4,19 @@ Every backend is tested against it. It is differentiable, so autograd gives the 
 the dtype of its inputs: give it float64. It reads values on the host and is slow.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda v: v,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 class NaiveRouting(NamedTuple):
@@ -34,7 +42,7 @@ def route(
     """Route each token. `experts` (T, K) fixes the choice, for inputs where rounding may tip a near tie."""
     T, (R, E, _) = x.shape[0], gate_weight.shape
     all_logits, all_weights, all_experts = [], [], []
-    members = [[] for _ in range(R)]  # (chosen, probabilities, logsumexp) of each router's real tokens
+    members: list[list] = [[] for _ in range(R)]  # (chosen, probabilities, logsumexp) of each router's real tokens
     for t in range(T):
         if mask is not None and not mask[t]:
             all_logits.append(x.new_zeros(E))
@@ -92,7 +100,7 @@ def expert_projection(
 ) -> Tensor:
     """y_t = Σ_k w_tk · LN(W2·act(W1·x_t + b1) + b2), the experts outside [0, X) skipped."""
     (T, K), (X, O, _) = weights.shape, w2.shape
-    act = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation]
+    act = ACTIVATIONS[activation]
     y = []
     for t in range(T):
         total = x.new_zeros(O)
@@ -127,7 +135,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activati
     begins = [0, *ends[:-1]]
     if b.dim() == 2:
         return torch.stack([a[:, s:t] @ b[s:t] for s, t in zip(begins, ends, strict=True)])
-    act = {None: lambda v: v, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation]
+    act = ACTIVATIONS[activation]
     rows = [a.new_zeros(b.shape[2])] * a.shape[0]
     for g, (s, t) in enumerate(zip(begins, ends, strict=True)):
         for r in range(s, t):

@@ -9,7 +9,7 @@ watches: there the same function runs under a `torch.autograd.Function`.
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -53,20 +53,21 @@ class Operator:
                 check(*args)
             return tuple(fake(*args))
 
-        registered.__signature__ = _flat_signature(signature)
+        flat_signature = _flat_signature(signature)
+        registered.__signature__ = flat_signature  # type: ignore[attr-defined]
         schema = torch.library.infer_schema(registered, mutates_args=())
         self.op = torch.library.custom_op(name, registered, mutates_args=(), schema=schema)
         self.op.register_fake(shapes)
-        self.lowered = {i for i, n in enumerate(registered.__signature__.parameters) if n in lowered}
+        self.lowered = {i for i, n in enumerate(flat_signature.parameters) if n in lowered}
         self._register_autocast(name)
         if derivative_of is not None:
             gradient = _save_nothing, _refuse_second_derivative(derivative_of)
         else:
             self.op.register_vmap(_refuse_vmap(name))
-        self._function = None if gradient is None else self._register_gradient(*gradient)
+        self._recorded = None if gradient is None else self._register_gradient(*gradient)
 
     def __call__(self, *args) -> tuple:
-        flat = []
+        flat: list[Any] = []
         for arg in args:
             if isinstance(arg, tuple):
                 flat.extend(arg)
@@ -75,19 +76,19 @@ class Operator:
         if not is_plain(flat):
             refuse_forward_mode(self.op._qualname, flat)
             return self.op(*flat)
-        differentiable = False
-        if self._function is not None and torch.is_grad_enabled():
+        recorded = None  # by autograd
+        if torch.is_grad_enabled():
             for value in flat:
                 if isinstance(value, Tensor) and value.requires_grad:
-                    differentiable = True
+                    recorded = self._recorded
                     break
         device_type = flat[0].device.type
         if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
             with _without_autocast(device_type):
                 flat = self._lower(flat, device_type)
                 args = self._nested(flat)
-                return self._function.direct(*flat, args) if differentiable else self.run(args)
-        return self._function.direct(*flat, args) if differentiable else self.run(args)
+                return self.run(args) if recorded is None else recorded(*flat, args)
+        return self.run(args) if recorded is None else recorded(*flat, args)
 
     def run(self, args) -> tuple:
         """The function, on the device of its first tensor: launches go to the current one."""
@@ -97,7 +98,7 @@ class Operator:
                 return self.function(*args)
         return self.function(*args)
 
-    def _nested(self, flat) -> list:
+    def _nested(self, flat: Sequence) -> tuple:
         args, i = [], 0
         for kind in self._tuples:
             if kind is None:
@@ -106,11 +107,13 @@ class Operator:
             else:
                 args.append(kind(*flat[i : i + len(kind._fields)]))
                 i += len(kind._fields)
-        return args
+        return tuple(args)
 
     # ---------------------------------------------------------------------------------------------- differentiation
 
-    def _register_gradient(self, save: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    def _register_gradient(self, save: Callable, backward: Callable) -> Callable:
+        """→ the function of the flat arguments, and of the arguments themselves, that autograd records."""
+
         def gradients(ctx, *grads):
             found: list = []
             for kind, given in zip(self._tuples, backward(ctx, *grads), strict=True):
@@ -138,10 +141,9 @@ class Operator:
             def backward(ctx, *grads):
                 return *gradients(ctx, *grads), None
 
-        # `apply` without what it does for transforms, of which `is_plain` has seen none.
-        Direct.direct = super(torch.autograd.Function, Direct).apply
         Direct.__name__ = Direct.__qualname__ = self.op._qualname
-        return Direct
+        # `apply` without what it does for transforms, of which `is_plain` has seen none.
+        return super(torch.autograd.Function, Direct).apply
 
     # ------------------------------------------------------------------------------------------------------ autocast
     #
@@ -191,7 +193,7 @@ def operator(
     return lambda function: Operator(name, function, fake, check, gradient, lowered, derivative_of)
 
 
-def is_plain(flat: list) -> bool:
+def is_plain(flat: Sequence) -> bool:
     """Whether nothing watches: no tracer, mode, transform or profiler, only ordinary tensors that hold data."""
     if (
         torch.compiler.is_compiling()
@@ -225,7 +227,8 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type]))
 
 
-def _named_tuple(annotation: Any) -> type | None:
+def _named_tuple(annotation: Any) -> Any:
+    """The annotation itself if it is a NamedTuple, else None."""
     return annotation if isinstance(annotation, type) and hasattr(annotation, "_fields") else None
 
 
@@ -239,7 +242,9 @@ def _flat_signature(signature: inspect.Signature) -> inspect.Signature:
             for name, annotation in inspect.get_annotations(kind).items():
                 parameters.append(inspect.Parameter(name, parameter.kind, annotation=annotation))
     returned = _named_tuple(signature.return_annotation)
-    result = signature.return_annotation if returned is None else tuple[(Tensor,) * len(returned._fields)]
+    result = (
+        signature.return_annotation if returned is None else tuple.__class_getitem__((Tensor,) * len(returned._fields))
+    )
     return inspect.Signature(parameters, return_annotation=result)
 
 

@@ -95,9 +95,10 @@ def route(
         checks.in_range("modality", modality, 0, 1)
         modality = modality.to(torch.int32).contiguous()
     mask = None if mask is None else mask.contiguous()
-    return dispatch.module(backend).route_fwd(
+    routed = dispatch.module(backend).route_fwd(
         x.contiguous(), gate_weight.contiguous(), modality, mask, top_k, num_experts
     )
+    return Routing(*routed)
 
 
 def _fake_bwd(x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dweights, db, dz, need_dx, _):

@@ -224,7 +224,7 @@ def expert_projection_fwd(
     parameters: Experts,
     activation: str,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = weights.shape, w2.shape[1]
     _check_projection(T, K, parameters)

@@ -136,7 +136,7 @@ def expert_projection_fwd(
     parameters: Experts,
     activation: str,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = inverse.shape, w2.shape[1]
     segments = _segments(offs)
@@ -276,7 +276,9 @@ def _expert_output(h: Tensor, segments, w2: Tensor, b2: Tensor | None) -> Tensor
 def _activate(x: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return x
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x) if activation == "gelu" else F.silu(x)
 
 
 def _activation_backward(grad: Tensor, h: Tensor, pre: Tensor, activation: str) -> Tensor:
