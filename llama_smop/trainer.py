@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from llama_smop import checkpoint, sharding
 from llama_smop.data.plan import TrainingPlan
 from llama_smop.setbacks import Setbacks
+from llama_smop.signals import StopRequest, spare_worker
 
 ASKED = ("initial_lr", "weight_decay", "betas")  # of a parameter group
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
@@ -22,16 +23,16 @@ LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
 
 class SmopTrainer(Trainer):
     """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside, skips
-    steps whose loss or gradient is not finite.
+    steps whose loss or gradient is not finite, and stops when it is told to (`stop`).
 
     On several processes the gradient is that of one process with their batches joined: the language model's loss is
     the mean over all tokens of the joint batch, CTC over all its clips. The routers' losses are means over the
     processes, unless the projector has `joint_losses`.
     """
 
-    def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):
+    def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, stop: StopRequest | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.plan, self.setbacks = plan, setbacks
+        self.plan, self.setbacks, self.stop = plan, setbacks, stop or StopRequest()
         self.ctc_weight = self.model.config.ctc_weight
         self._sums: dict[str, torch.Tensor] = defaultdict(float)
         self._batches: dict[str, torch.Tensor] = defaultdict(float)
@@ -49,6 +50,7 @@ class SmopTrainer(Trainer):
             batch_sampler=self.plan,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=spare_worker,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
@@ -84,10 +86,14 @@ class SmopTrainer(Trainer):
         return own / self.accelerator.reduce(own, "mean")
 
     def _clip_grad_norm(self, model):
-        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply."""
+        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply.
+        Whether one of them was told to end, all learn on the way."""
         norm = super()._clip_grad_norm(model)
-        bad = torch.tensor(float(not (self._finite and math.isfinite(norm))), device=self.args.device)
-        finite, self._finite = not self.accelerator.reduce(bad, "sum"), True
+        own = (not (self._finite and math.isfinite(norm)), self.stop.asked is not None)
+        bad, asked = self.accelerator.reduce(
+            torch.tensor(own, dtype=torch.float, device=self.args.device), "sum"
+        ).tolist()
+        finite, self._finite, self.stop.agreed = not bad, True, asked > 0
         if not finite:
             model.zero_grad()
             norm = torch.zeros(())
