@@ -63,14 +63,11 @@ def load(
         with _quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
             processor = LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # files of others, read by libraries of others
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, ValueError) and str(folder) in reason:
-            raise ValueError(reason) from error
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{folder}: cannot be read: {kind}{reason}") from error
+    except Exception as error:  # whatever transformers makes of a malformed file
+        if str(error).startswith(f"{folder}: "):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder}: cannot be read: {reason[:300]}") from error
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 

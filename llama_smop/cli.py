@@ -1,16 +1,22 @@
 """The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | convert |
 info | report`.
 
-Commands import what they need when they run, so that `--help` is quick. A user's mistake ends in one line on stderr
-and exit status 1; LLAMA_SMOP_DEBUG=1 shows where it came from.
+Commands import what they need when they run, so that `--help` is quick. Whatever goes wrong ends in one line on
+stderr and exit status 1 (2: a wrong option); LLAMA_SMOP_DEBUG=1 shows where it came from. Ctrl-C ends with 130; a
+training that SIGTERM or SIGHUP tells to end saves first, and ends with 143 or 129.
 """
 
+import io
+import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+INTERRUPTED = 130  # by Ctrl-C: a shell's status of SIGINT
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,13 +27,28 @@ app = typer.Typer(
 corpus_app = typer.Typer(no_args_is_help=True, help="Corpora in the LRS3 layout: label, generate, show, shard.")
 app.add_typer(corpus_app, name="corpus")
 
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+
+def _utf8(given):
+    """Raises ValueError: a name or a setting that is not text. It is written down, and not every library takes it."""
+    for value in given if isinstance(given, list | tuple) else [given]:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{os.fsencode(value)!r}: the name is not UTF-8; choose another one") from None
+    return given
+
+
+Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=_utf8)]
 Model = Annotated[Path, typer.Option(help="Model folder that training or convert wrote.")]
 Configs = Annotated[
     list[str],
-    typer.Option(help="YAML file, or a shipped one's name; may be repeated, later ones override. See `configs`."),
+    typer.Option(
+        help="YAML file, or a shipped one's name; may be repeated, later ones override. See `configs`.", callback=_utf8
+    ),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, after all files; may be repeated.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="key.path=value, after all files; may be repeated.", callback=_utf8)
+]
 Beams = Annotated[int, typer.Option(min=1, help="Beam width; 1 is greedy.")]
 
 
@@ -46,7 +67,7 @@ def demo(
 
 @corpus_app.command("make")
 def corpus_make(
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=_utf8)],
     clips: Annotated[int, typer.Option(min=8)] = 600,
     seed: int = 0,
     grammar: Annotated[Path | None, typer.Option(help="YAML word lists; default: GRID's, with twelve letters.")] = None,
@@ -63,7 +84,7 @@ def corpus_make(
 @corpus_app.command("show")
 def corpus_show(
     root: Path,
-    png: Annotated[Path | None, typer.Option(help="Default: contact_sheet.png in the corpus.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Default: contact_sheet.png in the corpus.", callback=_utf8)] = None,
     clips: Annotated[int, typer.Option(min=1)] = 6,
 ) -> None:
     """Draw a contact sheet of a corpus."""
@@ -92,7 +113,7 @@ def corpus_labels(
 @corpus_app.command("shard")
 def corpus_shard(
     root: Path,
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=_utf8)],
     labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "train.csv",
     clips_per_shard: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Draws the order of the clips.")] = 0,
@@ -142,12 +163,13 @@ def ablate(
 @app.command()
 def average(
     run: Annotated[Path, typer.Argument(help="Folder of a training.")],
-    to: Annotated[Path, typer.Option(help="Model folder to make.")],
+    to: Annotated[Path, typer.Option(help="Model folder to make.", callback=_utf8)],
     last: Annotated[int, typer.Option(min=1, help="How many of its newest checkpoints.")] = 5,
 ) -> None:
     """Write the mean of a training's last whole checkpoints as a model."""
-    from llama_smop import averaging
+    from llama_smop import averaging, seal
 
+    seal.check_target(to)  # before the checkpoints are hashed
     checkpoints = averaging.newest(run, last)
     if len(checkpoints) < last:
         raise ValueError(f"{run}: has {len(checkpoints)} whole checkpoints, --last asks for {last}; see run.keep")
@@ -168,7 +190,7 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode clips; default: 4 on a GPU.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write rows and transcripts here too.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write rows and transcripts here too.", callback=_utf8)] = None,
 ) -> None:
     """Word error rate by modality and SNR, as a table. Under torchrun the clips are shared out over the processes."""
     from dataclasses import asdict
@@ -184,6 +206,8 @@ def evaluate(
         raise ValueError(f"--modality takes {', '.join(module.MODALITIES)}, got {', '.join(sorted(unknown))}")
     snrs = [_snr(text) for text in snr or ["clean"]]
     here = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of torchrun's with its own GPU
+    if json is not None and here.is_main_process:
+        files.check_file(json)
     loaded, processor = checkpoint.load(model, here.device)
     rows, transcripts = module.evaluate(
         loaded,
@@ -201,17 +225,20 @@ def evaluate(
     here.destroy_process_group()
     if not here.is_main_process:
         return
-    print(module.table(rows))
     if json is not None:
         records = [asdict(row) | {"transcripts": texts} for row, texts in zip(rows, transcripts, strict=True)]
         files.write_json(json, records)
+    print(module.table(rows))
 
 
 def _snr(text: str) -> float | None:
     try:
-        return None if text == "clean" else float(text)
+        snr = None if text == "clean" else float(text)
     except ValueError:
-        raise ValueError(f'--snr takes decibels or "clean", got {text!r}') from None
+        snr = math.nan
+    if snr is not None and not abs(snr) <= 100:
+        raise ValueError(f'--snr takes decibels (from -100 to 100) or "clean", got {text!r}')
+    return snr
 
 
 @app.command()
@@ -231,14 +258,14 @@ def transcribe(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Llama-SMoP or Llama-AVSR state dict, or fairseq AV-HuBERT .pt.")],
-    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[Path, typer.Option(help="Folder to make.", callback=_utf8)],
     language_model: Annotated[str | None, typer.Option(help="The base model: name or folder.")] = None,
     audio_tower: Annotated[str | None, typer.Option(help="The Whisper model: name or folder.")] = None,
     video_tower: Annotated[Path | None, typer.Option(help="The AV-HuBERT .pt it started from; default: Large.")] = None,
-    rate_audio: int = 4,
-    rate_video: int = 2,
+    rate_audio: Annotated[int, typer.Option(min=1)] = 4,
+    rate_video: Annotated[int, typer.Option(min=1)] = 2,
     compression: str = "pool",
-    top_k: int = 2,
+    top_k: Annotated[int, typer.Option(min=1)] = 2,
     lora_scale: Annotated[float, typer.Option(help="The authors' alpha / rank.")] = 0.125,
     key_map: Annotated[Path | None, typer.Option(help="YAML rules that go before the built-in ones.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing and unexpected keys.")] = False,
@@ -286,15 +313,19 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a training, a dem
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; `arguments` default to the command line's."""
+    """Run a command; `arguments` default to the command line's. Returns, or exits with a status other than 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for developers
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files are bytes, not always UTF-8
     try:
-        app(arguments, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit("interrupted; run the same command again to go on")
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = app(arguments, standalone_mode=False)
+        _flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except typer.Abort:
+        status = 1
     except Exception as error:
         from llama_smop.ops.checks import debug
 
@@ -302,9 +333,35 @@ def main(arguments: list[str] | None = None) -> None:
         if usage is not None:  # typer's own: a wrong option or argument
             error.show()
             sys.exit(usage)
-        if debug() or not isinstance(error, ValueError | OSError | RuntimeError | IndexError | TypeError):
+        if debug():
             raise
-        sys.exit(f"llama-smop: {' '.join(str(error).split())}")
+        sys.exit(f"llama-smop: {_line(error, sys.argv[1:] if arguments is None else arguments)}")
+    if status == INTERRUPTED:
+        print("llama-smop: interrupted; the same command starts again", file=sys.stderr)
+    if isinstance(status, int) and status:
+        sys.exit(status)
+
+
+def _line(error: Exception, arguments: list[str]) -> str:
+    """What is wrong; of an error that nobody foresaw also its kind, and of which files the command was."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno and error.filename is None:  # what is written to files names them
+        return f"writing failed, to standard output most likely: {error.strerror} (in: {shlex.join(arguments)})"
+    if text and isinstance(error, ValueError | OSError | RuntimeError):
+        return text
+    kind = type(error).__name__
+    return f"{kind}{': ' * bool(text)}{text} (in: {shlex.join(arguments)}; LLAMA_SMOP_DEBUG=1 shows where)"
+
+
+def _flush() -> None:
+    """Raises OSError: what was printed did not get out. The interpreter, which would try again, is spared it."""
+    if sys.stdout is None:  # closed before it began
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"standard output: {error.strerror}") from None
 
 
 if __name__ == "__main__":

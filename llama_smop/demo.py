@@ -3,6 +3,7 @@
 Every stage leaves its result in the folder; run again after an interruption, the demo goes on where it was.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise
 from llama_smop.evaluate import evaluate, table, transcribe_dataset, transcribe_items
 from llama_smop.expert_use import expert_activation
+from llama_smop.lock import LOCK, alone
 from llama_smop.report import write_report
 from llama_smop.score import word_errors
 from llama_smop.train import train
 
 CLIPS = 1400
+ASKED = "asked.json"
 SNRS = (None, 5, 0, -5)
 
 
@@ -35,10 +38,17 @@ def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: in
     then worse.
 
     Raises:
-        ValueError: `out` holds a demo of another size or seed.
+        ValueError: `out` holds a demo of another size or seed, or something else; another demo runs in it.
     """
     out = Path(out)
     config = demo_config(out, steps, seed)
+    if out.is_dir() and not (out / ASKED).exists() and set(os.listdir(out)) - {LOCK}:
+        raise ValueError(f"{out}: is not empty and holds no demo; choose another --out")
+    with alone(out, "another demo"):
+        return _demo(out, config, clips, seed)
+
+
+def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     _claim(out, config, clips)
     corpus, run = out / "corpus", out / "run"
 
@@ -65,12 +75,12 @@ def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConf
 
 def _claim(out: Path, config: TrainConfig, clips: int) -> None:
     asked = {"clips": clips, "config": config.model_dump(mode="json", exclude={"data": {"root"}})}
-    note = out / "asked.json"
+    note = out / ASKED
     if note.exists():
         if files.read_json(note) != asked:
             raise ValueError(f"{out} holds a demo of another size or seed; choose another --out or delete it")
-    else:
-        files.write_json(note, asked)
+        return
+    files.write_json(note, asked)
 
 
 def _stage(number: int, name: str, work: Callable[[], object], done: Path | None = None) -> None:
@@ -94,7 +104,6 @@ def _score(out: Path, model, processor, seed: int) -> None:
     rows, _ = evaluate(model, processor, corpus, "test.csv", snrs=SNRS, seed=seed)
     unseen, _ = evaluate(model, processor, corpus, "test_unseen_voice.csv", snrs=(None, 0), seed=seed)
     rows += unseen
-    print(table(rows))
     test = Lrs3Dataset(corpus, "test.csv")
     files.write_json(
         out / "evaluation.json",
@@ -105,6 +114,7 @@ def _score(out: Path, model, processor, seed: int) -> None:
             "expert_activation": expert_activation(model, processor, test),
         },
     )
+    print(table(rows))
 
 
 def guess_per_slot() -> float:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import time
 import uuid
 from pathlib import Path
@@ -28,7 +27,7 @@ def starting_point(out: Path, config: TrainConfig, resume: bool, args: TrainingA
     checkpoints, latest = out / "checkpoints", None
     if args.process_index == 0:
         if not resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            checkpoint.remove_all(checkpoints)
         latest = checkpoint.latest(checkpoints)
         if latest is not None:
             _check_length(out, config, steps)

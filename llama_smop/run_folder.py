@@ -14,11 +14,15 @@ from transformers.integrations import is_wandb_available
 
 from llama_smop import files, provenance
 from llama_smop.config import TrainConfig
+from llama_smop.lock import LOCK
 from llama_smop.run_report import write_run_report
+from llama_smop.seal import SEAL
 
 logger = logging.getLogger(__name__)
 
 STARTS = "starts.json"
+NOTED = {"run", "processes", "data_workers"}  # of every start: what later ones ask for
+WRITTEN = ("config.json", "metrics.json", "bad_clips.json", "report.html", "checkpoints", "model")
 
 
 def check_places(config: TrainConfig) -> None:
@@ -29,8 +33,27 @@ def check_places(config: TrainConfig) -> None:
 
 def last_start(out: Path) -> dict | None:
     """What was noted of a run's last start."""
-    record = out / STARTS
-    return files.read_json(record)[-1] if record.exists() else None
+    starts = read_starts(out)
+    return starts[-1] if starts else None
+
+
+def read_starts(out: Path) -> list[dict]:
+    """The record of a run's starts; a damaged one is set aside."""
+    return files.read_record(
+        out / STARTS, [], lambda starts: all(isinstance(start, dict) and start.keys() >= NOTED for start in starts)
+    )
+
+
+def claim(out: Path) -> None:
+    """Raises FileExistsError: the folder is no training's, and holds what one would write over."""
+    if (out / LOCK).exists() or (out / STARTS).exists() or any(out.glob(f"checkpoints/checkpoint-*/{SEAL}")):
+        return
+    found = [name for name in WRITTEN if (out / name).exists()]
+    if found:
+        raise FileExistsError(
+            f"{out}: is not the folder of a training, and holds {', '.join(found)}, which one would write over; name a "
+            "new or empty folder"
+        )
 
 
 class RunFolder(TrainerCallback):
@@ -53,8 +76,7 @@ class RunFolder(TrainerCallback):
         if fresh:
             for name in ("metrics.json", "evaluation.json", "report.html"):
                 files.remove(self.out / name)
-        record = self.out / STARTS
-        starts = files.read_json(record) if record.exists() and not fresh else []
+        starts = [] if fresh else read_starts(self.out)
         drawing = {"processes": processes, "data_workers": self.config.data.workers}
         before = {name: starts[-1][name] for name in drawing} if starts else drawing
         if checkpoint is not None and drawing != before:
@@ -79,7 +101,7 @@ class RunFolder(TrainerCallback):
             }
         )
         files.write_text(self.out / "config.json", self.config.model_dump_json(indent=2) + "\n")
-        files.write_json(record, starts)
+        files.write_json(self.out / STARTS, starts)
         if self.wandb:
             self._begin_wandb(starts[0]["run"])
 

@@ -53,6 +53,10 @@ class ReplacedClips(Dataset):
         raise ValueError(f"no clip can be used that could take the place of {next(iter(bad))}")
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
 class Setbacks:
     """Counts setbacks, names them in warnings, and ends the training when there are too many.
 
@@ -71,7 +75,7 @@ class Setbacks:
             if fresh:
                 self.record.unlink()
             else:
-                self.bad_clips = files.read_json(self.record)
+                self.bad_clips = files.read_record(self.record, {}, lambda clips: all(map(_is_text, clips.values())))
         steps = None if checkpoint is None else Path(checkpoint, STEPS)
         if steps is not None and steps.exists():
             kept = files.read_json(steps)

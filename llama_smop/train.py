@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,11 +18,14 @@ from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.plan import DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.sources import ClipSource, FolderClips
 from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+from llama_smop.lock import alone
 from llama_smop.models.checkpoint import put_special_token_rows
 from llama_smop.models.lm_loss import check_fused_loss, target_positions
 from llama_smop.resume import check_shared, starting_point
-from llama_smop.run_folder import RunFolder, check_places
+from llama_smop.run_folder import RunFolder, check_places, claim
+from llama_smop.seal import check_target
 from llama_smop.setbacks import ReplacedClips, Setbacks
+from llama_smop.signals import StopRequest
 from llama_smop.trainer import LossBar, Rhythm, SmopTrainer
 
 logger = logging.getLogger(__name__)
@@ -36,8 +40,10 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
 
     Raises:
         ValueError, MediaError: a corpus or a label that cannot be used, or too many clips, by name; a loss or a place
-            to report to that cannot be had here.
+            to report to that cannot be had here; another training in `out`.
+        OSError: `out` or `out/model` holds something else, which would be written over, or cannot be written.
         RuntimeError: `run.max_bad_steps` steps in a row without a finite loss.
+        Stopped: SIGTERM or SIGHUP came; a checkpoint of the last step is written.
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
@@ -49,10 +55,20 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ValueError("run.strategy fsdp2 shards over processes: start it with torchrun, or take ddp")
     check_fused_loss(config.optimizer.fused_loss, args.device)
+    with ExitStack() as held:
+        if args.process_index == 0:
+            claim(out)
+            check_target(out / "model")
+            held.enter_context(alone(out, "another training"))
+            checkpoint.discard_unfinished(out)
+        return _train(config, out, args, resume, callbacks)
+
+
+def _train(
+    config: TrainConfig, out: Path, args: TrainingArguments, resume: bool, callbacks: Sequence[TrainerCallback]
+) -> Path:
     folder = RunFolder(out, config, writes=args.process_index == 0)
     check_shared(out, args)
-    if args.process_index == 0:
-        checkpoint.discard_unfinished(out)
     set_seed(config.run.seed)
     clips = training_clips(config, args.world_size)
     model, processor = build(config, clips.source.texts)
@@ -64,15 +80,17 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         sharding.plan(args, model)
     model.fused_loss = config.optimizer.fused_loss
     record = out / "bad_clips.json" if args.process_index == 0 else None
+    stop = StopRequest()
     trainer = SmopTrainer(
         model=model,
         args=args,
         train_dataset=ReplacedClips(clips, config.data.max_bad_clips, processor.unfit),
         processing_class=processor,
         data_collator=Collator(processor),
-        callbacks=[*callbacks, folder],
+        callbacks=[*callbacks, folder, stop],
         plan=training_plan(config, clips.source, args.process_index, args.world_size),
         setbacks=Setbacks(record, config.data.max_bad_clips, config.run.max_bad_steps),
+        stop=stop,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
@@ -83,14 +101,16 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         put_special_token_rows(model, start)  # frozen, so not among the weights that the Trainer loads
     folder.begin(start, args.world_size, steps, fresh=not resume)
     trainer.setbacks.begin(start, fresh=not resume)
-    trainer.train(resume_from_checkpoint=start)
-    weights = trainer.whole_weights() if config.run.average_last == 1 else None
-    if trainer.is_world_process_zero():
-        if config.run.average_last > 1:
-            average(newest(out, config.run.average_last), out / "model")
-        else:
-            checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
-    folder.end(trainer.state.log_history)
+    with stop:
+        trainer.train(resume_from_checkpoint=start)
+        stop.check(trainer.state)
+        weights = trainer.whole_weights() if config.run.average_last == 1 else None
+        if trainer.is_world_process_zero():
+            if config.run.average_last > 1:
+                average(newest(out, config.run.average_last), out / "model")
+            else:
+                checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
+        folder.end(trainer.state.log_history)
     return out / "model"
 
 

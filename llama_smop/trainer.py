@@ -17,6 +17,7 @@ from llama_smop import checkpoint, sharding, weight_decay
 from llama_smop.data.plan import TrainingPlan
 from llama_smop.models.lm_loss import IGNORED_LABEL
 from llama_smop.setbacks import Setbacks
+from llama_smop.signals import StopRequest, spare_worker
 
 ASKED = ("initial_lr", "weight_decay", "betas")  # of a parameter group
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
@@ -24,7 +25,7 @@ LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
 
 class SmopTrainer(Trainer):
     """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside, skips
-    steps whose loss or gradient is not finite.
+    steps whose loss or gradient is not finite, and stops when it is told to (`stop`).
 
     A step's gradient is that of one batch that joins the micro-batches of all processes (`accumulate` of each): the
     language model's loss is the mean over all its text tokens, CTC over all its clips. The routers' losses compare the
@@ -32,9 +33,9 @@ class SmopTrainer(Trainer):
     tokens; with `global_aux_losses` of the projector, on those that the processes have at the same time.
     """
 
-    def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, **kwargs):
+    def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, stop: StopRequest | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.plan, self.setbacks = plan, setbacks
+        self.plan, self.setbacks, self.stop = plan, setbacks, stop or StopRequest()
         self.ctc_weight = self.model.config.ctc_weight
         self.model_accepts_loss_kwargs = False  # what transformers would weight by tokens is weighted in compute_loss
         self._mean_counts: torch.Tensor | None = None  # (2,) text tokens and clips of a micro-batch of this step
@@ -54,6 +55,7 @@ class SmopTrainer(Trainer):
             batch_sampler=self.plan,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=spare_worker,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
@@ -99,10 +101,14 @@ class SmopTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _clip_grad_norm(self, model):
-        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply."""
+        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply.
+        Whether one of them was told to end, all learn on the way."""
         norm = super()._clip_grad_norm(model)
-        bad = torch.tensor(float(not (self._finite and math.isfinite(norm))), device=self.args.device)
-        finite, self._finite = not self.accelerator.reduce(bad, "sum"), True
+        own = (not (self._finite and math.isfinite(norm)), self.stop.asked is not None)
+        bad, asked = self.accelerator.reduce(
+            torch.tensor(own, dtype=torch.float, device=self.args.device), "sum"
+        ).tolist()
+        finite, self._finite, self.stop.agreed = not bad, True, asked > 0
         if not finite:
             model.zero_grad()
             norm = torch.zeros(())

@@ -27,13 +27,17 @@ from llama_smop.expert_use import expert_activation
 from llama_smop.train import train
 
 
+def _is_used(record: dict) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in ("wall", "cpu", "starts"))
+
+
 class Used(TrainerCallback):
     """Adds up wall and CPU seconds over interruptions; what was lost with one is not counted. Tells the step."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / "used.json"
-        self.before = files.read_json(self.path) if self.path.exists() else {"wall": 0.0, "cpu": 0.0, "starts": 0}
+        self.before = files.read_record(self.path, {"wall": 0.0, "cpu": 0.0, "starts": 0}, _is_used)
         self.since = time.perf_counter()
 
     def now(self) -> dict:

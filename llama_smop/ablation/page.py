@@ -19,6 +19,7 @@ from llama_smop.ablation.results import (
     mean_wer,
     wers,
 )
+from llama_smop.page import shown
 from llama_smop.plots import NAMES
 
 NAMED = 12  # differences in a sentence
@@ -48,7 +49,7 @@ def write_page(folder: str | Path) -> Path:
     """`folder/README.md` and its pictures, from `folder/results.json`.
 
     Raises:
-        ValueError: no results there. FileExistsError: see `check_page`.
+        ValueError: no results there, or something else in their file. FileExistsError: see `check_page`.
     """
     folder = Path(folder)
     check_page(folder)
@@ -56,11 +57,13 @@ def write_page(folder: str | Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path}: not there; run `llama-smop ablate --out {folder}` first")
     results = files.read_json(path)
-    drawn = pictures(results)
+    with shown(path):
+        drawn = pictures(results)
+        text = page(results, list(drawn))
     for name, figure in drawn.items():
         files.write_file(folder / name, lambda aside, figure=figure: figure.savefig(aside, format="png", dpi=110))
         plt.close(figure)
-    return files.write_text(folder / "README.md", page(results, list(drawn)))
+    return files.write_text(folder / "README.md", text)
 
 
 def page(results: Mapping, drawn: Sequence[str] = ()) -> str:

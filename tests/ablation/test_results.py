@@ -177,6 +177,14 @@ def test_a_page_without_results_is_refused(tmp_path):
         write_page(tmp_path)
 
 
+@pytest.mark.parametrize("content", ("{}", "[]", '{"cells": [{}]}', "5", "{"))
+def test_results_that_are_none_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/results\.json: (cannot be shown|damaged)"):
+        write_page(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_a_dense_projector_is_compared_with_the_k_that_its_width_stands_for():
     k1, k4 = (Setting("JEDR", 4, K, (4, 2), None) for K in (1, 4))
     narrow, wide = (Setting("dense", None, K, (4, 2), 16 * K) for K in (1, 4))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llama_smop import plots
+from llama_smop import files, plots
 from llama_smop.demo import demo, guess_per_slot
 from llama_smop.report import write_report
 
@@ -48,6 +48,25 @@ def test_run_again_it_repeats_nothing(folder, capsys):
 def test_another_size_in_the_same_folder_is_refused(folder):
     with pytest.raises(ValueError, match="another size or seed"):
         demo(folder, clips=CLIPS + 1, steps=STEPS)
+
+
+def test_what_the_report_shows_is_text(folder, tmp_path):
+    mark = "<script>alert(1)</script>"
+    for name in ("demo", "metrics", "projectors", "evaluation"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        if name == "demo":
+            content |= {"train_clips": mark, "test_clips": mark}
+        if name == "projectors":
+            content["what"] = mark
+        if name == "evaluation":
+            content["expert_activation"]["sharing"] = mark
+        files.write_json(tmp_path / f"{name}.json", content)
+    files.write_json(tmp_path / "transcripts.json", [])
+    page = write_report(tmp_path).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 5
+    files.write_json(tmp_path / "demo.json", {})
+    with pytest.raises(ValueError, match=rf"{tmp_path}/demo\.json: cannot be shown, .*train_clips"):
+        write_report(tmp_path)
 
 
 def test_a_report_without_its_results_is_refused(tmp_path):
