@@ -24,7 +24,8 @@ def test_a_command_that_still_writes_after_the_archives_end_is_heard_out(shards,
     monkeypatch.setattr(read, "WAITS_S", ())
     script = tmp_path / "fetch"
     script.write_text(
-        f"#!/bin/sh\nset -e\ncat {shards}/$1\ncase $1 in *.tar) sleep 0.2; head -c 300000 /dev/zero;; esac\n"
+        f"#!/bin/sh\ncat {shards}/$1 || exit 1\n"
+        "case $1 in *.tar) sleep 0.2; head -c 300000 /dev/zero || exit 23;; esac\n"
     )
     script.chmod(0o755)
     source = clips(f"pipe:{script} {{name}}")
