@@ -90,7 +90,15 @@ def evaluate(
         for modality, snr in conditions:
             bar.set_postfix_str(f"{modality} {'clean' if snr is None else f'{snr:g} dB'}")
             added = None if snr is None else Noise(source, (snr,))
-            data = Lrs3Dataset(root, labels, modality, noise=added, seed=seed)
+            data = Lrs3Dataset(
+                root,
+                labels,
+                modality,
+                noise=added,
+                seed=seed,
+                longest=processor.audio_window // 2,  # 50 a second
+                unfit=processor.unfit,
+            )
             texts = transcribe_dataset(
                 model,
                 processor,

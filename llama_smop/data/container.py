@@ -47,21 +47,33 @@ def naming(path: str | os.PathLike):
 
 
 def byte_count(path: str | os.PathLike, content: bytes | None) -> int:
-    """Bytes of a file that can be read from: no folder, no pipe or device, which may have no end."""
-    if content is None:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise MediaError(path, "is a folder, not a media file")
-        if not stat.S_ISREG(status.st_mode):
-            raise MediaError(path, "is not a regular file")
-    size = status.st_size if content is None else len(content)
+    """Of a file that can be read from, which is not empty."""
+    size = _regular(path).st_size if content is None else len(content)
     if size == 0:
         raise MediaError(path, "the file is empty")
     return size
 
 
+def _regular(path: str | os.PathLike) -> os.stat_result:
+    """Of no folder, and no pipe or device, which may have no end."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError(path, "is a folder, not a media file")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(path, "is not a regular file")
+    return status
+
+
 def raw_bytes(path: str | os.PathLike, content: bytes | None):
     return open(path, "rb", buffering=0) if content is None else io.BytesIO(content)
+
+
+def read_whole(path: str | os.PathLike) -> bytes:
+    """What the readers take as `content`. Raises MediaError."""
+    with naming(path):
+        _regular(path)
+        with open(path, "rb") as file:
+            return file.read()
 
 
 @contextmanager

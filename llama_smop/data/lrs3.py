@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .media import audio_path, read_audio, read_video
+from .media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
 from .noise import Noise
 from .transforms import ClipTransform, clip_rng
 
 MODALITIES = ("audio", "video", "audiovisual")
+SPARE_FRAMES = 12  # half a second, by which sound may be longer than its label: a codec's last block, a late stop
 MOST_FRAMES = 10_000_000  # of a clip, four days
 ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # would end a line for `splitlines`
 
@@ -120,8 +121,9 @@ class Lrs3Dataset(Dataset):
     An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
     `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
     generator seeded by (seed, epoch, index): items do not depend on the order they are asked for, nor on the worker.
-    `lengths` are the labels' frame counts; nothing is decoded for them. Raises MediaError naming the file where a clip
-    cannot be used.
+    `lengths` are the labels' frame counts; nothing is decoded for them. longest: frames that the model takes; a clip
+    that is longer, by less than SPARE_FRAMES, is cut to its label's length. unfit: says why the model cannot take a
+    clip of so many samples and frames, or None. Raises MediaError naming the file where a clip cannot be used.
     """
 
     def __init__(
@@ -132,6 +134,8 @@ class Lrs3Dataset(Dataset):
         transform: ClipTransform | None = None,
         noise: Noise | None = None,
         seed: int = 0,
+        longest: int | None = None,
+        unfit: Callable[[int | None, int | None], str | None] | None = None,
     ):
         if modality not in MODALITIES:
             raise ValueError(f"expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
@@ -141,6 +145,7 @@ class Lrs3Dataset(Dataset):
         self.transform = transform or ClipTransform.testing()
         self.noise = noise
         self.seed = seed
+        self.longest, self.unfit = longest, unfit
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -162,6 +167,11 @@ class Lrs3Dataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         clip = self.clips[index]
         audio, video = load_clip(clip.video_path(self.root), self.modality)
+        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_FRAME), self._cut(video, clip.n_frames, 1)
+        if self.unfit is not None:
+            reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
+            if reason is not None:
+                raise MediaError(clip.video_path(self.root), f"{reason} (its label says {clip.n_frames} frames)")
         rng = clip_rng(self.seed, self.epoch, index)
         audio, video = self.transform(audio, video, rng, self.noise)
         return {
@@ -170,6 +180,11 @@ class Lrs3Dataset(Dataset):
             "text": clip.text,
             "id": clip.id,
         }
+
+    def _cut(self, stream: np.ndarray | None, n_frames: int, per_frame: int) -> np.ndarray | None:
+        if stream is None or self.longest is None or not n_frames <= self.longest < len(stream) / per_frame:
+            return stream
+        return stream if len(stream) > (n_frames + SPARE_FRAMES) * per_frame else stream[: n_frames * per_frame]
 
 
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
