@@ -11,10 +11,14 @@ from llama_smop.setbacks import Setbacks
 from llama_smop.trainer import SmopTrainer
 from tests.models.conftest import WORDS, chosen, clip
 
-# The clips of the micro-batches are the same, so the routers' losses of each are those of the joint batch. The texts
-# differ in length: a mean of means weights the short ones too much.
+# The clips of the micro-batches are the same, once or twice, so the routers' losses of each are those of the joint
+# batch. Their number and the texts' lengths differ: a mean of means weights few and short ones too much.
 CLIPS = [clip(40, 1), clip(45, 2)]
-TEXTS = (["lay", "set"], ["bin blue at f two now", "lay green by g three please again"], ["red", "set red now"])
+TEXTS = (
+    ["lay", "set"],
+    ["bin blue at f two now", "lay green by g three please again", "place red", "set green now"],
+    ["red", "set red now"],
+)
 
 
 def model_and_processor(ctc_weight: float):

@@ -89,7 +89,7 @@ def test_a_training_goes_on_from_a_checkpoint_of_the_earlier_groups(trainer, sha
         parameter.grad = torch.full_like(parameter, 1.0 + number)
     earlier.step()
     torch.save(earlier.state_dict(), tmp_path / "optimizer.pt")
-    now = trainer.create_optimizer()
+    now = AdamW(parameter_groups(ours, 0.1)) if sharded else trainer.create_optimizer()
     assert [len(g["params"]) for g in now.param_groups] != [len(g["params"]) for g in earlier.param_groups]
     if sharded:
         sharding.load_optimizer(now, ours, tmp_path / "optimizer.pt")

@@ -88,7 +88,8 @@ def ranks(target, world: int, *args) -> None:
     """Run `target(*args)` as torchrun would, in `world` processes over gloo; all must end well."""
     children = _start_ranks(target, world, args)
     join(children)
-    assert [child.exitcode for child in children] == [0] * world
+    codes = [child.exitcode for child in children]
+    assert codes == [0] * world, f"the ranks ended with {codes}"
 
 
 def killed_rank(target, world: int, victim: int, *args) -> int:
