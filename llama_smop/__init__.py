@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def _find_kernels() -> None:
-    """Import the kernels from the folder beside this package, where they are in a checkout; installed, they are inside."""
+    """Import the kernels from the folder beside this package: that is where a checkout has them."""
     package = Path(__file__).resolve().parent
     source = package.parent / "triton_kernels" / "__init__.py"
     if (package / "triton_kernels").is_dir() or not source.is_file():
@@ -40,5 +40,10 @@ __all__ = ["DenseProjector", "SMoPOutput", "SMoPProjector", "functional", *_MODE
 
 def __getattr__(name: str):
     if name in _MODELS:
-        return getattr(import_module(f"llama_smop.models.{_MODELS[name]}"), name)
+        try:
+            return getattr(import_module(f"llama_smop.models.{_MODELS[name]}"), name)
+        except ModuleNotFoundError as error:
+            from llama_smop.extras import remedy
+
+            raise ImportError(f"{name}: {remedy(error.name or '')}", name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
