@@ -74,8 +74,8 @@ def corpus_make(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write a corpus of synthetic talking faces into OUT; one seed, one set of bytes. Resumes when run again."""
-    from llama_smop.data.corpus import make_corpus
-    from llama_smop.data.grammar import GRID, Grammar
+    from llama_smop.data.synthetic.corpus import make_corpus
+    from llama_smop.data.synthetic.grammar import GRID, Grammar
 
     words = GRID if grammar is None else Grammar.from_file(grammar)
     print(make_corpus(out, clips=clips, seed=seed, grammar=words, workers=workers))
@@ -88,7 +88,7 @@ def corpus_show(
     clips: Annotated[int, typer.Option(min=1)] = 6,
 ) -> None:
     """Draw a contact sheet of a corpus."""
-    from llama_smop.data.contact_sheet import contact_sheet
+    from llama_smop.data.synthetic.contact_sheet import contact_sheet
 
     png = png or root / "contact_sheet.png"
     contact_sheet(root, png, n=clips)
@@ -105,7 +105,7 @@ def corpus_labels(
     keep_case: Annotated[bool, typer.Option("--keep-case", help="Do not lower-case the texts.")] = False,
 ) -> None:
     """Write a label file with texts for clips that auto_avsr's preparation cropped of LRS2, LRS3 or VoxCeleb2."""
-    from llama_smop.data.prepared import write_labels
+    from llama_smop.data.auto_avsr import write_labels
 
     print(write_labels(root, prepared, to, min_seconds=min_seconds, max_seconds=max_seconds, lower=not keep_case))
 
@@ -128,7 +128,7 @@ def corpus_shard(
 @app.command()
 def configs() -> None:
     """List the training and grid files that come with the package."""
-    from llama_smop.compose import shipped, summary
+    from llama_smop.training.compose import shipped, summary
 
     for name, path in shipped().items():
         print(f"{name:20s} {summary(path)}")
@@ -142,8 +142,8 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint in OUT.")] = True,
 ) -> None:
     """Train a model as the CONFIGs say. Run again after an interruption, it goes on where it was."""
-    from llama_smop.config import read_config
-    from llama_smop.train import train as run
+    from llama_smop.training.config import read_config
+    from llama_smop.training.run import train as run
 
     print(run(read_config(config, settings=settings or ()), out, resume=resume))
 
@@ -167,7 +167,8 @@ def average(
     last: Annotated[int, typer.Option(min=1, help="How many of its newest checkpoints.")] = 5,
 ) -> None:
     """Write the mean of a training's last whole checkpoints as a model."""
-    from llama_smop import averaging, seal
+    from llama_smop.training import averaging
+    from llama_smop.models import seal
 
     seal.check_target(to)  # before the checkpoints are hashed
     checkpoints = averaging.newest(run, last)
@@ -198,8 +199,9 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
-    from llama_smop import checkpoint, files
-    from llama_smop import evaluate as module
+    from llama_smop.models import folder
+    from llama_smop import files
+    from llama_smop.evaluation import run as module
 
     unknown = set(modality or ()) - set(module.MODALITIES)
     if unknown:
@@ -208,7 +210,7 @@ def evaluate(
     here = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of torchrun's with its own GPU
     if json is not None and here.is_main_process:
         files.check_file(json)
-    loaded, processor = checkpoint.load(model, here.device)
+    loaded, processor = folder.load(model, here.device)
     rows, transcripts = module.evaluate(
         loaded,
         processor,
@@ -249,7 +251,7 @@ def transcribe(
     beams: Beams = 1,
 ) -> None:
     """Print what is said in each clip."""
-    from llama_smop.transcribe import transcribe as run
+    from llama_smop.transcription.run import transcribe as run
 
     for path, text in run(clips, model, modality=modality, num_beams=beams):
         print(f"{path}\t{text}" if len(clips) > 1 else text, flush=True)
@@ -293,8 +295,8 @@ def convert(
 @app.command()
 def info(config: Configs, settings: Settings = None) -> None:
     """Memory and arithmetic that a training file asks for, beside the published sizes."""
-    from llama_smop.config import read_config
-    from llama_smop.memory import info as describe
+    from llama_smop.training.config import read_config
+    from llama_smop.estimate import info as describe
 
     print(describe(read_config(config, settings=settings or ())))
 
@@ -303,11 +305,11 @@ def info(config: Configs, settings: Settings = None) -> None:
 def report(run: Annotated[Path, typer.Argument(help="Folder of a training, a demo or an ablation.")]) -> None:
     """Write the page about a training, running or ended, an ablation or a finished demo again."""
     if (run / "results.json").exists():
-        from llama_smop.ablation.page import write_page
+        from llama_smop.reports.ablation.page import write_page
 
         print(write_page(run))
         return
-    from llama_smop.report import write_report
+    from llama_smop.reports.demo import write_report
 
     print(write_report(run))
 

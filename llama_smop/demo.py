@@ -14,17 +14,19 @@ from pathlib import Path
 
 import torch
 
-from llama_smop import checkpoint, files, projector_cost
-from llama_smop.config import TrainConfig, read_config
-from llama_smop.data.corpus import GRID, make_corpus
+from llama_smop.models import folder
+from llama_smop import files
+from llama_smop.reports import projector_cost
+from llama_smop.training.config import TrainConfig, read_config
+from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.noise import Babble, Noise
-from llama_smop.evaluate import evaluate, table, transcribe_dataset, transcribe_items
-from llama_smop.expert_use import expert_activation
-from llama_smop.lock import LOCK, alone
-from llama_smop.report import write_report
-from llama_smop.score import word_errors
-from llama_smop.train import train
+from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.evaluation.expert_use import expert_activation
+from llama_smop.training.lock import LOCK, alone
+from llama_smop.reports.demo import write_report
+from llama_smop.evaluation.wer import word_errors
+from llama_smop.training.run import train
 
 CLIPS = 1400
 ASKED = "asked.json"
@@ -56,7 +58,7 @@ def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     _stage(2, "training", lambda: _timed(out, "training", lambda: train(config, run)), done=run / "model")
     if not (out / "metrics.json").exists():
         files.write_text(out / "metrics.json", (run / "metrics.json").read_text())
-    model, processor = checkpoint.load(run / "model")
+    model, processor = folder.load(run / "model")
     _stage(3, "scoring", lambda: _score(out, model, processor, seed), done=out / "evaluation.json")
     _stage(4, "three transcripts", lambda: _transcripts(out, model, processor, seed), done=out / "transcripts.json")
     _stage(5, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from llama_smop import checkpoint, cli, evaluate
+from llama_smop.training import checkpoints
+from llama_smop import cli
+from llama_smop.evaluation import run
 from llama_smop.cli import main
-from llama_smop.evaluate import Row
+from llama_smop.evaluation.run import Row
 
 RUNS = [sys.executable, "-m", "llama_smop.cli"]
 
@@ -21,7 +23,7 @@ def command(monkeypatch):
     """`llama-smop configs`, which does what the test says."""
 
     def does(action) -> None:
-        monkeypatch.setattr("llama_smop.compose.shipped", action)
+        monkeypatch.setattr("llama_smop.training.compose.shipped", action)
 
     return does
 
@@ -90,10 +92,10 @@ def test_scores_are_written_before_they_are_printed(tmp_path, monkeypatch):
     here = SimpleNamespace(device=SimpleNamespace(type="cpu"), use_distributed=False, is_main_process=True)
     here.destroy_process_group = lambda: None
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: here)
-    monkeypatch.setattr(checkpoint, "load", lambda *_: (None, None))
+    monkeypatch.setattr(checkpoints, "load", lambda *_: (None, None))
     row = Row("test", "audio", None, 1, 2, 1, 0, 0, 0.5)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: ([row], [[{"id": "a"}]]))
-    monkeypatch.setattr(evaluate, "table", lambda rows: raising(BrokenPipeError(32, "Broken pipe"))())
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: ([row], [[{"id": "a"}]]))
+    monkeypatch.setattr(run, "table", lambda rows: raising(BrokenPipeError(32, "Broken pipe"))())
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--model", "m", "--root", "r", "--json", str(tmp_path / "new/scores.json")])
     assert stop.value.code not in (0, None)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from llama_smop import files, seal
-from llama_smop.models.checkpoint import written_aside
+from llama_smop import files
+from llama_smop.models import seal
+from llama_smop.models.partial_checkpoint import written_aside
 
 SHM = Path("/dev/shm")
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llama_smop.compose import Composition, compose, find
-from llama_smop.config import Modality, Section, Snr, TrainConfig
+from llama_smop.training.compose import Composition, compose, find
+from llama_smop.training.config import Modality, Section, Snr, TrainConfig
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Sharing = Literal["JEJR", "JEDR", "DEDR", "dense"]

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from llama_smop import files
 from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read_grid
-from llama_smop.ablation.page import check_page, write_page
-from llama_smop.config import TrainConfig
-from llama_smop.data.corpus import make_corpus
+from llama_smop.reports.ablation.page import check_page, write_page
+from llama_smop.training.config import TrainConfig
+from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import read_audio
-from llama_smop.demo import guess_per_slot
-from llama_smop.lock import alone
-from llama_smop.signals import raised
+from llama_smop.evaluation.wer import guess_per_slot
+from llama_smop.training.lock import alone
+from llama_smop.training.signals import raised
 
 
 def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.initialization import no_init_weights
 
-from llama_smop import files, seal
-from llama_smop.convert.fairseq import ACCOUNT, AVHUBERT_RULES, avhubert_config, model_settings
-from llama_smop.convert.key_map import KeyReport, Rule, load_rules, match_keys, rename
-from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
+from llama_smop import files
+from llama_smop.models import seal
+from llama_smop.models.formats.fairseq import ACCOUNT, AVHUBERT_RULES, avhubert_config, model_settings
+from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match_keys, rename
+from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
@@ -85,7 +86,7 @@ def convert_authors(
         video_tower: the AV-HuBERT .pt that training started from, for its settings; without it they are Large's.
         rate_audio, rate_video, compression, top_k: not in the file; the defaults are the published ones.
         lora_scale: the authors' alpha / rank.
-        key_map: YAML rules that go before the built-in ones (`llama_smop.convert.key_map.load_rules`).
+        key_map: YAML rules that go before the built-in ones (`llama_smop.models.formats.key_map.load_rules`).
         partial: accept missing and unexpected keys.
 
     Raises:

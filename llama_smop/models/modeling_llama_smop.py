@@ -11,7 +11,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from llama_smop.expert_use import router_entropy
+from llama_smop.models.outputs import router_entropy
 from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig

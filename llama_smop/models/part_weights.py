@@ -43,7 +43,7 @@ def part_config(part: str, source: str | Path) -> PreTrainedConfig:
 def _video_tower(source: str | Path) -> AvHubertVideoEncoder:
     if Path(source).is_dir():
         return fetch(AvHubertVideoEncoder, source)
-    from llama_smop.convert.fairseq import load_avhubert
+    from llama_smop.models.formats.fairseq import load_avhubert
 
     return load_avhubert(source)[0]
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from llama_smop.models import checkpoint, fit, hub
+from llama_smop.models import partial_checkpoint, fit, hub
 
 OF_PUSHING = ("repo_id", "commit_message", "create_pr")
 
@@ -25,17 +25,17 @@ class CheckpointMixin:
         state = self.state_dict() if state_dict is None else state_dict
         rows = None
         if self.config.sources and not complete:
-            rows = checkpoint.special_token_rows(self, state)
-            state = checkpoint.without_fetched_parts(self, state)
+            rows = partial_checkpoint.special_token_rows(self, state)
+            state = partial_checkpoint.without_fetched_parts(self, state)
         own = inspect.signature(PreTrainedModel.save_pretrained).parameters
         saving = {k: v for k, v in kwargs.items() if k in own}
         pushing = {k: v for k, v in kwargs.items() if k not in own or k == "token"}
-        with checkpoint.written_aside(save_directory) as folder:
+        with partial_checkpoint.written_aside(save_directory) as folder:
             super().save_pretrained(folder, state_dict=state, **saving)
             if rows is not None:
-                save_file(rows, folder / checkpoint.SPECIAL_TOKENS_FILE)
+                save_file(rows, folder / partial_checkpoint.SPECIAL_TOKENS_FILE)
             written = {file.name for file in folder.iterdir()}
-        checkpoint.remove_stale_weights(Path(save_directory), written, kwargs.get("variant"))
+        partial_checkpoint.remove_stale_weights(Path(save_directory), written, kwargs.get("variant"))
         if push_to_hub and kwargs.get("is_main_process", True):
             pushing.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
             hub.upload(Path(save_directory), written, tags=self.model_tags, **pushing)
@@ -53,7 +53,7 @@ class CheckpointMixin:
         if "config" not in kwargs:
             fit.check_folder(cls, source)
         try:
-            with checkpoint.quiet_load_report():
+            with partial_checkpoint.quiet_load_report():
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
@@ -61,6 +61,6 @@ class CheckpointMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"
             ) from None
-        checkpoint.complete(model, info, source)
+        partial_checkpoint.complete(model, info, source)
         model.freeze()
         return (model, info) if output_loading_info else model

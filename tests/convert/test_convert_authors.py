@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llama_smop import LlamaSmopForConditionalGeneration, LlamaSmopProcessor
 from llama_smop.convert import convert
 from llama_smop.convert.authors import AUTHORS_RULES, convert_authors, dense_rules
-from llama_smop.convert.key_map import rename
+from llama_smop.models.formats.key_map import rename
 from tests.golden_files import GOLDEN, golden
 from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
 
@@ -213,7 +213,7 @@ def test_one_modality_alone(tmp_path):
 def test_the_published_1b_has_a_place_for_every_key():
     """Names and shapes of the full-size release, on the meta device."""
     from llama_smop.convert.authors import _projector_config
-    from llama_smop.convert.fairseq import avhubert_config
+    from llama_smop.models.formats.fairseq import avhubert_config
     from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 
     shapes = json.loads((GOLDEN / "common/avsr_llms_smop_1B_keys.json").read_text())

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from llama_smop.data.corpus import make_corpus
+from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.data.shards.write import write_shards
 
 

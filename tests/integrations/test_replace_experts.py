@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from llama_smop.integrations import replace_experts
 from llama_smop.integrations.replace_experts import StackedMixture
-from llama_smop.weight_decay import decayed_names
+from llama_smop.training.weight_decay import decayed_names
 from tests.golden_files import golden
 from tests.rounding import assert_same_gradients, assert_same_sums
 

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from llama_smop import LlamaSmopForConditionalGeneration, checkpoint
+from llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models import folder
+from llama_smop.training import checkpoints
 from llama_smop.models.parts import assemble
 from llama_smop.models.tiny import build_tiny
 from tests.golden_files import GOLDEN
@@ -79,13 +81,13 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
     model, processor = build_tiny(WORDS, max_seconds=1.0, **sizes)
-    return checkpoint.save(model, processor, tmp_path_factory.mktemp("saved") / "model")
+    return folder.save(model, processor, tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture
 def folder(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "model")
-    (tmp_path / "model" / checkpoint.SEAL).unlink()
+    (tmp_path / "model" / checkpoints.SEAL).unlink()
     return tmp_path / "model"
 
 
@@ -120,7 +122,7 @@ def test_a_damaged_file(folder, name, content):
     if content.startswith('{"') and name not in ("config.json", "tokenizer.json"):
         pytest.skip("which says nothing, so that the defaults hold")
     (folder / name).write_text(content, encoding="latin-1")
-    expect_one_line(checkpoint.load, folder, f"{name} of {content!r:.20}")
+    expect_one_line(folder.load, folder, f"{name} of {content!r:.20}")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_damaged_file(folder, name, content):
 def test_a_malformed_processor(folder, changes):
     settings = json.loads((folder / "processor_config.json").read_text())
     (folder / "processor_config.json").write_text(json.dumps(settings | changes))
-    expect_one_line(checkpoint.load, folder)
+    expect_one_line(folder.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_a_weight_that_is_not_finite(folder, name, value):
     state = load_file(folder / "model.safetensors")
     state[name].view(-1)[3] = value
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    for load in (checkpoint.load, LlamaSmopForConditionalGeneration.from_pretrained):
+    for load in (folder.load, LlamaSmopForConditionalGeneration.from_pretrained):
         assert f"{name} holds NaN or infinity" in expect_one_line(load, folder)
 
 
