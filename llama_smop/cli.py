@@ -167,8 +167,8 @@ def average(
     last: Annotated[int, typer.Option(min=1, help="How many of its newest checkpoints.")] = 5,
 ) -> None:
     """Write the mean of a training's last whole checkpoints as a model."""
-    from llama_smop.training import averaging
     from llama_smop.models import seal
+    from llama_smop.training import averaging
 
     seal.check_target(to)  # before the checkpoints are hashed
     checkpoints = averaging.newest(run, last)
@@ -199,9 +199,9 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
-    from llama_smop.models import folder
     from llama_smop import files
     from llama_smop.evaluation import run as module
+    from llama_smop.models import model_folder
 
     unknown = set(modality or ()) - set(module.MODALITIES)
     if unknown:
@@ -210,7 +210,7 @@ def evaluate(
     here = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of torchrun's with its own GPU
     if json is not None and here.is_main_process:
         files.check_file(json)
-    loaded, processor = folder.load(model, here.device)
+    loaded, processor = model_folder.load(model, here.device)
     rows, transcripts = module.evaluate(
         loaded,
         processor,
@@ -295,8 +295,8 @@ def convert(
 @app.command()
 def info(config: Configs, settings: Settings = None) -> None:
     """Memory and arithmetic that a training file asks for, beside the published sizes."""
-    from llama_smop.training.config import read_config
     from llama_smop.estimate import info as describe
+    from llama_smop.training.config import read_config
 
     print(describe(read_config(config, settings=settings or ())))
 

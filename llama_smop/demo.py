@@ -14,18 +14,19 @@ from pathlib import Path
 
 import torch
 
-from llama_smop.models import folder
 from llama_smop import files
-from llama_smop.reports import projector_cost
-from llama_smop.training.config import TrainConfig, read_config
-from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.data.noise import Babble, Noise
-from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.data.noise import Noise
+from llama_smop.data.sources import FolderClips
+from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.expert_use import expert_activation
-from llama_smop.training.lock import LOCK, alone
+from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.evaluation.wer import guess_per_slot, word_errors
+from llama_smop.models import model_folder
+from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
-from llama_smop.evaluation.wer import word_errors
+from llama_smop.training.config import TrainConfig, read_config
+from llama_smop.training.lock import LOCK, alone
 from llama_smop.training.run import train
 
 CLIPS = 1400
@@ -58,7 +59,7 @@ def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     _stage(2, "training", lambda: _timed(out, "training", lambda: train(config, run)), done=run / "model")
     if not (out / "metrics.json").exists():
         files.write_text(out / "metrics.json", (run / "metrics.json").read_text())
-    model, processor = folder.load(run / "model")
+    model, processor = model_folder.load(run / "model")
     _stage(3, "scoring", lambda: _score(out, model, processor, seed), done=out / "evaluation.json")
     _stage(4, "three transcripts", lambda: _transcripts(out, model, processor, seed), done=out / "transcripts.json")
     _stage(5, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")
@@ -111,17 +112,12 @@ def _score(out: Path, model, processor, seed: int) -> None:
         out / "evaluation.json",
         {
             "rows": [asdict(row) for row in rows],
-            "guess_per_slot": guess_per_slot(),
+            "guess_per_slot": guess_per_slot(GRID),
             "no_input": _no_input(model, processor, test),
             "expert_activation": expert_activation(model, processor, test),
         },
     )
     print(table(rows))
-
-
-def guess_per_slot() -> float:
-    """Expected word error rate of a word drawn at random in each slot of the grammar."""
-    return 1 - sum(1 / len(words) for _, words in GRID.slots) / len(GRID.slots)
 
 
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
@@ -139,7 +135,7 @@ def _transcripts(out: Path, model, processor, seed: int) -> None:
     corpus = out / "corpus"
     clips = Lrs3Dataset(corpus, "test.csv").clips
     chosen = list({clip.path.split("/")[0]: clip for clip in reversed(clips)}.values())[:3]
-    babble = Noise(Babble.from_labels(corpus, "train.csv"), (0,))
+    babble = Noise(FolderClips(corpus, "train.csv").babble, (0,))
     conditions = {
         "audio + video": ("audiovisual", None),
         "audio + video at 0 dB": ("audiovisual", babble),

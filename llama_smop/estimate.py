@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llama_smop.training.config import TrainConfig
-from llama_smop.models.configuration_llama_smop import LLAMA_3_2_1B, LlamaSmopConfig
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.lm_loss import IGNORED_LABEL, resolve
-from llama_smop.models.lora import PRESETS, lora_settings
+from llama_smop.models.lora import lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.parts import assembled_config
+from llama_smop.models.published import PUBLISHED, published
 from llama_smop.models.tiny import build_tiny
+from llama_smop.training.config import TrainConfig
 
 GIB = 2**30
 ADAMW_STATES = 2
@@ -251,42 +251,6 @@ _FLOPS = {
     torch.ops.smop.expert_projection_bwd: _experts_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-def published(language_model: str = "llama-3.2-1b") -> LlamaSmopConfig:
-    """The recipe's model with one of the three language models: Whisper medium, AV-HuBERT Large, DEDR E 4 K 2, LoRA.
-
-    Raises:
-        ValueError: a name that is not of `PUBLISHED`.
-    """
-    if language_model not in PUBLISHED:
-        raise ValueError(f"unknown language model {language_model!r}; known: {', '.join(PUBLISHED)}")
-    return LlamaSmopConfig(
-        text_config=LlamaConfig(**LLAMA_3_2_1B | PUBLISHED[language_model]),
-        lora={"language_model": lora_settings(PRESETS[language_model])},
-    )
-
-
-PUBLISHED = {
-    "llama-3.2-1b": {},
-    "llama-3.2-3b": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
 }
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from llama_smop.training import checkpoints
 from llama_smop import cli
-from llama_smop.evaluation import run
 from llama_smop.cli import main
+from llama_smop.evaluation import run
 from llama_smop.evaluation.run import Row
+from llama_smop.training import checkpoints
 
 RUNS = [sys.executable, "-m", "llama_smop.cli"]
 

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, WhisperConfig
 
 from llama_smop import LlamaSmopForConditionalGeneration, estimate
 from llama_smop.models import published
-from llama_smop.training.config import TrainConfig
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig, LlamaSmopConfig
+from llama_smop.training.config import TrainConfig
 
 # Without it a CPU convolves video in a workspace many times the step, which no estimate is about.
 BFLOAT16_CONVOLUTION = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -83,7 +83,7 @@ def measured_peak(step) -> int:
 )
 def test_training(dtype, changes, options):
     config = scaled_down(**changes)
-    estimate = estimate.training(config, WORKLOAD, dtype=dtype, **options)
+    found = estimate.training(config, WORKLOAD, dtype=dtype, **options)
     model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -105,16 +105,16 @@ def test_training(dtype, changes, options):
     optimizer.step()
     states = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert 0.9 * peak < estimate.step < (1.3 if "gradient_checkpointing" in options else 1.1) * peak
-    assert estimate.optimizer == pytest.approx(states, rel=0.1)
-    assert estimate.weights == pytest.approx(weights, rel=0.01)
-    assert estimate.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0.9 * peak < found.step < (1.3 if "gradient_checkpointing" in options else 1.1) * peak
+    assert found.optimizer == pytest.approx(states, rel=0.1)
+    assert found.weights == pytest.approx(weights, rel=0.01)
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_inference(beams):
     config = scaled_down()
-    estimate = estimate.inference(config, WORKLOAD, dtype=torch.float32, num_beams=beams)
+    found = estimate.inference(config, WORKLOAD, dtype=torch.float32, num_beams=beams)
     model = LlamaSmopForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
     batch = {k: v for k, v in estimate.batch(config, WORKLOAD, torch.float32).items() if k != "labels"}
@@ -128,8 +128,8 @@ def test_inference(beams):
         model.generate(**inputs, num_beams=beams, max_new_tokens=text)
 
     step()
-    assert estimate.step == pytest.approx(measured_peak(step), rel=0.1)
-    assert estimate.optimizer == 0
+    assert found.step == pytest.approx(measured_peak(step), rel=0.1)
+    assert found.optimizer == 0
 
 
 def test_what_saves_memory_is_seen_to():
@@ -146,15 +146,15 @@ def test_what_saves_memory_is_seen_to():
 def test_flops_follow_the_parameters():
     """2 for each weight and token in a language model's product; the backward of LoRA needs those of the inputs."""
     config = scaled_down()
-    estimate = estimate.inference(config, WORKLOAD, dtype=torch.float32)
+    found = estimate.inference(config, WORKLOAD, dtype=torch.float32)
     longer = estimate.inference(config, estimate.Workload(clips=6, seconds=1.2, text_tokens=12), dtype=torch.float32)
-    assert longer.flops == pytest.approx(2 * estimate.flops, rel=1e-6)
+    assert longer.flops == pytest.approx(2 * found.flops, rel=1e-6)
     text = config.text_config
     per_layer = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 512
     length = estimate.batch(config, WORKLOAD, torch.float32)["input_ids"].numel()
-    assert estimate.flops > 2 * text.num_hidden_layers * per_layer * length
+    assert found.flops > 2 * text.num_hidden_layers * per_layer * length
     # The towers are frozen, the language model's own weights too: its backward is that of the inputs alone.
-    backward = estimate.training(config, WORKLOAD, dtype=torch.float32).flops - estimate.flops
+    backward = estimate.training(config, WORKLOAD, dtype=torch.float32).flops - found.flops
     assert backward == pytest.approx(2 * length * (text.num_hidden_layers * per_layer + 2 * 128 * 2000), rel=0.2)
 
 
@@ -188,7 +188,7 @@ TRAIN = {"data": {"root": "corpus"}, "optimizer": {"steps": 1, "precision": "bf1
 
 
 def test_info_of_a_training_file(monkeypatch):
-    monkeypatch.setattr(memory, "PUBLISHED", {})
+    monkeypatch.setattr(estimate, "PUBLISHED", {})
     config = TrainConfig.model_validate(TRAIN | {"model": {"tiny": {"width": 32}}})
     text = estimate.info(config)
     assert "multi_modal_projector" in text

@@ -12,6 +12,7 @@ LAYERS = (
     "files",
     "provenance",
     "extras",
+    "read_yaml",
     "triton_kernels",
     "ops",
     "functional",

@@ -2,9 +2,9 @@
 
 import pytest
 
-from llama_smop.training.config import read_config
-from llama_smop.models.formats.key_map import load_rules
 from llama_smop.data.synthetic.grammar import CorpusError, Grammar
+from llama_smop.models.formats.key_map import load_rules
+from llama_smop.training.config import read_config
 
 DOUBLED = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 28))
 MERGED = "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 28))

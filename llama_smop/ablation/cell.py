@@ -18,13 +18,13 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from llama_smop.models import folder
 from llama_smop import files
 from llama_smop.ablation.grid import ScoreSection
-from llama_smop.training.config import TrainConfig
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.evaluation.run import evaluate, supported
 from llama_smop.evaluation.expert_use import expert_activation
+from llama_smop.evaluation.run import evaluate, supported
+from llama_smop.models import model_folder
+from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
 
 
@@ -68,7 +68,7 @@ def run_cell(folder: Path) -> None:
         files.write_json(trained, used.now())
         files.write_json(used.path, used.now())
     training = files.read_json(trained)
-    model, processor = folder.load(run / "model")
+    model, processor = model_folder.load(run / "model")
     data = Lrs3Dataset(score.root or config.data.root, score.labels, supported(model)[-1])
     result = {
         "steps": files.read_json(folder / "progress.json")["of"],

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from llama_smop import files
 from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read_grid
-from llama_smop.reports.ablation.page import check_page, write_page
-from llama_smop.training.config import TrainConfig
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import read_audio
+from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.wer import guess_per_slot
+from llama_smop.reports.ablation.page import check_page, write_page
+from llama_smop.training.config import TrainConfig
 from llama_smop.training.lock import alone
 from llama_smop.training.signals import raised
 
@@ -82,7 +82,7 @@ def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict
     content = {
         "synthetic": grid.corpus is not None,
         "corpus": _made_corpus(out / "corpus", grid) if grid.corpus else str(data.root or data.shards),
-        "guess": guess_per_slot() if grid.corpus else None,
+        "guess": guess_per_slot(GRID) if grid.corpus else None,
         "grid": grid.model_dump(mode="json"),
         "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root", "shards"}}),
         "machine": machine,

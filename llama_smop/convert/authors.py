@@ -9,11 +9,12 @@ from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatur
 from transformers.initialization import no_init_weights
 
 from llama_smop import files
+from llama_smop.convert.avhubert import ACCOUNT
 from llama_smop.models import seal
-from llama_smop.models.formats.fairseq import ACCOUNT, AVHUBERT_RULES, avhubert_config, model_settings
+from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
+from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
 from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match_keys, rename
 from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
-from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor

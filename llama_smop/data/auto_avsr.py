@@ -12,9 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llama_smop import files
-
-from .lrs3 import LabelError, parse_place, read_text
-from .media import VIDEO_RATE
+from llama_smop.data.lrs3 import LabelError, parse_place, read_text
+from llama_smop.data.media import VIDEO_RATE
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from math import floor
 
 import av
 
-from . import timeline
+from llama_smop.data import timeline
 
 VIDEO_RATE = 25
 

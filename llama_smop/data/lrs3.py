@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
-from .noise import Noise
-from .transforms import ClipTransform, clip_rng
+from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
+from llama_smop.data.noise import Noise
+from llama_smop.data.transforms import ClipTransform, clip_rng
 
 MODALITIES = ("audio", "video", "audiovisual")
 SPARE_FRAMES = 12  # half a second, by which sound may be longer than its label: a codec's last block, a late stop

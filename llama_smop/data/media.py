@@ -19,9 +19,8 @@ import soundfile
 from av.video.reformatter import VideoReformatter
 
 from llama_smop import files
-
-from . import timeline
-from .container import (
+from llama_smop.data import timeline
+from llama_smop.data.container import (
     VIDEO_RATE,
     MediaError,
     beginning,

@@ -12,9 +12,9 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from .noise import Noise
-from .sources import ClipSource
-from .transforms import ClipTransform, clip_rng
+from llama_smop.data.noise import Noise
+from llama_smop.data.sources import ClipSource
+from llama_smop.data.transforms import ClipTransform, clip_rng
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,8 @@
 """How a router spreads tokens over its experts: what a training logs, and what a test set shows."""
 
 import torch
-from torch import Tensor
 
 MODALITIES = ("audio", "video")
-
-
-def router_entropy(logits: Tensor, mask: Tensor, audio_tokens: int) -> Tensor:
-    """Mean entropy of the router's softmax over the real tokens of each modality, in nats (log E when uniform).
-
-    Args:
-        logits: (B, S, E) over speech tokens, audio before video.  mask: (B, S) bool, True = real token.
-        audio_tokens: how many of the S places are audio's.
-
-    Returns:
-        (2,) float32, audio then video; NaN for a modality without a real token. Stays on the device.
-    """
-    log_p = logits.detach().float().log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    parts = (slice(None, audio_tokens), slice(audio_tokens, None))
-    return torch.stack([(entropy[:, p] * mask[:, p]).sum() / mask[:, p].sum() for p in parts])
 
 
 @torch.inference_mode()

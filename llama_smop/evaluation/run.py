@@ -11,9 +11,10 @@ from tqdm import tqdm
 from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError
-from llama_smop.data.noise import Babble, Noise, NoiseFile
-from llama_smop.models.decoding import transcribe_batch
+from llama_smop.data.noise import Noise, NoiseFile
+from llama_smop.data.sources import FolderClips
 from llama_smop.evaluation.wer import per_cent, word_errors
+from llama_smop.models.decoding import transcribe_batch
 
 MODALITIES = ("audio", "video", "audiovisual")
 
@@ -69,7 +70,7 @@ def evaluate(
     """
     source = None
     if any(snr is not None for snr in snrs):
-        source = Babble.from_labels(root, babble_labels) if noise == "babble" else NoiseFile(noise)
+        source = FolderClips(root, babble_labels).babble if noise == "babble" else NoiseFile(noise)
     conditions = [
         (modality, snr)
         for modality in modalities or supported(model)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import jiwer
 
+from llama_smop.data.synthetic.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class WordErrors:
@@ -54,3 +56,8 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
 def per_cent(wer: float) -> str:
     """A rate in per cent: one decimal, two below 10 %, as published numbers are given."""
     return f"{100 * wer:.{1 if wer >= 0.1 else 2}f}"
+
+
+def guess_per_slot(grammar: Grammar) -> float:
+    """Expected word error rate of a word drawn at random in each slot of the grammar."""
+    return 1 - sum(1 / len(words) for _, words in grammar.slots) / len(grammar.slots)

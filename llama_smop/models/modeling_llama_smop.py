@@ -11,7 +11,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from llama_smop.models.outputs import router_entropy
 from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
@@ -19,7 +18,7 @@ from llama_smop.models.ctc import ctc_loss
 from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
-from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
+from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures, router_entropy
 from llama_smop.models.pretrained import CheckpointMixin
 from llama_smop.models.vocabulary import VocabularyMixin
 from llama_smop.projector import DenseProjector, SMoPProjector

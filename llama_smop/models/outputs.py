@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
@@ -51,3 +52,19 @@ class LlamaSmopOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def router_entropy(logits: Tensor, mask: Tensor, audio_tokens: int) -> Tensor:
+    """Mean entropy of the router's softmax over the real tokens of each modality, in nats (log E when uniform).
+
+    Args:
+        logits: (B, S, E) over speech tokens, audio before video.  mask: (B, S) bool, True = real token.
+        audio_tokens: how many of the S places are audio's.
+
+    Returns:
+        (2,) float32, audio then video; NaN for a modality without a real token. Stays on the device.
+    """
+    log_p = logits.detach().float().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    parts = (slice(None, audio_tokens), slice(audio_tokens, None))
+    return torch.stack([(entropy[:, p] * mask[:, p]).sum() / mask[:, p].sum() for p in parts])

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from llama_smop.models import partial_checkpoint, fit, hub
+from llama_smop.models import fit, hub, partial_checkpoint
 
 OF_PUSHING = ("repo_id", "commit_message", "create_pr")
 

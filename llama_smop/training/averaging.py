@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop.training import checkpoints
 from llama_smop import files
 from llama_smop.models import seal
+from llama_smop.training import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
-from llama_smop.training import weight_decay
 from llama_smop.models.avhubert import FRONT_BLOCKS
 from llama_smop.projector import DenseProjector, SMoPProjector
+from llama_smop.training import weight_decay
 
 
 def settings() -> dict:

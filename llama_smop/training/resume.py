@@ -9,8 +9,8 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
-from llama_smop.training import checkpoints
 from llama_smop import files
+from llama_smop.training import checkpoints
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.record import last_start
 
@@ -25,14 +25,14 @@ def starting_point(out: Path, config: TrainConfig, resume: bool, args: TrainingA
     Raises:
         ValueError: they are not those of the last start, though the epochs are.
     """
-    checkpoints, latest = out / "checkpoints", None
+    run, latest = out / "checkpoints", None
     if args.process_index == 0:
         if not resume:
-            checkpoints.remove_all(checkpoints)
-        latest = checkpoints.latest(checkpoints)
+            checkpoints.remove_all(run)
+        latest = checkpoints.latest(run)
         if latest is not None:
             _check_length(out, config, steps)
-        checkpoints.set_aside_after(checkpoints, latest)
+        checkpoints.set_aside_after(run, latest)
     (latest,) = broadcast_object_list([None if latest is None else str(latest)])
     return latest
 

@@ -1,7 +1,6 @@
 """Training on transformers' Trainer: what the published recipe adds to it, and nothing of an engine of our own."""
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,21 +9,17 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from llama_smop.models import folder
+from llama_smop.models import model_folder
+from llama_smop.models.lm_loss import check_fused_loss
+from llama_smop.models.partial_checkpoint import put_special_token_rows
+from llama_smop.models.seal import check_target
 from llama_smop.training import checkpoints, fsdp
 from llama_smop.training.averaging import average, newest
-from llama_smop.training.compiled import compile_regions
+from llama_smop.training.build import Collator, build, compile_regions, training_clips, training_plan
 from llama_smop.training.config import TrainConfig
-from llama_smop.data.noise import Noise, NoiseFile
-from llama_smop.data.training_plan import DrawnClips, Stage, TrainingPlan, batches_in
-from llama_smop.data.sources import ClipSource, FolderClips
-from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
 from llama_smop.training.lock import alone
-from llama_smop.models.partial_checkpoint import put_special_token_rows
-from llama_smop.models.lm_loss import check_fused_loss, target_positions
-from llama_smop.training.resume import check_shared, starting_point
 from llama_smop.training.record import RunFolder, check_places, claim
-from llama_smop.models.seal import check_target
+from llama_smop.training.resume import check_shared, starting_point
 from llama_smop.training.setbacks import ReplacedClips, Setbacks
 from llama_smop.training.signals import StopRequest
 from llama_smop.training.trainer import LossBar, Rhythm, SmopTrainer
@@ -47,9 +42,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = True, callbacks: 
         Stopped: SIGTERM or SIGHUP came; a checkpoint of the last step is written.
     """
     out = Path(out)
-    checkpoints = out / "checkpoints"
     check_places(config)
-    args = _arguments(config, checkpoints)
+    args = _arguments(config, out / "checkpoints")
     if args.n_gpu > 1:  # the Trainer would split every batch over them by threads, and its label positions with it
         logger.warning("%d GPUs are visible and one is used: start with torchrun to train on all of them", args.n_gpu)
         args._n_gpu = 1
@@ -110,94 +104,9 @@ def _train(
             if config.run.average_last > 1:
                 average(newest(out, config.run.average_last), out / "model")
             else:
-                folder.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
+                model_folder.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
         folder.end(trainer.state.log_history)
     return out / "model"
-
-
-def build(config: TrainConfig, texts: Sequence[str]):
-    """The model and processor that a configuration describes; a tiny one learns the words of `texts`."""
-    section = config.model
-    projector = section.projector
-    common = {
-        "modalities": section.modalities,
-        "rate_audio": section.rate_audio,
-        "rate_video": section.rate_video,
-        "compression": section.compression,
-        "load_balancing_coef": section.load_balancing_coef,
-        "router_z_coef": section.router_z_coef,
-    }
-    if section.tiny is not None:
-        from llama_smop.models.tiny import build_tiny
-
-        words = sorted({word for text in texts for word in text.lower().split()})
-        return build_tiny(words, **section.tiny.model_dump(), **projector.model_dump(), **common)
-    from llama_smop.models.parts import assemble
-
-    reduced = config.optimizer.precision == "bf16"
-    model, processor = assemble(
-        language_model=section.language_model,
-        audio_tower=section.audio_tower,
-        video_tower=section.video_tower,
-        lora=section.lora,
-        projector=projector.model_dump(),
-        dtype=torch.bfloat16 if reduced else torch.float32,
-        **common,
-    )
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # what learns keeps float32 values; autocast lowers them for the products
-            parameter.data = parameter.data.float()
-    return model, processor
-
-
-def training_clips(config: TrainConfig, world: int = 1) -> DrawnClips:
-    """What a training draws from, on each of `world` processes."""
-    data, seed = config.data, config.run.seed
-    masked = data.time_mask
-    transform = ClipTransform(
-        AudioTransform(train=True) if masked else AudioTransform(train=True, mask_window=1),
-        VideoTransform(train=True) if masked else VideoTransform(train=True, mask_window=1),
-    )
-    if data.shards is None:
-        clips = FolderClips(data.root, data.train, seed, data.keep_decoded)
-    else:
-        from llama_smop.data.shards.index import read_index
-        from llama_smop.data.shards.read import ShardClips
-
-        clips = ShardClips(read_index(data.shards), world, max(1, data.workers), data.window, seed)
-    noise = None
-    if data.noise is not None:
-        source = clips.babble if data.noise.source == "babble" else NoiseFile(data.noise.source)
-        noise = Noise(source, data.noise.snrs)
-    return DrawnClips(clips, transform, noise, seed)
-
-
-def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: int = 1) -> TrainingPlan:
-    """One process's share of the batches; in each step all of them draw the same modality."""
-    data, optimizer = config.data, config.optimizer
-    batches = clips.batches(
-        rank,
-        world,
-        max_frames=data.max_frames,
-        num_buckets=data.buckets,
-        max_clips=data.max_clips,
-    )
-    steps = optimizer.steps or max(1, math.ceil(batches_in(batches, optimizer.epochs) / optimizer.accumulate))
-    stages = [Stage(round(s.until * steps) * optimizer.accumulate, s.modalities, s.noise) for s in data.stages]
-    return TrainingPlan(batches, stages, seed=config.run.seed)
-
-
-class Collator:
-    """Items of one modality to a batch of model inputs."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, items: list[dict]) -> dict:
-        streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
-        batch = dict(self.processor(text=[item["text"] for item in items], **streams))
-        batch["target_positions"] = target_positions(batch["labels"])
-        return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 
 
 def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llama_smop.models import folder
 from llama_smop.data.lrs3 import load_clip
 from llama_smop.data.media import MediaError, audio_path, streams
 from llama_smop.data.transforms import ClipTransform
 from llama_smop.evaluation.run import supported
+from llama_smop.models import model_folder
 from llama_smop.models.decoding import transcribe_long
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def transcribe(
         ValueError: no model there, or a modality that it lacks. MediaError: a file that cannot be used, where it is
             the only one. ValueError: after the last one, how many could not be used.
     """
-    loaded, processor = folder.load(model)
+    loaded, processor = model_folder.load(model)
     known = supported(loaded)
     if modality is not None and modality not in known:
         raise ValueError(f"{model} takes {', '.join(known)}, not {modality}")

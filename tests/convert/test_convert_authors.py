@@ -213,8 +213,8 @@ def test_one_modality_alone(tmp_path):
 def test_the_published_1b_has_a_place_for_every_key():
     """Names and shapes of the full-size release, on the meta device."""
     from llama_smop.convert.authors import _projector_config
-    from llama_smop.models.formats.fairseq import avhubert_config
     from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+    from llama_smop.models.formats.fairseq import avhubert_config
 
     shapes = json.loads((GOLDEN / "common/avsr_llms_smop_1B_keys.json").read_text())
     state = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}

@@ -3,8 +3,8 @@
 import pytest
 
 from llama_smop.cli import main
-from llama_smop.data.lrs3 import LabelError, read_labels
 from llama_smop.data.auto_avsr import write_labels
+from llama_smop.data.lrs3 import LabelError, read_labels
 
 SEGMENTS = "lrs3_train_transcript_lengths_seg16s.csv"
 CLIPS = {  # name: frames, what is said

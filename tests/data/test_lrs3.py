@@ -124,7 +124,7 @@ def test_items(small_corpus, modality):
 
 
 def training_data(root, seed=0):
-    noise = Noise(Babble.from_labels(root, "train.csv", speakers=2))
+    noise = Noise(Babble([clip.video_path(root) for clip in read_labels(root, "train.csv")], speakers=2))
     return Lrs3Dataset(root, "train.csv", transform=ClipTransform.training(), noise=noise, seed=seed)
 
 

@@ -10,10 +10,10 @@ import soundfile
 
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError, read_audio, read_video, write_audio
-from llama_smop.data.training_plan import Draw
 from llama_smop.data.shards.index import ShardError, read_index
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.sources import FolderClips
+from llama_smop.data.training_plan import Draw
 from llama_smop.training.setbacks import ReplacedClips
 from tests.data.recordings import record
 from tests.data.test_shards import clips, drawn

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama_smop.models import folder
 from llama_smop.cli import main
 from llama_smop.data.media import write_audio, write_video
+from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
 
 WINDOW = 75  # frames, 3 s
@@ -18,7 +18,7 @@ SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "h
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
-    return folder.save(*build_tiny(["bin", "blue", "now"], **SIZES), tmp_path_factory.mktemp("model") / "model")
+    return model_folder.save(*build_tiny(["bin", "blue", "now"], **SIZES), tmp_path_factory.mktemp("model") / "model")
 
 
 def corpus(root, frames: int, samples: int, label: int):

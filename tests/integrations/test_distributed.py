@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.integrations.distributed_ranks import RANKS, batch, loss_of, mask, projector, run
-from tests.training import children
 from tests.rounding import assert_same_gradients, assert_same_sums
+from tests.training import children
 
 ADDITIONS = 200  # widths 12, 16 and 12 forward and back, LayerNorm, 48 tokens
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.initialization import no_init_weights
 
+from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, load_avhubert
 from llama_smop.models.formats.key_map import rename
-from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.lora import inject_lora
 from tests import golden_weights
 from tests.golden_files import GOLDEN, golden

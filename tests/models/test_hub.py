@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models import partial_checkpoint, hub
+from llama_smop.models import hub, partial_checkpoint
 from llama_smop.models.parts import assemble
 from tests.golden_files import GOLDEN
 

@@ -15,8 +15,8 @@ from llama_smop.models import lm_loss
 from llama_smop.models.lm_loss import IGNORED_LABEL, linear_cross_entropy, target_positions
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, chosen, clip
-from tests.training import children
 from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
+from tests.training import children
 
 CLIPS = [clip(20, 1), clip(25, 2), clip(22, 3)]
 ONE_LOSS = 60  # additions: at most 20 of a logit, 20 of a softmax and 20 labels

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models import folder
-from llama_smop.training import checkpoints
+from llama_smop.models import model_folder
 from llama_smop.models.parts import assemble
 from llama_smop.models.tiny import build_tiny
+from llama_smop.training import checkpoints
 from tests.golden_files import GOLDEN
 from tests.models.conftest import WORDS
 
@@ -81,7 +81,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
     model, processor = build_tiny(WORDS, max_seconds=1.0, **sizes)
-    return folder.save(model, processor, tmp_path_factory.mktemp("saved") / "model")
+    return model_folder.save(model, processor, tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture

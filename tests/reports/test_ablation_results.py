@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from llama_smop.cli import main
 from llama_smop.reports.ablation.page import page, table, write_page
 from llama_smop.reports.ablation.plots import pictures
 from llama_smop.reports.ablation.results import Setting, differences, paired
-from llama_smop.cli import main
 
 
 def cell(sharing, seed, wer, experts=4, top_k=2, snrs=(None, 0), noises=("babble",)):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama_smop.models import folder
-from llama_smop.training import checkpoints
-from llama_smop.training.averaging import average, newest
 from llama_smop.cli import main
-from llama_smop.training.config import TrainConfig
 from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.evaluation.run import evaluate
+from llama_smop.models import model_folder
+from llama_smop.training import checkpoints
+from llama_smop.training.averaging import average, newest
+from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
 from tests.damage import flip_last_byte
 
@@ -78,7 +78,7 @@ def test_a_training_ends_with_the_mean_of_its_last_checkpoints(trained, corpus):
     )
     left = {p.name for p in (trained / "model").iterdir()}
     assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
-    model, processor = folder.load(trained / "model")
+    model, processor = model_folder.load(trained / "model")
     rows, _ = evaluate(model, processor, corpus, "test.csv", modalities=["audio"], snrs=[None])
     assert rows[0].words > 0
 
@@ -127,4 +127,4 @@ def test_a_model_that_was_changed_is_not_loaded(run):
     file = run / "model/model.safetensors"
     flip_last_byte(file)
     with pytest.raises(ValueError, match="the weights are not those that were saved"):
-        folder.load(run / "model")
+        model_folder.load(run / "model")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_smop.training.config import TrainConfig
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.data.lrs3 import read_labels
-from llama_smop.training.run import train
+from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.training.build import training_clips, training_plan
+from llama_smop.training.config import TrainConfig
+from llama_smop.training.run import train
 from tests.training import children
 from tests.training.test_kills import SIGKILL, same_run
 from tests.training.test_ranks import CURVES, curve, train_joint_batches

@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from llama_smop.training import checkpoints
-from llama_smop.models import folder
 from llama_smop.cli import main
-from llama_smop.training.config import read_config
 from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.models import model_folder
+from llama_smop.training import checkpoints
+from llama_smop.training.config import read_config
 from llama_smop.training.run import train
 from tests.damage import flip_last_byte
 
@@ -287,8 +287,8 @@ def test_labels_with_a_wrong_line_stop_the_training(cli, tmp_path, corpus):
 
 
 def test_a_full_disk_leaves_the_model_that_was_there(run, tmp_path, monkeypatch):
-    model, processor = folder.load(run / "model")
-    target = folder.save(model, processor, tmp_path / "model")
+    model, processor = model_folder.load(run / "model")
+    target = model_folder.save(model, processor, tmp_path / "model")
     before = (target / "model.safetensors").read_bytes()
 
     def full(*args, **kwargs):
@@ -296,6 +296,6 @@ def test_a_full_disk_leaves_the_model_that_was_there(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(processor, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        folder.save(model, processor, target)
+        model_folder.save(model, processor, target)
     assert (target / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

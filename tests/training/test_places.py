@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama_smop.models import seal
-from llama_smop.reports.ablation.page import write_page
 from llama_smop.cli import main
 from llama_smop.convert import convert
 from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.models import seal
+from llama_smop.reports.ablation.page import write_page
 from llama_smop.training.record import claim
 
 pytestmark = pytest.mark.xdist_group("places")

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 
-from llama_smop.training.config import TrainConfig, read_config
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.lora import lora_settings
+from llama_smop.training.config import TrainConfig, read_config
 
 GRID = list(product(("1b", "3b", "8b"), ("jejr", "jedr", "dedr", "dense"), ("4-2", "16-5"), ("asr", "vsr", "avsr")))
 TASKS = {"asr": ("audio", 1e-3, 1000), "vsr": ("video", 5e-4, 1500), "avsr": ("audiovisual", 1e-3, 1000)}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_smop.training.config import TrainConfig
 from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.models.tiny import build_tiny
+from llama_smop.training.config import TrainConfig
 from llama_smop.training.fsdp import units
 from llama_smop.training.run import train
-from tests.training import children
 from tests.rounding import TINY_MODEL, assert_same_sums, two_orders
+from tests.training import children
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

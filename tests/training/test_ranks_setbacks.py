@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_smop.models import folder
 from llama_smop.data.lrs3 import read_labels
+from llama_smop.models import model_folder
 from tests.training import children
 from tests.training.test_kills import SIGKILL, same_run
 from tests.training.test_ranks import STEPS, assert_same_curves, assert_same_weights, config, corpus
@@ -140,5 +140,5 @@ def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path, loss):
     saved = load_file(tmp_path / "fsdp2/model/model.safetensors")
     assert saved and all("lora_" in name or name.startswith("multi_modal_projector.") for name in saved)
     assert all(value.dtype == torch.float32 for value in saved.values())
-    loaded, whole = (folder.load(tmp_path / strategy / "model")[0].state_dict() for strategy in ("fsdp2", "ddp"))
+    loaded, whole = (model_folder.load(tmp_path / strategy / "model")[0].state_dict() for strategy in ("fsdp2", "ddp"))
     assert_same_weights(loaded, whole)

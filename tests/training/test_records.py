@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from llama_smop.models import folder, seal
-from llama_smop.training import checkpoints
 from llama_smop import files
 from llama_smop.ablation.cell import Used
+from llama_smop.models import model_folder, seal
+from llama_smop.training import checkpoints
 from llama_smop.training.record import STARTS, last_start, read_starts
 from llama_smop.training.setbacks import Setbacks
 
@@ -84,7 +84,7 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(checkpoints.LlamaSmopForConditionalGeneration, "from_pretrained", fail)
     with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read: .*x"):
-        folder.load(tmp_path)
+        model_folder.load(tmp_path)
 
 
 def test_any_other_json_that_is_damaged_is_named(tmp_path):

@@ -2,9 +2,9 @@
 
 import torch
 
-from llama_smop.training.compiled import compile_regions
 from llama_smop.models.tiny import build_tiny
 from llama_smop.ops.backends import torch as torch_backend
+from llama_smop.training.build import compile_regions
 from tests.rounding import TINY_MODEL, assert_same_gradients
 
 WORDS = ["bin", "lay", "place", "set", "blue", "green", "red", "at", "by", "with"]

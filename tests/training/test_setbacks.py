@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from llama_smop.data.lrs3 import read_labels
+from llama_smop.data.media import MediaError, write_audio, write_video
+from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.training import checkpoints
 from llama_smop.training import run as module
 from llama_smop.training.config import TrainConfig
-from llama_smop.data.synthetic.corpus import make_corpus
-from llama_smop.data.lrs3 import read_labels
-from llama_smop.data.media import MediaError, write_audio, write_video
-from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.training.run import train
 
 pytestmark = pytest.mark.xdist_group("setbacks")

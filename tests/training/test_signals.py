@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llama_smop.training import checkpoints
 from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.training import checkpoints
 from tests.training import children
 
 pytestmark = pytest.mark.xdist_group("signals")

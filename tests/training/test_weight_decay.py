@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments
 
-from llama_smop.training import fsdp
 from llama_smop.models.tiny import build_tiny
+from llama_smop.training import fsdp
 from llama_smop.training.setbacks import Setbacks
 from llama_smop.training.trainer import SmopTrainer
 from llama_smop.training.weight_decay import decayed_names, parameter_groups

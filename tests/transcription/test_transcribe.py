@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama_smop.models import folder
 from llama_smop.cli import main
 from llama_smop.data.media import MediaError, write_audio
+from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
 from llama_smop.transcription.run import _richest, transcribe
 from tests.data.recordings import numbered, record, tone
@@ -20,7 +20,7 @@ SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "h
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
-    return folder.save(*build_tiny(["bin", "blue", "now"], **SIZES), tmp_path_factory.mktemp("model") / "model")
+    return model_folder.save(*build_tiny(["bin", "blue", "now"], **SIZES), tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from ..batching import nearest_in_length
-from ..media import MediaError, read_audio, read_video
-from ..noise import Babble, Sound
-from ..sources import LoadedClip
-from .index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
-from .plan import Deal, ShardBatches
+from llama_smop.data.batching import nearest_in_length
+from llama_smop.data.media import MediaError, read_audio, read_video
+from llama_smop.data.noise import Babble, Sound
+from llama_smop.data.shards.index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
+from llama_smop.data.shards.plan import Deal, ShardBatches
+from llama_smop.data.sources import LoadedClip
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_smop import files
-
-from ..container import naming, read_whole
-from ..lrs3 import read_labels
-from ..media import write_bytes
-from .index import FORMAT, INDEX, Shard, ShardError, webdataset
+from llama_smop.data.container import naming, read_whole
+from llama_smop.data.lrs3 import read_labels
+from llama_smop.data.media import write_bytes
+from llama_smop.data.shards.index import FORMAT, INDEX, Shard, ShardError, webdataset
 
 
 def write_shards(

@@ -8,7 +8,7 @@ alike here.
 
 import numpy as np
 
-from .speech import Segment
+from llama_smop.data.synthetic.speech import Segment
 
 FPS = 25
 

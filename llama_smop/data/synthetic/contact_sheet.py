@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_smop import files
-
-from .lrs3 import Clip, LabelError, load_clip, read_labels
-from .media import AUDIO_RATE, VIDEO_RATE, write_bytes
+from llama_smop.data.lrs3 import Clip, LabelError, load_clip, read_labels
+from llama_smop.data.media import AUDIO_RATE, VIDEO_RATE, write_bytes
 
 _FRAMES = 16  # columns of the strip
 

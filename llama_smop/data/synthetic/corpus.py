@@ -32,12 +32,11 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from llama_smop import files
-
-from . import mouth
-from .articulation import articulation
-from .grammar import GRID, CorpusError, Grammar
-from .media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
-from .speech import speak
+from llama_smop.data.media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
+from llama_smop.data.synthetic import mouth
+from llama_smop.data.synthetic.articulation import articulation
+from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
+from llama_smop.data.synthetic.speech import speak
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")

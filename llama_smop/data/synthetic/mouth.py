@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .articulation import FPS, PARAMETERS
+from llama_smop.data.synthetic.articulation import FPS, PARAMETERS
 
 SIZE = 96
 

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from llama_smop import files
-from llama_smop.models import seal
-from llama_smop.models.formats.key_map import KeyReport, Rule, rename
-from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
+from llama_smop.models.formats.key_map import KeyReport, Rule, rename
+from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 
 _NOT_VIDEO = "not needed for video features"
-ACCOUNT = "conversion.json"
 FRONTEND = r"feature_extractor_video\.resnet\."
 AVHUBERT_RULES = (
     Rule(FRONTEND + r"frontend3D\.0\.weight", "frontend.conv.weight"),
@@ -76,23 +73,6 @@ def load_avhubert(
 def is_avhubert(state: dict[str, Tensor]) -> bool:
     """Whether a state dict is fairseq's AV-HuBERT, pre-trained or fine-tuned."""
     return any(k.removeprefix(FINE_TUNED).startswith("feature_extractor_video.") for k in state)
-
-
-def convert_avhubert(source: str | Path, to: str | Path, *, partial: bool = False) -> KeyReport:
-    """Write the video tower of a fairseq file to a folder, with `conversion.json`, the account of every key.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_avhubert`. OSError: `to` is no place for it (`seal.check_target`).
-    """
-    tower, report = load_avhubert(source, partial=partial)
-    account = {"source": str(source), "keys": report.to_dict()}
-
-    def write(folder: Path) -> None:
-        tower.save_pretrained(folder)
-        files.write_json(folder / ACCOUNT, account)
-
-    seal.write_sealed(to, write)
-    return report
 
 
 def model_settings(checkpoint, source: str | Path = "AV-HuBERT") -> dict:

@@ -9,7 +9,16 @@ import matplotlib.pyplot as plt
 
 from llama_smop import files
 from llama_smop.reports.ablation.plots import pictures
-from llama_smop.reports.ablation.results import MODALITIES, Condition, Difference, by_setting, conditions, differences, mean_wer, wers
+from llama_smop.reports.ablation.results import (
+    MODALITIES,
+    Condition,
+    Difference,
+    by_setting,
+    conditions,
+    differences,
+    mean_wer,
+    wers,
+)
 from llama_smop.reports.html import shown
 from llama_smop.reports.plots import NAMES
 

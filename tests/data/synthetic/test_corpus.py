@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_smop.data.lrs3 import LabelError, load_clip, read_labels
 from llama_smop.data.synthetic import corpus as corpus_module
 from llama_smop.data.synthetic.contact_sheet import contact_sheet
 from llama_smop.data.synthetic.corpus import SPLITS, Settings, _plan, make_corpus
 from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
-from llama_smop.data.lrs3 import LabelError, load_clip, read_labels
 
 few = settings(derandomize=True, deadline=None, max_examples=25)
 
