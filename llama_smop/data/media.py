@@ -117,8 +117,10 @@ def _decoded_frames(path, container, stream, size: int) -> Iterator[tuple[float 
     try:
         for packet in whole_packets(path, container, stream, size):
             for frame in packet.decode():
-                stamp = frame.pts if frame.pts is not None else frame.dts
-                yield None if stamp is None else float(stamp * frame.time_base), frame
+                time = frame.time
+                if time is None and frame.dts is not None:
+                    time = float(frame.dts * frame.time_base)
+                yield time, frame
                 count += 1
     except (av.FFmpegError, OSError) as error:
         raise MediaError(path, f"cannot be decoded after {count} frames ({error.strerror})") from None
@@ -284,8 +286,9 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
         values = (values.astype(np.float32) - 128) / 128
     elif values.dtype.kind == "i":
         values = values.astype(np.float32) / np.float32(-float(np.iinfo(values.dtype).min))
-    values = values.astype(np.float32, copy=False)
-    return values.mean(axis=0) if len(values) > 1 else values[0]
+    if len(values) > 1:
+        return values.mean(axis=0, dtype=np.float32)
+    return values[0].astype(np.float32, copy=False)
 
 
 def audio_path(video_path: str | os.PathLike) -> Path:
