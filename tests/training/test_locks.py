@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llama_smop.training.config import TrainConfig
 from llama_smop.training.lock import LOCK, alone
+from llama_smop.training.run import train
 from tests.training import children
 
 
@@ -39,3 +41,17 @@ def test_the_second_is_refused_until_the_first_has_ended_or_died(tmp_path, with_
         assert (folder / LOCK).read_text().split()[:2] == ["process", str(os.getpid())]
     with alone(folder, "another training"):
         pass
+
+
+def test_a_training_asks_for_the_lock_before_it_reads_anything(tmp_path):
+    folder = tmp_path / "run"
+    child = children.start(hold, folder, False)
+    while not (folder / "held").exists():
+        time.sleep(0.02)
+    asked = {"model": {"tiny": {}}, "data": {"root": "nowhere"}, "optimizer": {"steps": 1, "precision": "fp32"}}
+    with pytest.raises(ValueError, match="another training is running in this folder"):
+        train(TrainConfig.model_validate(asked), folder)
+    child.kill()
+    child.join()
+    with pytest.raises(ValueError, match="nowhere"):
+        train(TrainConfig.model_validate(asked), folder)
