@@ -65,18 +65,21 @@ def check_schedule(experts: Tensor, num_experts: int, schedule: Schedule) -> Non
             raise TypeError(f"{name} must be int32, as `route` returns it, got {tensor.dtype}")
 
 
-def check_rows(schedule: Schedule) -> None:
-    """Kernels read the rows that a schedule names: raise IndexError where there are none such.
+def bounded(schedule: Schedule) -> Schedule:
+    """A caller's schedule, kept from naming rows that do not exist: kernels read whatever it names.
 
-    On a GPU only under LLAMA_SMOP_DEBUG=1; never where the tensors hold no data.
+    On a GPU, where values are not read, `offs` is clamped; elsewhere, and under LLAMA_SMOP_DEBUG=1, what does not fit
+    raises IndexError.
     """
     order, inverse, offs = schedule
-    if offs.numel() and is_plain(schedule) and checks.values_are_checked(offs.device):
-        rows = order.numel()
-        checks.cumulative("offs", offs, rows)
-        used = int(offs[-1])
-        checks.in_range("order", order[:used], 0, rows - 1)
-        checks.in_range("inverse", inverse, -1, used - 1)
+    rows = order.shape[0]
+    if not is_plain(schedule) or not checks.values_are_checked(offs.device):
+        return schedule._replace(offs=offs.clamp(0, rows))
+    checks.cumulative("offs", offs, rows)
+    used = int(offs[-1]) if offs.numel() else 0
+    checks.in_range("order", order[:used], 0, rows - 1)
+    checks.in_range("inverse", inverse, -1, used - 1)
+    return schedule
 
 
 def _check(x, weights, experts, schedule, parameters, activation, eps, recompute, backend) -> None:
@@ -158,8 +161,6 @@ def expert_projection(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ y, then the tensors of `Saved`; what has no use is empty."""
     _check_dtypes(x, parameters)
-    if checks.debug():
-        check_rows(schedule)
     x, weights, experts = _contiguous((x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
     schedule, parameters = Schedule(*_contiguous(schedule)), Experts(*_contiguous(parameters))
     y, h, pre, z, mean, rstd = dispatch.module(backend).expert_projection_fwd(

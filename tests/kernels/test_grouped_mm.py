@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llama_smop.ops import naive
+from llama_smop import functional
+from llama_smop.ops import checks, naive
 from llama_smop.ops.backends import torch as torch_backend
 from tests.kernels.cases import error
 from tests.kernels.runners import poisoned_memory, triton_params
@@ -122,6 +123,21 @@ def test_a_callers_routing_may_repeat_and_skip_experts(runner, T):
         ("x", "weights", "w1", "b1", "w2", "b2", "gamma", "beta"), grads, exact_grads, strict=True
     ):
         assert error(got, truth) < 2 * sums * truth.abs().max(), f"the gradient of {name} is wrong"
+
+
+@pytest.mark.parametrize(("runner", "name"), triton_params(("beyond", 90)))
+def test_a_callers_offsets_beyond_the_rows_reach_no_memory(runner, name, monkeypatch):
+    """Under ptxrun an access out of bounds is an error. On a GPU nothing reads the offsets to check them."""
+    T, X, D, H, O = 40, 2, 24, 40, 32
+    x, w1, w2 = torch.randn(T, D), torch.randn(X, H, D), torch.randn(X, O, H)
+    rows = torch.arange(T, dtype=torch.int32)
+    schedule = rows, rows[:, None], torch.tensor([T // 2, 10 * T], dtype=torch.int32)
+    monkeypatch.setattr(checks, "values_are_checked", lambda device: False)
+    with runner.running():
+        given = [t.to(runner.device) for t in (x, torch.ones(T, 1), rows[:, None] // (T // 2), w1, w2)]
+        options = {"schedule": [t.to(runner.device) for t in schedule], "backend": "triton"}
+        y = functional.expert_projection(*given[:4], None, given[4], None, **options)
+    assert y.isfinite().all()
 
 
 @pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp32", 80)))
