@@ -1,15 +1,22 @@
 """DDP with an idle expert on one rank, and FSDP2 with stacked expert weights: two processes on gloo."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
 from tests.integrations.distributed_ranks import RANKS, batch, loss_of, mask, projector, run
+from tests.pipeline import children
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=RANKS)
+    with mock.patch.dict(os.environ, children.NO_GPU):  # FSDP2 would take a GPU, which the ranks would share
+        ranks = torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=RANKS, join=False)
+    children.join(ranks.processes)
+    assert ranks.join(), "a rank failed"
     return torch.load(folder / "results.pt", weights_only=True)
 
 

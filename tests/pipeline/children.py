@@ -5,8 +5,13 @@ import os
 import signal
 import socket
 import sys
+import time
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest import mock
 
+LIMIT_S = 900  # a child that is not done by then hangs
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["llama_smop.train", "llama_smop.models.tiny", "tensorboard.summary.writer.event_file_writer"]
@@ -16,6 +21,9 @@ WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
 
 def start(target, *args) -> multiprocessing.Process:
+    """A child that sees no GPU: ranks that share one would hang in NCCL."""
+    with mock.patch.dict(os.environ, NO_GPU):
+        forkserver.ensure_running()  # children have the server's environment, and it that of this moment
     child = CONTEXT.Process(target=_quiet, args=(target, *args))
     child.start()
     return child
@@ -24,8 +32,20 @@ def start(target, *args) -> multiprocessing.Process:
 def run(target, *args) -> int:
     """Exit code of a child."""
     child = start(target, *args)
-    child.join()
+    join([child])
     return child.exitcode
+
+
+def join(children: list) -> None:
+    """Wait until all have ended; when one fails, or they take longer than LIMIT_S, the others are killed."""
+    end = time.monotonic() + LIMIT_S
+    while running := [child for child in children if child.is_alive()]:
+        ended = connection.wait([child.sentinel for child in running], end - time.monotonic())
+        if not ended or any(child.exitcode for child in children):
+            for child in running:
+                child.kill()
+    for child in children:
+        child.join()
 
 
 def _quiet(target, *args) -> None:
@@ -67,8 +87,7 @@ def _kill_before_write(folder: str, part: str, number: int) -> None:
 def ranks(target, world: int, *args) -> None:
     """Run `target(*args)` as torchrun would, in `world` processes over gloo; all must end well."""
     children = _start_ranks(target, world, args)
-    for child in children:
-        child.join()
+    join(children)
     assert [child.exitcode for child in children] == [0] * world
 
 
@@ -79,7 +98,7 @@ def killed_rank(target, world: int, victim: int, *args) -> int:
     """
     *common, die_at, die_in = args
     children = _start_ranks(target, world, common, {victim: (*common, die_at, die_in)})
-    children[victim].join()
+    join([children[victim]])
     for child in children:
         child.kill()
         child.join()
