@@ -14,7 +14,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from llama_smop.extras import remedy
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit(f"llama-smop: the command line needs more than the base install: {remedy('typer')}")
 
 INTERRUPTED = 130  # by Ctrl-C: a shell's status of SIGINT
 
@@ -346,6 +351,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _line(error: Exception, arguments: list[str]) -> str:
     """What is wrong; of an error that nobody foresaw also its kind, and of which files the command was."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llama_smop"):
+        return remedy(error.name)
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno and error.filename is None:  # what is written to files names them
         return f"writing failed, to standard output most likely: {error.strerror} (in: {shlex.join(arguments)})"

@@ -13,7 +13,7 @@ from llama_smop import cli
 from llama_smop.cli import main
 from llama_smop.evaluation import run
 from llama_smop.evaluation.run import Row
-from llama_smop.training import checkpoints
+from llama_smop.models import model_folder
 
 RUNS = [sys.executable, "-m", "llama_smop.cli"]
 
@@ -92,7 +92,7 @@ def test_scores_are_written_before_they_are_printed(tmp_path, monkeypatch):
     here = SimpleNamespace(device=SimpleNamespace(type="cpu"), use_distributed=False, is_main_process=True)
     here.destroy_process_group = lambda: None
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: here)
-    monkeypatch.setattr(checkpoints, "load", lambda *_: (None, None))
+    monkeypatch.setattr(model_folder, "load", lambda *_: (None, None))
     row = Row("test", "audio", None, 1, 2, 1, 0, 0, 0.5)
     monkeypatch.setattr(run, "evaluate", lambda *_, **__: ([row], [[{"id": "a"}]]))
     monkeypatch.setattr(run, "table", lambda rows: raising(BrokenPipeError(32, "Broken pipe"))())

@@ -16,12 +16,7 @@ MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items(
 HIDE = """
 import sys
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {hidden!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Hidden())
+sys.modules.update(dict.fromkeys({hidden!r}))
 """
 
 

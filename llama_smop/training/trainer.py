@@ -177,14 +177,14 @@ class SmopTrainer(Trainer):
         fsdp.load_weights(model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoints is None:
+        if checkpoint is None:
             return
         asked = [{name: group[name] for name in ASKED} for group in self.optimizer.param_groups]
         if self.is_fsdp_enabled:
-            fsdp.load_optimizer(self.optimizer, self.model, Path(checkpoints) / OPTIMIZER_NAME)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoints) / SCHEDULER_NAME, weights_only=True))
+            fsdp.load_optimizer(self.optimizer, self.model, Path(checkpoint) / OPTIMIZER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
-            super()._load_optimizer_and_scheduler(checkpoints)
+            super()._load_optimizer_and_scheduler(checkpoint)
         # What the configuration says now, which may have been changed since: the checkpoint would bring back its own.
         schedule = self.lr_scheduler
         schedule.base_lrs = [settings["initial_lr"] for settings in asked]

@@ -7,6 +7,8 @@ import reprlib
 import shlex
 from dataclasses import dataclass
 
+from llama_smop.extras import remedy
+
 INDEX = "index.json"
 FORMAT = 2
 SILENCE_S = 60  # after which a server that sends nothing is given up
@@ -25,7 +27,7 @@ def webdataset():
     try:
         import webdataset
     except ImportError:
-        raise ShardError("tar shards need webdataset, which is not installed: pip install webdataset") from None
+        raise ShardError(f"tar shards: {remedy('webdataset')}") from None
     return webdataset
 
 

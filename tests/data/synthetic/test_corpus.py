@@ -123,7 +123,7 @@ def test_interrupted_by_ctrl_c_and_run_again(small_corpus, tmp_path, monkeypatch
 
 
 KILLED = """
-from llama_smop.data.corpus import make_corpus
+from llama_smop.data.synthetic.corpus import make_corpus
 make_corpus({out!r}, clips=24, seed=3, progress=False, workers=2)
 """
 
