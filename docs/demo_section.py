@@ -48,9 +48,9 @@ def short() -> str:
         cells = [f"{100 * rates[snr]:.1f}" if snr in rates else "" for snr in (None, *snrs)]
         lines.append(f"| {plots.NAMES[modality]} | {' | '.join(cells)} |")
     table = "\n".join(lines)
-    return f"""`make demo-full` trains a small DEDR model from scratch on {demo["train_clips"]} synthetic talking-head clips
-(espeak-ng speech, drawn faces), in babble at several signal-to-noise ratios. On {demo["test_clips"]} clips of sentences that
-it never saw, one seed ([all of it](docs/demo/README.md)):
+    return f"""`make demo-full` trains a small DEDR model from scratch on {demo["train_clips"]} synthetic talking-head
+clips (espeak-ng speech, drawn faces). On {demo["test_clips"]} clips of sentences that it never saw, in babble,
+one seed ([all of it](docs/demo/README.md)):
 
 {table}
 
@@ -68,8 +68,8 @@ def whole() -> str:
 
 Made by `python docs/demo_section.py` from the files beside this one.
 
-The demo trains a small DEDR model from scratch on {train} synthetic talking-head clips (espeak-ng speech, drawn faces) and
-scores it on {test} clips of sentences that it never saw. It printed, on {machine}:
+The demo trains a small DEDR model from scratch on {train} synthetic talking-head clips (espeak-ng speech, drawn faces)
+and scores it on {test} clips of sentences that it never saw. It printed, on {machine}:
 
 ```
 {output}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables, pictures, one page and the section of docs/performance.md, from the JSON files."""
+"""`python -m benchmarks report`: tables, pictures, one page and docs/performance.md's section, from the JSON files."""
 
 from collections.abc import Callable
 from pathlib import Path
