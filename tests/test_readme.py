@@ -39,6 +39,52 @@ def test_the_projector_snippet_runs():
     assert names["projector"].w1.grad is not None
 
 
+def operands() -> dict:
+    """What docs/operators.md's snippet takes as given."""
+    import torch
+
+    T, D, H, O, E = 6, 8, 16, 12, 4
+    one = {"gate_weight": (1, E, D), "w1": (E, H, D), "b1": (E, H), "w2": (E, O, H), "b2": (E, O)}
+    sizes = one | {"ln_weight": (E, O), "ln_bias": (E, O), "tokens": (T, D), "x": (T, D), "bias": (2, O)}
+    names = {name: torch.randn(size) for name, size in (sizes | {"a": (T, D), "b": (2, D, O)}).items()}
+    return names | {"modality": torch.arange(T, dtype=torch.int32) % 2, "offs": torch.tensor([2, 6], dtype=torch.int32)}
+
+
+def mixtral() -> dict:
+    """What docs/integrations.md's snippets take as given: a model with experts that both of them know."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "model": MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes))
+    }
+
+
+def trained() -> dict:
+    """What docs/training.md's snippet finds in the working directory."""
+    import numpy as np
+
+    from llama_smop.data.media import write_video
+    from llama_smop.models.model_folder import save
+    from llama_smop.models.tiny import build_tiny
+
+    sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
+    save(*build_tiny(["bin", "now"], **sizes), "runs/demo/run/model")
+    write_video("clip.mp4", np.full((30, 96, 96, 3), 128, np.uint8), audio=np.zeros(30 * 640, np.float32))
+    return {}
+
+
+GIVEN = {"operators.md": operands, "integrations.md": mixtral, "training.md": trained}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_snippets_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for snippet in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        names = GIVEN.get(path.name, dict)()
+        exec(snippet, names)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
