@@ -15,7 +15,7 @@ from .segments import block_of, ceil_div, max_tiles, tile_segment
 from .tiles import TileConfig
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "num_experts"])
+@triton.jit(do_not_specialize=["rows", "num_experts"])
 def grouped_gemm_kernel(
     a_ptr,  # (rows, K); gathered: (T, K)
     b_ptr,  # (X, K, N), any strides
@@ -23,9 +23,8 @@ def grouped_gemm_kernel(
     out_ptr,  # (rows, N)
     pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient; or None
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
-    offs_ptr,  # (X,) int32, or None in the dense-all order
+    offs_ptr,  # (X,) int32
     rows,
-    tokens,
     num_experts,
     N,
     K,
@@ -36,7 +35,6 @@ def grouped_gemm_kernel(
     stride_bn,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
-    DENSE: tl.constexpr,
     ZERO_TAIL: tl.constexpr,  # write zeros to the rows past the last offset
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -59,7 +57,7 @@ def grouped_gemm_kernel(
     tile_n = within // group_size
 
     tail_end = rows if ZERO_TAIL else 0
-    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tokens, tail_end, BLOCK_M, BLOCK_X, DENSE)
+    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tail_end, BLOCK_M, BLOCK_X)
     if expert > num_experts:
         return
     m = first + tl.arange(0, BLOCK_M)
@@ -73,7 +71,7 @@ def grouped_gemm_kernel(
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
     row = tl.minimum(m, end - 1)
     if GATHER:
-        row = row - expert * tokens if DENSE else tl.load(order_ptr + row) // TOP_K
+        row = tl.load(order_ptr + row) // TOP_K
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
@@ -122,7 +120,7 @@ def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: 
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
-    offs: Tensor | None,
+    offs: Tensor,
     out: Tensor,
     *,
     bias: Tensor | None = None,
@@ -132,7 +130,6 @@ def grouped_gemm(
     gather: bool = False,
     order: Tensor | None = None,
     top_k: int = 1,
-    tokens: int = 0,
     zero_tail: bool = False,
     config: TileConfig | None = None,
 ) -> Launch:
@@ -141,22 +138,20 @@ def grouped_gemm(
     Args:
         a: (rows, K); with `gather`, (T, K), read through `order`.
         b: (X, K, N), any strides.
-        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens.
+        offs: (X,) int32 cumulative ends.
         out: (rows, N), contiguous.
         pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from.
     """
     (rows, N), (X, K, _) = out.shape, b.shape
-    dense = offs is None
     cfg = config or gemm_config(target_arch(), a.dtype, dot_precision(a.dtype), rows, X, N, K)
-    tiles_m = X * ceil_div(tokens, cfg.block_m) if dense else max_tiles(rows, X + zero_tail, cfg.block_m)
+    tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
     return Launch(
         grouped_gemm_kernel,
         (tiles_m * ceil_div(N, cfg.block_n),),
-        (a, b, bias, out, pre, order, offs, rows, tokens, X, N, K, *a.stride(), *b.stride()),
+        (a, b, bias, out, pre, order, offs, rows, X, N, K, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
-            "DENSE": dense,
             "ZERO_TAIL": zero_tail,
             "ACTIVATION": activation,
             "GRADIENT": gradient,

@@ -17,8 +17,7 @@
 With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) more; route_bwd writes its own dx in the
 launches it makes. A saved tensor that was dropped costs the launch that made it. Nothing is read back on the host.
 
-Few tokens take the dense-all order: every token through every expert, row e·T + t, no gather and no order.
-Rows of tokens that did not choose the expert may hold anything, inf and NaN too: sums over rows skip them.
+Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
 
 import torch
@@ -31,19 +30,10 @@ from .configs import ROUTER_TOKENS
 from .grouped_gemm import grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
 
-# One 64-row tile an expert: each weight is read by exactly one program, and the products stay under the time it takes
-# to read the weights. Above it the K/X of the products that sorting saves are worth more than the sort.
-DENSE_ALL_TOKENS = 64
-
-
-def dense_all(tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether every token goes through every expert: few tokens, and enough choices that few experts would idle."""
-    return 0 < tokens <= DENSE_ALL_TOKENS and 2 * num_experts <= tokens * top_k
-
 
 def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
-    """Rows of h and z: T·K in expert order, X·T when every token goes through every expert."""
-    return tokens * (num_experts if dense_all(tokens, top_k, num_experts) else top_k)
+    """Rows of h and z: one a choice, in expert order."""
+    return tokens * top_k
 
 
 def route_fwd(
@@ -116,18 +106,13 @@ def expert_projection_fwd(
     activation: str,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    (T, K), (X, O, _) = weights.shape, w2.shape
-    if dense_all(T, K, X):
-        order = inverse = offs = None
-    h, pre = _hidden(x, w1, b1, activation, order, offs, K)
-    z = _output(h, w2, b2, offs, T)
-    y = x.new_empty((T, O))
+    h, pre = _hidden(x, w1, b1, activation, order, offs, weights.shape[1])
+    z = _output(h, w2, b2, offs)
+    y = x.new_empty((x.shape[0], w2.shape[1]))
     mean = rstd = None
     if ln_weight is not None:
         mean, rstd = (torch.empty(h.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    combine_fwd(
-        z, weights, experts, inverse, y, X, K, gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, eps=eps
-    ).run()
+    combine_fwd(z, weights, experts, inverse, y, gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, eps=eps).run()
     return y, h, pre, z, mean, rstd
 
 
@@ -156,14 +141,11 @@ def expert_projection_bwd(
     need_dweights: bool,
     need_dparams: bool,
 ) -> tuple[Tensor | None, ...]:
-    (T, K), X, D = weights.shape, w2.shape[0], x.shape[1]
-    dense = dense_all(T, K, X)
-    if dense:
-        order = inverse = offs = None
+    K, X, D = weights.shape[1], w2.shape[0], x.shape[1]
     if h.numel() == 0:
         h, pre = _hidden(x, w1, b1, activation, order, offs, K)
     if z.numel() == 0:
-        z = _output(h, w2, b2, offs, T)
+        z = _output(h, w2, b2, offs)
 
     def gradient(parameter: Tensor | None) -> Tensor | None:
         return torch.empty_like(parameter) if need_dparams and parameter is not None else None
@@ -171,28 +153,27 @@ def expert_projection_bwd(
     dw1, db1, dw2, db2, dgamma, dbeta = (gradient(p) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
     dz = torch.empty_like(z)
     dweights = torch.empty_like(weights) if need_dweights else None
-    partials = None if dgamma is None else new_partials(z, T, X, dense)
+    partials = None if dgamma is None else new_partials(z, X)
     if ln_weight is None:
         mean = rstd = None
     combine_bwd(
-        dy, z, weights, experts, order, offs, dz, X,
+        dy, z, weights, experts, order, offs, dz,
         gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, dweights=dweights, partials=partials,
     ).run()  # fmt: skip
     if dgamma is not None:
-        layer_norm_grad(partials, offs, dgamma, dbeta, z.shape[0], T).run()
+        layer_norm_grad(partials, offs, dgamma, dbeta, z.shape[0]).run()
     dx = None
     if need_dparams or need_dx:
         dh = torch.empty_like(h)
         saved = pre if keeps_pre(activation) else h
-        grouped_gemm(dz, w2, offs, dh, pre=saved, gradient=True, activation=activation, tokens=T).run()
+        grouped_gemm(dz, w2, offs, dh, pre=saved, gradient=True, activation=activation).run()
     if need_dparams:
-        routing = {"order": order, "experts": experts, "top_k": K, "tokens": T}
-        grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, **routing).run()
-        grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, **routing).run()
+        grouped_wgrad(dz, h, offs, dw2, bias_grad=db2).run()
+        grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, order=order, top_k=K).run()
     if need_dx:
         dx_rows, dx = x.new_empty((h.shape[0], D)), torch.empty_like(x)
-        grouped_gemm(dh, w1, offs, dx_rows, tokens=T).run()
-        combine_fwd(dx_rows, None, experts, inverse, dx, X, K).run()
+        grouped_gemm(dh, w1, offs, dx_rows).run()
+        combine_fwd(dx_rows, None, None, inverse, dx).run()
     return dx, dweights, dw1, db1, dw2, db2, dgamma, dbeta
 
 
@@ -211,18 +192,17 @@ def grouped_mm(
 
 def _hidden(x, w1, b1, activation, order, offs, top_k) -> tuple[Tensor, Tensor | None]:
     """h = act(x·W1ᵀ + b1) in expert order, and the pre-activation where the derivative needs it."""
-    T, (X, H, _) = x.shape[0], w1.shape
-    h = x.new_empty((X * T if offs is None else order.shape[0], H))
+    h = x.new_empty((order.shape[0], w1.shape[1]))
     pre = torch.empty_like(h) if keeps_pre(activation) else None
     grouped_gemm(
         x, w1.transpose(1, 2), offs, h,
-        bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k, tokens=T,
+        bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k,
     ).run()  # fmt: skip
     return h, pre
 
 
-def _output(h, w2, b2, offs, tokens) -> Tensor:
+def _output(h, w2, b2, offs) -> Tensor:
     """z = h·W2ᵀ + b2, rows as in h."""
     z = h.new_empty((h.shape[0], w2.shape[1]))
-    grouped_gemm(h, w2.transpose(1, 2), offs, z, bias=b2, tokens=tokens).run()
+    grouped_gemm(h, w2.transpose(1, 2), offs, z, bias=b2).run()
     return z

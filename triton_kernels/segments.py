@@ -1,10 +1,6 @@
 """Which rows an expert owns, and which rows a program works on, found on the device from `offs`.
 
-Rows of the intermediates stand in one of two orders:
-
-    sorted      the T·K choices in expert order; expert e owns rows offs[e-1] to offs[e]
-    dense-all   every token through every expert; row e·T + t, so expert e owns rows e·T to (e+1)·T
-
+Rows of the intermediates are the T·K choices in expert order; expert e owns rows offs[e-1] to offs[e].
 A kernel's grid is the worst case over all routings; each program finds its own tile, and surplus programs leave.
 """
 
@@ -28,14 +24,10 @@ def block_of(size: int, least: int = 16) -> int:
 
 
 @triton.jit
-def expert_segment(expert, offs_ptr, tokens, DENSE: tl.constexpr):
+def expert_segment(expert, offs_ptr):
     """→ (begin, end) rows of an expert."""
-    if DENSE:
-        begin = expert * tokens
-        end = begin + tokens
-    else:
-        begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(offs_ptr + expert)
+    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs_ptr + expert)
     return begin, end
 
 
@@ -50,20 +42,12 @@ def tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS: tl.constexpr, 
 
 
 @triton.jit
-def tile_segment(
-    tile, offs_ptr, num_experts, tokens, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr, DENSE: tl.constexpr
-):
+def tile_segment(tile, offs_ptr, num_experts, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr):
     """→ (expert, first row, end of its rows) of a tile. `expert == num_experts` in the tail, greater past the end."""
-    if DENSE:
-        per_expert = tl.cdiv(tokens, BLOCK_ROWS)
-        expert = tile // per_expert
-        first = expert * tokens + (tile % per_expert) * BLOCK_ROWS
-        end = (expert + 1) * tokens
-    else:
-        begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS, BLOCK_X)
-        done = tl.cumsum(tiles, 0)
-        expert = tl.sum((done <= tile).to(tl.int32), 0)
-        mine = tl.arange(0, BLOCK_X) == expert
-        first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * BLOCK_ROWS, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
+    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS, BLOCK_X)
+    done = tl.cumsum(tiles, 0)
+    expert = tl.sum((done <= tile).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_X) == expert
+    first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * BLOCK_ROWS, 0), 0)
+    end = tl.sum(tl.where(mine, ends, 0), 0)
     return expert, first, end

@@ -46,9 +46,7 @@ def test_dx_costs_two_launches_more_and_recompute_one_a_tensor():
 
 
 def test_rows_kept_follow_from_the_shape():
-    assert projection.intermediate_rows(48, 2, 4) == 4 * 48  # all experts on all tokens
-    assert projection.intermediate_rows(1024, 2, 4) == 2 * 1024
-    assert projection.intermediate_rows(8, 2, 64) == 2 * 8  # few choices: most experts idle
+    assert projection.intermediate_rows(48, 2, 4) == 2 * 48
     assert projection.intermediate_rows(0, 2, 4) == 0
 
 
