@@ -95,10 +95,18 @@ def schedule_items() -> int:
 
 
 def combine_rows(rows: int) -> int:
-    """Rows one program of combine's backward walks: few when rows are few, so that all multiprocessors have work."""
-    return 8 if rows <= 4096 else 32
+    """Rows one program of combine's backward walks: two programs for each multiprocessor of an H100."""
+    return max(2, -(-rows // 264))
 
 
-def row_warps(block: int) -> int:
-    """Warps for a program that holds a row of `block` elements: 8 elements a thread, 1 to 16 warps."""
-    return max(1, min(16, block // 256))
+COMBINE_ELEMENTS = 8192  # of a token's rows that combine's forward holds at once
+
+
+def combine_fwd_warps(elements: int) -> int:
+    """32 elements a thread: a row's loads are all in flight, and few warps wait for each other in its sums."""
+    return max(1, min(8, elements // 1024))
+
+
+def combine_bwd_warps(elements: int) -> int:
+    """16 elements a thread: beside the row it holds five vectors of that length."""
+    return max(1, min(16, elements // 512))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .activations import activate, activation_gradient
 from .configs import gemm_config
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
 from .segments import block_of, ceil_div, max_tiles, tile_segment
 from .tiles import TileConfig
@@ -22,6 +23,7 @@ def grouped_gemm_kernel(
     bias_ptr,  # (X, N) or None
     out_ptr,  # (rows, N)
     pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient; or None
+    sums_ptr,  # (tiles of rows, 1, N) float32: sums of out over each tile's rows; or None
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
     offs_ptr,  # (X,) int32
     rows,
@@ -46,6 +48,7 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     # GROUP_M tiles of rows go through all columns together: an expert's weights stay in L2 while they do.
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -65,7 +68,7 @@ def grouped_gemm_kernel(
     if expert == num_experts:
         if ZERO_TAIL:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            epilogue(zeros, m, n, expert, end, N, None, pre_ptr, out_ptr, None, False)
+            epilogue(zeros, m, n, expert, end, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
@@ -91,18 +94,22 @@ def grouped_gemm_kernel(
         b_ptrs += BLOCK_K * stride_bk
 
     if BLOCK_N <= 128:
-        epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(acc, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
     else:  # in two halves: a wide tile's accumulators leave no registers for a saved tile beside them
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         n = tile_n * BLOCK_N + tl.arange(0, HALF)
-        epilogue(left, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
-        epilogue(right, m, n + HALF, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(left, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        n += HALF
+        epilogue(right, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
 
 
 @triton.jit
-def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr):
-    """Bias and activation, or the activation's derivative, and the store of rows m < end and columns n < N."""
+def epilogue(
+    acc, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Bias and activation, or the activation's derivative; rows m < end and columns n < N are stored, and summed."""
     mask = (m < end)[:, None] & (n < N)[None, :]
     offset = m.to(tl.int64)[:, None] * N + n[None, :]
     if bias_ptr is not None:
@@ -114,6 +121,9 @@ def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: 
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, acc, mask=mask)
         acc = activate(acc, ACTIVATION)
+    if sums_ptr is not None:
+        sums = tl.sum(tl.where((m < end)[:, None], acc, 0.0), 0)
+        tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
     tl.store(out_ptr + offset, acc, mask=mask)
 
 
@@ -126,6 +136,7 @@ def grouped_gemm(
     bias: Tensor | None = None,
     activation: str | None = None,
     pre: Tensor | None = None,
+    sums: Tensor | None = None,
     gradient: bool = False,
     gather: bool = False,
     order: Tensor | None = None,
@@ -141,14 +152,15 @@ def grouped_gemm(
         offs: (X,) int32 cumulative ends.
         out: (rows, N), contiguous.
         pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from.
+        sums: (tiles, 1, N) float32: where the sums of out over each tile's rows go, tiles of `gemm_tile_rows` rows.
     """
     (rows, N), (X, K, _) = out.shape, b.shape
-    cfg = config or gemm_config(target_arch(), a.dtype, dot_precision(a.dtype), rows, X, N, K)
+    cfg = config or _config(out, X, K)
     tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
     return Launch(
         grouped_gemm_kernel,
         (tiles_m * ceil_div(N, cfg.block_n),),
-        (a, b, bias, out, pre, order, offs, rows, X, N, K, *a.stride(), *b.stride()),
+        (a, b, bias, out, pre, sums, order, offs, rows, X, N, K, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
@@ -166,6 +178,15 @@ def grouped_gemm(
         cfg.num_warps,
         cfg.num_stages,
     )
+
+
+def gemm_tile_rows(out: Tensor, num_experts: int, k: int) -> int:
+    """Rows of the tiles in which `grouped_gemm` computes `out`, summing over k."""
+    return _config(out, num_experts, k).block_m
+
+
+def _config(out: Tensor, num_experts: int, k: int) -> TileConfig:
+    return gemm_config(target_arch(), out.dtype, dot_precision(out.dtype), out.shape[0], num_experts, out.shape[1], k)
 
 
 def keeps_pre(activation: str | None) -> bool:

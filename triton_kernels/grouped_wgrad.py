@@ -1,4 +1,4 @@
-"""Weight gradients of a grouped GEMM: dB_e = Σ over the expert's rows of a_rᵀ · b_r, and the bias gradient Σ a_r.
+"""Weight gradients of a grouped GEMM: dB_e = Σ over the expert's rows of a_rᵀ · b_r.
 
 One program owns one tile of one expert's gradient and walks all of that expert's rows, so an expert without rows gets
 zeros, and nothing is summed across programs: the result is the same from run to run.
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import wgrad_config
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
 from .segments import ceil_div, expert_segment
 from .tiles import TileConfig
@@ -19,7 +20,6 @@ def grouped_wgrad_kernel(
     a_ptr,  # (rows, M), any strides
     b_ptr,  # (rows, N), any strides; gathered: (T, N)
     out_ptr,  # (X, M, N)
-    bias_grad_ptr,  # (X, M) or None
     order_ptr,  # (rows,) int32 or None
     offs_ptr,  # (X,) int32
     M,
@@ -36,6 +36,7 @@ def grouped_wgrad_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
     pid = tl.program_id(0) % (tiles_m * tiles_n)
@@ -50,25 +51,14 @@ def grouped_wgrad_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_cols = a_ptr + m.to(tl.int64) * stride_am
     b_cols = b_ptr + n.to(tl.int64)[None, :] * stride_bn
-    m_mask, n_mask = m < M, (n < N)[None, :]
-
-    if bias_grad_ptr is not None:  # noqa: SIM102
-        # A pass of its own, by the first column of programs only: the main loop keeps A in shared memory.
-        if tile_n == 0:
-            total = tl.zeros([BLOCK_M], tl.float32)
-            for r0 in range(begin, end, BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                a_mask = (r < end)[:, None] & m_mask[None, :]
-                a = tl.load(a_cols[None, :] + r.to(tl.int64)[:, None] * stride_ar, mask=a_mask, other=0.0)
-                total += tl.sum(a.to(tl.float32), 0)
-            tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m_mask)
+    m_mask, n_mask = (m < M)[:, None], (n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r = begin + tl.arange(0, BLOCK_R)
     b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
     r_mask = r < end
     for _ in range(begin, end, BLOCK_R):
-        a_mask = m_mask[:, None] & r_mask[None, :]
+        a_mask = m_mask & r_mask[None, :]
         a = tl.load(a_cols[:, None] + r.to(tl.int64)[None, :] * stride_ar, mask=a_mask, other=0.0)
         b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=r_mask[:, None] & n_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -78,7 +68,7 @@ def grouped_wgrad_kernel(
         r_mask = r < end
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out_ptr + out_offset, acc, mask=m_mask[:, None] & n_mask)
+    tl.store(out_ptr + out_offset, acc, mask=m_mask & n_mask)
 
 
 @triton.jit
@@ -95,25 +85,24 @@ def grouped_wgrad(
     offs: Tensor,
     out: Tensor,
     *,
-    bias_grad: Tensor | None = None,
     gather: bool = False,
     order: Tensor | None = None,
     top_k: int = 1,
     config: TileConfig | None = None,
 ) -> Launch:
-    """One launch of out[e] = Σ_r a[r]ᵀ · b[r] over the rows of expert e, and bias_grad[e] = Σ_r a[r].
+    """One launch of out[e] = Σ_r a[r]ᵀ · b[r] over the rows of expert e; zeros for an expert without rows.
 
     Args:
         a: (rows, M), any strides.  b: (rows, N), any strides; with `gather`, (T, N), read through `order`.
         offs: (X,) int32 cumulative ends.
-        out: (X, M, N), contiguous.  bias_grad: (X, M).
+        out: (X, M, N), contiguous.
     """
     X, M, N = out.shape
     cfg = config or wgrad_config(target_arch(), a.dtype, dot_precision(a.dtype), a.shape[0], X, M, N)
     return Launch(
         grouped_wgrad_kernel,
         (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
-        (a, b, out, bias_grad, order, offs, M, N, *a.stride(), *b.stride()),
+        (a, b, out, order, offs, M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import schedule_items
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
 from .segments import block_of, ceil_div
 
@@ -92,6 +93,7 @@ def schedule_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    wait_for_previous_launch()
     x = tl.arange(0, BLOCK_X)
     program = tl.program_id(0) - 1
     first_block = program * blocks_per_program
@@ -128,6 +130,7 @@ def histogram_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
+    wait_for_previous_launch()
     x = tl.arange(0, BLOCK_X)
     first = tl.program_id(0) * ITEMS_PER_BLOCK
     last = tl.minimum(first + ITEMS_PER_BLOCK, items)

@@ -32,22 +32,22 @@ def expert_segment(expert, offs_ptr):
 
 
 @triton.jit
-def tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr):
+def tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
     """→ (begin, end, tiles), each (BLOCK_X,). Rows from the last offset to `tail_end` count as one expert more."""
     x = tl.arange(0, BLOCK_X)
     begin = tl.load(offs_ptr + x - 1, mask=(x > 0) & (x <= num_experts), other=0)
     end = tl.load(offs_ptr + x, mask=x < num_experts, other=0)
     end = tl.where(x == num_experts, tail_end, end)
-    return begin, end, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_ROWS)
+    return begin, end, tl.cdiv(tl.maximum(end - begin, 0), tile_rows)
 
 
 @triton.jit
-def tile_segment(tile, offs_ptr, num_experts, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr):
+def tile_segment(tile, offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
     """→ (expert, first row, end of its rows) of a tile. `expert == num_experts` in the tail, greater past the end."""
-    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS, BLOCK_X)
+    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X)
     done = tl.cumsum(tiles, 0)
     expert = tl.sum((done <= tile).to(tl.int32), 0)
     mine = tl.arange(0, BLOCK_X) == expert
-    first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * BLOCK_ROWS, 0), 0)
+    first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * tile_rows, 0), 0)
     end = tl.sum(tl.where(mine, ends, 0), 0)
     return expert, first, end
