@@ -68,7 +68,7 @@ def grouped_gemm_kernel(
     if expert == num_experts:
         if ZERO_TAIL:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            epilogue(zeros, m, n, expert, end, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
+            epilogue(zeros, 0.0, m, n, expert, end, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
@@ -93,20 +93,33 @@ def grouped_gemm_kernel(
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
 
+    # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
     if BLOCK_N <= 128:
-        epilogue(acc, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
-    else:  # in two halves: a wide tile's accumulators leave no registers for a saved tile beside them
+        saved = load_saved(pre_ptr, m, n, end, N, GRADIENT)
+        epilogue(acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+    else:
         HALF: tl.constexpr = BLOCK_N // 2
+        n0 = tile_n * BLOCK_N + tl.arange(0, HALF)
+        n1 = n0 + HALF
+        s0 = load_saved(pre_ptr, m, n0, end, N, GRADIENT)
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        n = tile_n * BLOCK_N + tl.arange(0, HALF)
-        epilogue(left, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
-        n += HALF
-        epilogue(right, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        s1 = load_saved(pre_ptr, m, n1, end, N, GRADIENT)
+        epilogue(left, s0, m, n0, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(right, s1, m, n1, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+
+
+@triton.jit
+def load_saved(pre_ptr, m, n, end, N, GRADIENT: tl.constexpr):
+    saved = None
+    if GRADIENT:
+        mask = (m < end)[:, None] & (n < N)[None, :]
+        saved = tl.load(pre_ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+    return saved
 
 
 @triton.jit
 def epilogue(
-    acc, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
+    acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Bias and activation, or the activation's derivative; rows m < end and columns n < N are stored, and summed."""
@@ -115,16 +128,16 @@ def epilogue(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GRADIENT:
-        saved = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        acc = activation_gradient(acc, saved, ACTIVATION)
+        acc = activation_gradient(acc, saved.to(tl.float32), ACTIVATION)
     else:
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, acc, mask=mask)
         acc = activate(acc, ACTIVATION)
-    if sums_ptr is not None:
-        sums = tl.sum(tl.where((m < end)[:, None], acc, 0.0), 0)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, out, mask=mask)
+    if sums_ptr is not None:  # of the rounded values, which take half the registers
+        sums = tl.sum(tl.where((m < end)[:, None], out.to(tl.float32), 0.0), 0)
         tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
-    tl.store(out_ptr + offset, acc, mask=mask)
 
 
 def grouped_gemm(
@@ -177,6 +190,7 @@ def grouped_gemm(
         },
         cfg.num_warps,
         cfg.num_stages,
+        cfg.max_registers,
     )
 
 

@@ -114,4 +114,5 @@ def grouped_wgrad(
         },
         cfg.num_warps,
         cfg.num_stages,
+        cfg.max_registers,
     )

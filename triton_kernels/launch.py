@@ -20,6 +20,7 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int = 2
+    max_registers: int | None = None  # a thread
     dependent: bool = False  # may start while the launch before it ends: programmatic dependent launch
 
     @property
@@ -36,7 +37,7 @@ class Launch(NamedTuple):
             return
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        constants = *self.constexprs.values(), self.num_warps, self.num_stages, self.dependent
+        constants = *self.constexprs.values(), self.num_warps, self.num_stages, self.max_registers, self.dependent
         key = id(self.kernel), device, constants, _specialization(self.args)
         known = _compiled_for(active)
         compiled = known.get(key)
@@ -54,7 +55,10 @@ class Launch(NamedTuple):
         return self.kernel.warmup(*self.args, grid=self.grid, **self._keywords())
 
     def _keywords(self) -> dict[str, Any]:
-        options = {"launch_pdl": True} if self.dependent and not INTERPRETED and target_arch() >= 90 else {}
+        options = {}
+        if not INTERPRETED:
+            options["maxnreg"] = self.max_registers
+            options["launch_pdl"] = self.dependent and target_arch() >= 90
         return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages, **options}
 
 

@@ -31,10 +31,10 @@ def new_partials(rows: Tensor, num_experts: int, tile_rows: int, sums: int) -> P
     return Partials(rows.new_empty((tiles, sums, rows.shape[1]), dtype=torch.float32), tile_rows)
 
 
-@triton.jit(do_not_specialize=["num_experts", "row_tile_rows", "dh_tile_rows"])
+@triton.jit(do_not_specialize=["num_experts", "z_tile_rows", "dh_tile_rows"])
 def sum_partials_kernel(
-    row_sums_ptr,  # (tiles, 3, O) float32: dγ, dβ, db2; or None
-    dh_sums_ptr,  # (tiles, 1, H) float32: db1; or None
+    z_sums_ptr,  # (tiles, 3, O) float32: dγ, dβ, db2
+    dh_sums_ptr,  # (tiles, 1, H) float32: db1
     dgamma_ptr,  # (X, O) or None
     dbeta_ptr,  # (X, O) or None
     db2_ptr,  # (X, O) or None
@@ -43,7 +43,7 @@ def sum_partials_kernel(
     num_experts,
     O,
     H,
-    row_tile_rows,
+    z_tile_rows,
     dh_tile_rows,
     BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,39 +51,36 @@ def sum_partials_kernel(
 ):
     wait_for_previous_launch()
     expert = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(2)
-    _, _, tiles = tiles_per_expert(offs_ptr, num_experts, 0, row_tile_rows if which < 3 else dh_tile_rows, BLOCK_X)
+    if which < 3:
+        sums_ptr, stride, width, tile_rows = z_sums_ptr + which * O, 3 * O, O, z_tile_rows
+    else:
+        sums_ptr, stride, width, tile_rows = dh_sums_ptr, H, H, dh_tile_rows
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    _, _, tiles = tiles_per_expert(offs_ptr, num_experts, 0, tile_rows, BLOCK_X)
     x = tl.arange(0, BLOCK_X)
     first = tl.sum(tl.where(x < expert, tiles, 0), 0)
     last = first + tl.sum(tl.where(x == expert, tiles, 0), 0)
-    if which == 0:
-        sum_tiles(row_sums_ptr, dgamma_ptr, 0, 3, expert, first, last, c, O, BLOCK_TILES, BLOCK)
-    elif which == 1:
-        sum_tiles(row_sums_ptr, dbeta_ptr, 1, 3, expert, first, last, c, O, BLOCK_TILES, BLOCK)
-    elif which == 2:
-        sum_tiles(row_sums_ptr, db2_ptr, 2, 3, expert, first, last, c, O, BLOCK_TILES, BLOCK)
-    else:
-        sum_tiles(dh_sums_ptr, db1_ptr, 0, 1, expert, first, last, c, H, BLOCK_TILES, BLOCK)
 
-
-@triton.jit
-def sum_tiles(
-    sums_ptr, out_ptr, at, sums, expert, first, last, c, width, BLOCK_TILES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[expert, c] = Σ sums[t, at, c] over tiles t from first to last."""
-    if out_ptr is not None:
-        total = tl.zeros([BLOCK], tl.float32)
-        for t0 in range(first, last, BLOCK_TILES):
-            t = (t0 + tl.arange(0, BLOCK_TILES))[:, None]
-            offset = (t.to(tl.int64) * sums + at) * width + c[None, :]
-            total += tl.sum(tl.load(sums_ptr + offset, mask=(t < last) & (c < width)[None, :], other=0.0), 0)
-        tl.store(out_ptr + expert.to(tl.int64) * width + c, total, mask=c < width)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t0 in range(first, last, BLOCK_TILES):
+        t = (t0 + tl.arange(0, BLOCK_TILES))[:, None]
+        mask = (t < last) & (c < width)[None, :]
+        total += tl.sum(tl.load(sums_ptr + t.to(tl.int64) * stride + c[None, :], mask=mask, other=0.0), 0)
+    offset, inside = expert.to(tl.int64) * width + c, c < width
+    if dgamma_ptr is not None:
+        tl.store(dgamma_ptr + offset, total, mask=inside & (which == 0))
+    if dbeta_ptr is not None:
+        tl.store(dbeta_ptr + offset, total, mask=inside & (which == 1))
+    if db2_ptr is not None:
+        tl.store(db2_ptr + offset, total, mask=inside & (which == 2))
+    if db1_ptr is not None:
+        tl.store(db1_ptr + offset, total, mask=inside & (which == 3))
 
 
 def sum_partials(
     offs: Tensor,
-    row_sums: Partials | None,
+    z_sums: Partials | None,
     dh_sums: Partials | None,
     dgamma: Tensor | None,
     dbeta: Tensor | None,
@@ -92,13 +89,12 @@ def sum_partials(
 ) -> Launch:
     """One launch: dγ, dβ and db2 (X, O) and db1 (X, H), those that are given; zeros for an expert without rows."""
     X = offs.shape[0]
-    none = Partials(None, 1)
-    rows, dh = row_sums or none, dh_sums or none
-    O, H = (0 if p.sums is None else p.sums.shape[2] for p in (rows, dh))
+    z, dh = z_sums or dh_sums, dh_sums or z_sums
+    O, H = 0 if z_sums is None else z.sums.shape[2], 0 if dh_sums is None else dh.sums.shape[2]  # of 0: not read
     return Launch(
         sum_partials_kernel,
-        (X, ceil_div(max(O, H), BLOCK_COLUMNS), 3 if db1 is None else 4),
-        (rows.sums, dh.sums, dgamma, dbeta, db2, db1, offs, X, O, H, rows.tile_rows, dh.tile_rows),
+        (X, ceil_div(max(O, H), BLOCK_COLUMNS), 4),
+        (z.sums, dh.sums, dgamma, dbeta, db2, db1, offs, X, O, H, z.tile_rows, dh.tile_rows),
         {"BLOCK_TILES": BLOCK_TILES, "BLOCK": BLOCK_COLUMNS, "BLOCK_X": block_of(X + 1)},
         num_warps=4,
     )

@@ -72,6 +72,8 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: 
             faults.append(f"{what} does not fit a multiprocessor")
         if launch.name in GEMMS and dtype != torch.float32 and used.instruction != TENSOR_CORE[arch]:
             faults.append(f"{what} uses {used.instruction or 'no tensor core'}, not {TENSOR_CORE[arch]}")
+        if launch.name in GEMMS and used.instruction in ("HMMA", "HGMMA"):
+            faults += [f"{what}: {fault}" for fault in used.faults_of_pipelining()]
     with capsys.disabled():
         print("", *rows, sep="\n")
     assert not faults, "\n".join(faults)
