@@ -1,8 +1,8 @@
 """`python -m benchmarks tune`: search Triton tile configurations on this GPU and write the shipped table anew.
 
 For each workload the five grouped products of a training step are timed with the table's tile; then, greedily, with its
-neighbours (one field changed) until none is quicker or time is up. A tile replaces the table's only where it wins by
-more than the noise, summed over the products that use that entry.
+neighbours (one field changed) until none is quicker or time is up. A tile enters the table only where it wins by more
+than the noise, summed over the products of the operation.
 """
 
 import argparse
@@ -32,12 +32,13 @@ CHOICES = {
     "num_warps": (2, 4, 8, 16),
     "num_stages": (2, 3, 4, 5, 6),
     "group_m": (1, 4, 8, 16),
+    "blocks": (1, 2),
 }
 
 
 @dataclass(frozen=True)
 class Product:
-    """One grouped product of a step: which entry of the table serves it, and its launch with any tile."""
+    """One grouped product of a step: its operation and shape, and its launch with any tile."""
 
     op: str  # "gemm" or "wgrad"
     shape: GroupedShape
@@ -46,17 +47,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a search of one table entry came to; microseconds summed over the products that use it."""
+    """What a search for one operation came to; microseconds summed over its products."""
 
     workload: str
     op: str
     arch: int
     kind: str
-    up_to: int | None
+    factor: float  # the table's, of the shipped tile
     shipped: TileConfig
     shipped_us: float
     best: TileConfig
     best_us: float
+    modelled: float  # cost of the best tile over that of the shipped one
     tried: int
 
     @property
@@ -117,15 +119,16 @@ def search(start: TileConfig, cost: Callable[[TileConfig], float], deadline: flo
 
 
 def tune_workload(workload: Workload, deadline: float) -> list[Finding]:
-    """Search the entries of the table that serve a workload."""
+    """Search the tiles of a workload's products."""
     clock, arch = CudaClock(cold=False), target_arch()
     dtype = workload.torch_dtype
-    kind = configs.kind(dtype, dot_precision(dtype))
+    precision = dot_precision(dtype)
+    kind = configs.kind(dtype, precision)
     found = []
     every = products(workload)
     for op in ("gemm", "wgrad"):
         mine = [p for p in every if p.op == op]
-        up_to, shipped = configs.entry(op, arch, kind, mine[0].shape)
+        factor, shipped = configs.entry(op, arch, dtype, precision, mine[0].shape)
 
         def cost(config: TileConfig, mine=mine) -> float:
             if not all(p.shape.rows and config.supports(p.shape, dtype, arch) for p in mine):
@@ -137,24 +140,26 @@ def tune_workload(workload: Workload, deadline: float) -> list[Finding]:
                 return float("inf")
 
         best, costs = search(shipped, cost, deadline)
-        key = (workload.key, op, configs.table_arch(arch), kind, up_to)
-        found.append(Finding(*key, shipped, costs[shipped], best, costs[best], len(costs)))
+        modelled = [sum(configs.cost(op, arch, dtype, precision, p.shape, t) for p in mine) for t in (best, shipped)]
+        key = (workload.key, op, configs.table_arch(arch), kind, factor)
+        timed = (shipped, costs[shipped], best, costs[best])
+        found.append(Finding(*key, *timed, modelled[0] / modelled[1], len(costs)))
     return found
 
 
 def improved(table: dict, findings: list[Finding]) -> dict:
-    """The table with the tiles of the findings that win."""
-    won = {(f.op, f.arch, f.kind, f.up_to): f.best for f in findings if f.wins}
-    return {
-        key: tuple((up_to, won.get((*key, up_to), config)) for up_to, config in entries)
-        for key, entries in table.items()
-    }
+    """The table with the tiles of the findings that win, each with the factor that its measured gain says."""
+    tiles = {key: {config: factor for factor, config in entries} for key, entries in table.items()}
+    for f in findings:
+        if f.wins:
+            tiles[f.op, f.arch, f.kind][f.best] = round(f.factor * f.best_us / f.shipped_us / f.modelled, 3)
+    return {key: tuple((factor, config) for config, factor in row.items()) for key, row in tiles.items()}
 
 
 def render(table: dict, note: str) -> str:
     """`tables.py` with this table, as ruff formats it."""
     lines = [
-        '"""The shipped table of tiles: (operation, sm, kind) → ((mean rows of a group up to, tile), ...).',
+        '"""The shipped table of tiles: (operation, sm, kind) → ((factor, tile), ...).',
         "",
         note,
         '"""',
@@ -165,10 +170,11 @@ def render(table: dict, note: str) -> str:
     ]
     for (op, arch, kind), entries in table.items():
         lines.append(f'    ("{op}", {arch}, "{kind}"): (')
-        for up_to, c in entries:
+        for factor, c in entries:
             options = f"num_warps={c.num_warps}, num_stages={c.num_stages}"
             options += f", group_m={c.group_m}" if c.group_m != 8 else ""
-            lines.append(f"        ({up_to}, TileConfig({c.block_m}, {c.block_n}, {c.block_k}, {options})),")
+            options += f", blocks={c.blocks}" if c.blocks != 1 else ""
+            lines.append(f"        ({factor}, TileConfig({c.block_m}, {c.block_n}, {c.block_k}, {options})),")
         lines.append("    ),")
     return "\n".join([*lines, "}", ""])
 

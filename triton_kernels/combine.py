@@ -3,68 +3,62 @@
     y_t = Σ_k w_tk · (γ_e · (z_r − mean_r) · rstd_r + β_e)          r: the row of choice (t, k), e: its expert
 
 Statistics are exact and two-pass, in float32, on the row held in registers. Backward walks rows in expert order, so the
-sums for dγ and dβ stay in registers, one partial a tile, reduced in a fixed order by a second launch.
+sums for dγ, dβ and db2 stay in registers, one partial sum a tile, added up by `partials`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import combine_rows, row_warps
+from .configs import COMBINE_ELEMENTS, combine_bwd_warps, combine_fwd_warps, combine_rows
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
-from .segments import block_of, ceil_div, max_tiles, tile_segment, tiles_per_expert
+from .segments import block_of, ceil_div, max_tiles, tile_segment
 
 
-@triton.jit(do_not_specialize=["tokens", "num_experts", "eps"])
+@triton.jit(do_not_specialize=["eps"])
 def combine_fwd_kernel(
     z_ptr,  # (rows, O)
     weights_ptr,  # (T, TOP_K) float32, or None: plain sum
-    experts_ptr,  # (T, TOP_K) int32; or None where `inverse` is given and γ is not
-    inverse_ptr,  # (T, TOP_K) int32, or None in the dense-all order
+    experts_ptr,  # (T, TOP_K) int32; unread without LayerNorm, and may be None
+    inverse_ptr,  # (T, TOP_K) int32: the row of each choice, -1 for none
     gamma_ptr,  # (X, O) or None: no LayerNorm
     beta_ptr,  # (X, O) or None
     y_ptr,  # (T, O)
     mean_ptr,  # (rows,) float32 or None
     rstd_ptr,  # (rows,) float32 or None
-    tokens,
-    num_experts,
     O,
     eps,
     TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # choices at once
     BLOCK_O: tl.constexpr,
 ):
+    wait_for_previous_launch()
     token = tl.program_id(0)
     o = tl.arange(0, BLOCK_O)
     o_mask = o < O
     y = tl.zeros([BLOCK_O], tl.float32)
-    for k in range(TOP_K):
+    for k0 in range(0, TOP_K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
         choice = token.to(tl.int64) * TOP_K + k
-        if inverse_ptr is not None:
-            row = tl.load(inverse_ptr + choice)
-            routed = row >= 0
-        else:
-            expert = tl.load(experts_ptr + choice)
-            row = expert * tokens + token
-            routed = (expert >= 0) & (expert < num_experts)
-            if weights_ptr is None:  # a gradient row is the sum over all choices of its expert: it counts once
-                for other in range(k):
-                    routed &= tl.load(experts_ptr + choice - k + other) != expert
-        if routed:
-            z = tl.load(z_ptr + row.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
-            if gamma_ptr is not None:
-                mean = tl.sum(z, 0) / O
-                centred = tl.where(o_mask, z - mean, 0.0)
-                rstd = tl.rsqrt(tl.sum(centred * centred, 0) / O + eps)
-                tl.store(mean_ptr + row, mean)
-                tl.store(rstd_ptr + row, rstd)
-                expert = tl.load(experts_ptr + choice)
-                gamma = tl.load(gamma_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
-                beta = tl.load(beta_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
-                z = centred * rstd * gamma + beta
-            if weights_ptr is not None:
-                z = z * tl.load(weights_ptr + choice)
-            y += z
+        row = tl.load(inverse_ptr + choice, mask=k < TOP_K, other=-1)
+        routed = row >= 0
+        mask = routed[:, None] & o_mask[None, :]
+        z = tl.load(z_ptr + row.to(tl.int64)[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        if gamma_ptr is not None:
+            expert = tl.load(experts_ptr + choice, mask=routed, other=0)
+            parameter = expert.to(tl.int64)[:, None] * O + o[None, :]
+            gamma = tl.load(gamma_ptr + parameter, mask=mask, other=0.0)
+            beta = tl.load(beta_ptr + parameter, mask=mask, other=0.0)
+            mean = tl.sum(z, 1) / O
+            centred = tl.where(mask, z - mean[:, None], 0.0)
+            rstd = tl.rsqrt(tl.sum(centred * centred, 1) / O + eps)
+            tl.store(mean_ptr + row, mean, mask=routed)
+            tl.store(rstd_ptr + row, rstd, mask=routed)
+            z = centred * rstd[:, None] * gamma.to(tl.float32) + beta.to(tl.float32)
+        if weights_ptr is not None:
+            z *= tl.load(weights_ptr + choice, mask=routed, other=0.0)[:, None]
+        y += tl.sum(z, 0)
     tl.store(y_ptr + token.to(tl.int64) * O + o, y, mask=o_mask)
 
 
@@ -74,35 +68,33 @@ def add_three(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
 
 
-@triton.jit(do_not_specialize=["choices", "choices_per_program", "tokens", "num_experts"])
+@triton.jit(do_not_specialize=["choices", "choices_per_program", "num_experts", "ROWS"])
 def combine_bwd_kernel(
     dy_ptr,  # (T, O)
     z_ptr,  # (rows, O)
     weights_ptr,  # (T, TOP_K) float32
     experts_ptr,  # (T, TOP_K) int32
-    order_ptr,  # (rows,) int32, or None in the dense-all order
-    offs_ptr,  # (X,) int32, or None in the dense-all order
+    order_ptr,  # (rows,) int32
+    offs_ptr,  # (X,) int32
     gamma_ptr,  # (X, O) or None: no LayerNorm
     beta_ptr,  # (X, O) or None
     mean_ptr,  # (rows,) float32 or None
     rstd_ptr,  # (rows,) float32 or None
     dz_ptr,  # (rows, O)
     dweights_ptr,  # (T, TOP_K) float32 or None
-    partials_ptr,  # (tiles, 2, O) float32: dγ, dβ; or None
+    sums_ptr,  # (tiles, 3, O) float32: dγ, dβ, db2; or None
     choices,
     choices_per_program,
-    tokens,
     num_experts,
     O,
+    ROWS,  # of a program's tile
     TOP_K: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_TOPK: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    DENSE: tl.constexpr,
     STAGES: tl.constexpr,  # rows in flight
 ):
+    wait_for_previous_launch()
     tile = tl.program_id(0)
     if dweights_ptr is not None:  # choices that no row stands for
         first_choice = tile.to(tl.int64) * choices_per_program
@@ -113,39 +105,31 @@ def combine_bwd_kernel(
             skipped = (expert_of < 0) | (expert_of >= num_experts)
             tl.store(dweights_ptr + c, tl.zeros([BLOCK_C], tl.float32), mask=(c < last_choice) & skipped)
 
-    expert, first, end = tile_segment(tile, offs_ptr, num_experts, tokens, 0, ROWS, BLOCK_X, DENSE)
+    expert, first, end = tile_segment(tile, offs_ptr, num_experts, 0, ROWS, BLOCK_X)
     if expert >= num_experts:
         return
     o = tl.arange(0, BLOCK_O)
     o_mask = o < O
-    k = tl.arange(0, BLOCK_TOPK)
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + expert.to(tl.int64) * O + o, mask=o_mask, other=0.0).to(tl.float32)
     dgamma = tl.zeros([BLOCK_O], tl.float32)
     dbeta = tl.zeros([BLOCK_O], tl.float32)
-    own_choice = first if DENSE else tl.load(order_ptr + first)
+    db2 = tl.zeros([BLOCK_O], tl.float32)
+    choice = tl.load(order_ptr + first)
     rows = tl.minimum(end - first, ROWS)
     for i in tl.range(rows, num_stages=STAGES):
         row = first + i
-        # The choices of this row's token that stand for this row; none for a token that passes the expert by.
-        if DENSE:
-            choice = (row - expert * tokens).to(tl.int64) * TOP_K + k
-            hit = (tl.load(experts_ptr + choice, mask=k < TOP_K, other=-1) == expert) & (k < TOP_K)
-        else:
-            choice = (own_choice // TOP_K).to(tl.int64) * TOP_K + k
-            hit = choice == own_choice
-            own_choice = tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0)  # a row ahead: dy's address waits
-        token = tl.min(choice, 0) // TOP_K
-        weight = tl.sum(tl.load(weights_ptr + choice, mask=hit, other=0.0), 0)
-        mask = o_mask & (tl.sum(hit.to(tl.int32), 0) > 0)
+        own_choice = choice
+        choice = tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0)  # a row ahead: dy's address waits for it
+        weight = tl.load(weights_ptr + own_choice)
         z_offset = row.to(tl.int64) * O + o
-        dy = tl.load(dy_ptr + token * O + o, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
+        dy_offset = (own_choice // TOP_K).to(tl.int64) * O + o
+        dy = tl.load(dy_ptr + dy_offset, mask=o_mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + z_offset, mask=o_mask, other=0.0).to(tl.float32)
         if gamma_ptr is not None:
-            # Rows nothing was routed to have no statistics: z and dy are 0 there, and so is all that follows.
-            rstd = tl.where(mask, tl.load(rstd_ptr + row), 0.0)
-            normed = tl.where(mask, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+            rstd = tl.load(rstd_ptr + row)
+            normed = tl.where(o_mask, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
             dnormed = dy * gamma
             sum_d, sum_dn, shift = tl.reduce((dnormed, dnormed * normed, dy * beta), 0, add_three)
             dweight = sum_dn + shift
@@ -155,60 +139,23 @@ def combine_bwd_kernel(
         else:
             dweight = tl.sum(dy * z, 0)
             dz = weight * dy
+        db2 += dz
         if dweights_ptr is not None:
-            tl.store(dweights_ptr + choice, tl.zeros([BLOCK_TOPK], tl.float32) + dweight, mask=hit)
+            tl.store(dweights_ptr + own_choice, dweight)
         tl.store(dz_ptr + z_offset, dz, mask=o_mask)
-    if partials_ptr is not None:
-        partial = partials_ptr + tile.to(tl.int64) * 2 * O + o
-        tl.store(partial, dgamma, mask=o_mask)
-        tl.store(partial + O, dbeta, mask=o_mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "num_experts"])
-def layer_norm_grad_kernel(
-    partials_ptr,  # (tiles, 2, O) float32
-    offs_ptr,  # (X,) int32, or None in the dense-all order
-    dgamma_ptr,  # (X, O)
-    dbeta_ptr,  # (X, O)
-    tokens,
-    num_experts,
-    O,
-    ROWS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    DENSE: tl.constexpr,
-):
-    expert = tl.program_id(0)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    if DENSE:
-        last = (expert + 1) * tl.cdiv(tokens, ROWS)
-        first = expert * tl.cdiv(tokens, ROWS)
-    else:
-        _, _, tiles = tiles_per_expert(offs_ptr, num_experts, 0, ROWS, BLOCK_X)
-        x = tl.arange(0, BLOCK_X)
-        first = tl.sum(tl.where(x < expert, tiles, 0), 0)
-        last = tl.sum(tl.where(x <= expert, tiles, 0), 0)
-    dgamma = tl.zeros([BLOCK_O], tl.float32)
-    dbeta = tl.zeros([BLOCK_O], tl.float32)
-    for t0 in range(first, last, BLOCK_TILES):
-        t = (t0 + tl.arange(0, BLOCK_TILES))[:, None]
-        partial = partials_ptr + t.to(tl.int64) * 2 * O + o[None, :]
-        mask = (t < last) & (o < O)[None, :]
-        dgamma += tl.sum(tl.load(partial, mask=mask, other=0.0), 0)
-        dbeta += tl.sum(tl.load(partial + O, mask=mask, other=0.0), 0)
-    tl.store(dgamma_ptr + expert.to(tl.int64) * O + o, dgamma, mask=o < O)
-    tl.store(dbeta_ptr + expert.to(tl.int64) * O + o, dbeta, mask=o < O)
+    if sums_ptr is not None:
+        sums = sums_ptr + tile.to(tl.int64) * 3 * O + o
+        tl.store(sums, dgamma, mask=o_mask)
+        tl.store(sums + O, dbeta, mask=o_mask)
+        tl.store(sums + 2 * O, db2, mask=o_mask)
 
 
 def combine_fwd(
     z: Tensor,
     weights: Tensor | None,
     experts: Tensor | None,
-    inverse: Tensor | None,
+    inverse: Tensor,
     y: Tensor,
-    num_experts: int,
-    top_k: int,
     *,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
@@ -218,23 +165,18 @@ def combine_fwd(
 ) -> Launch:
     """One launch: y (T, O) from z (rows, O), every element written; mean and rstd (rows,) of the rows that are used.
 
-    `inverse` None: the dense-all order. `weights` None: the plain sum over the rows a token was routed to.
+    `weights` None: the plain sum over the rows a token was routed to.
     """
-    T, O = y.shape
+    (T, K), O = inverse.shape, y.shape[1]
     block = block_of(O)
+    at_once = max(1, min(block_of(K, least=1), COMBINE_ELEMENTS // block))
     return Launch(
         combine_fwd_kernel,
         (T,),
-        (z, weights, experts, inverse, gamma, beta, y, mean, rstd, T, num_experts, O, eps),
-        {"TOP_K": top_k, "BLOCK_O": block},
-        row_warps(block),
+        (z, weights, experts, inverse, gamma, beta, y, mean, rstd, O, eps),
+        {"TOP_K": K, "BLOCK_K": at_once, "BLOCK_O": block},
+        combine_fwd_warps(at_once * block),
     )
-
-
-def combine_tiles(rows: int, tokens: int, num_experts: int, dense: bool) -> int:
-    """Programs of `combine_bwd`, that is rows of its partial sums."""
-    per_tile = combine_rows(rows)
-    return num_experts * ceil_div(tokens, per_tile) if dense else max_tiles(rows, num_experts, per_tile)
 
 
 def combine_bwd(
@@ -242,63 +184,31 @@ def combine_bwd(
     z: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor | None,
-    offs: Tensor | None,
+    order: Tensor,
+    offs: Tensor,
     dz: Tensor,
-    num_experts: int,
     *,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
     dweights: Tensor | None = None,
-    partials: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Launch:
-    """One launch: dz (rows, O), dweights (T, K), and the partial sums (tiles, 2, O) of dγ and dβ."""
-    (T, O), K, rows = dy.shape, weights.shape[1], z.shape[0]
-    dense = offs is None
-    tiles, block = combine_tiles(rows, T, num_experts, dense), block_of(O)
+    """One launch: dz (rows, O), dweights (T, K), and the sums (tiles, 3, O) of dγ, dβ and db2 by tile of rows.
+
+    Tiles are of `combine_rows` rows. Without LayerNorm the first two sums are zero.
+    """
+    O, choices, X = dy.shape[1], weights.numel(), offs.shape[0]
+    tile_rows, block = combine_rows(choices), block_of(O)
+    tiles = max_tiles(choices, X, tile_rows)
     return Launch(
         combine_bwd_kernel,
         (tiles,),
         (
-            *(dy, z, weights, experts, order, offs, gamma, beta, mean, rstd, dz, dweights, partials),
-            *(T * K, ceil_div(T * K, max(tiles, 1)), T, num_experts, O),
+            *(dy, z, weights, experts, order, offs, gamma, beta, mean, rstd, dz, dweights, sums),
+            *(choices, ceil_div(choices, max(tiles, 1)), X, O, tile_rows),
         ),
-        {
-            "TOP_K": K,
-            "ROWS": combine_rows(rows),
-            "BLOCK_O": block,
-            "BLOCK_TOPK": block_of(K, least=1),
-            "BLOCK_X": block_of(num_experts + 1),
-            "BLOCK_C": 128,
-            "DENSE": dense,
-            "STAGES": 3,
-        },
-        row_warps(block),
+        {"TOP_K": weights.shape[1], "BLOCK_O": block, "BLOCK_X": block_of(X + 1), "BLOCK_C": 128, "STAGES": 3},
+        combine_bwd_warps(block),
     )
-
-
-def layer_norm_grad(
-    partials: Tensor, offs: Tensor | None, dgamma: Tensor, dbeta: Tensor, rows: int, tokens: int
-) -> Launch:
-    """One launch: dγ and dβ (X, O) from the partial sums, in a fixed order; zeros for an expert without rows."""
-    X, O = dgamma.shape
-    return Launch(
-        layer_norm_grad_kernel,
-        (X, ceil_div(O, 64)),
-        (partials, offs, dgamma, dbeta, tokens, X, O),
-        {
-            "ROWS": combine_rows(rows),
-            "BLOCK_TILES": 32,
-            "BLOCK_O": 64,
-            "BLOCK_X": block_of(X + 1),
-            "DENSE": offs is None,
-        },
-        num_warps=4,
-    )
-
-
-def new_partials(z: Tensor, tokens: int, num_experts: int, dense: bool) -> Tensor:
-    tiles = combine_tiles(z.shape[0], tokens, num_experts, dense)
-    return z.new_empty((tiles, 2, z.shape[1]), dtype=torch.float32)

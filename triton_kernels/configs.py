@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .tables import TABLE
-from .tiles import GroupedShape, TileConfig
+from .tiles import MACHINES, GroupedShape, TileConfig
 
 
 class RouterConfig(NamedTuple):
@@ -46,37 +46,31 @@ def wgrad_shape(rows: int, groups: int, m: int, n: int) -> GroupedShape:
 
 @lru_cache(maxsize=4096)
 def gemm_config(arch: int, dtype: torch.dtype, precision: str, rows: int, groups: int, n: int, k: int) -> TileConfig:
-    return _choose("gemm", gemm_shape(rows, groups, n, k), dtype, precision, arch)
+    return entry("gemm", arch, dtype, precision, gemm_shape(rows, groups, n, k))[1]
 
 
 @lru_cache(maxsize=4096)
 def wgrad_config(arch: int, dtype: torch.dtype, precision: str, rows: int, groups: int, m: int, n: int) -> TileConfig:
-    return _choose("wgrad", wgrad_shape(rows, groups, m, n), dtype, precision, arch)
+    return entry("wgrad", arch, dtype, precision, wgrad_shape(rows, groups, m, n))[1]
 
 
-def entry(op: str, arch: int, kind: str, shape: GroupedShape) -> tuple[int | None, TileConfig]:
-    """The table's (mean rows of a group up to, tile) for a product."""
-    return _entries(op, arch, kind, shape)[-1]
+def entry(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedShape) -> tuple[float, TileConfig]:
+    """The table's (factor, tile) for a product: the least cost among those that fit."""
+    row = kind(dtype, precision)
+    fits = [e for e in TABLE[op, table_arch(arch), row] if e[1].supports(shape, dtype, arch)]
+    return min(fits, key=lambda e: e[0] * cost(op, arch, dtype, precision, shape, e[1]), default=(1.0, FALLBACK))
 
 
-def _entries(op: str, arch: int, kind: str, shape: GroupedShape) -> tuple:
-    """The entries up to the one made for this many rows a group."""
-    entries = TABLE[op, table_arch(arch), kind]
-    group_rows = -(-shape.rows // shape.groups)
-    return entries[: 1 + next(i for i, (up_to, _) in enumerate(entries) if up_to is None or group_rows <= up_to)]
+def cost(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedShape, config: TileConfig) -> float:
+    """Modelled cycles of a product with a tile."""
+    return config.cost(op, shape, dtype, MACHINES[table_arch(arch)], kind(dtype, precision))
 
 
-def _choose(op: str, shape: GroupedShape, dtype: torch.dtype, precision: str, arch: int) -> TileConfig:
-    """The tile made for this many rows, or the next smaller one that fits."""
-    for _, config in reversed(_entries(op, arch, kind(dtype, precision), shape)):
-        if config.supports(shape, dtype, arch):
-            return config
-    return FALLBACK
-
-
-def router_config(columns: int) -> RouterConfig:
-    """Narrower slices of D when the routers' columns are many, so that three of them fit any shared memory."""
-    return RouterConfig(ROUTER_TOKENS, max(32, min(128, 4096 // columns)), num_warps=4, num_stages=3)
+def router_config(columns: int, width: int, itemsize: int) -> RouterConfig:
+    """Slices of D, all of them in flight at once where 72 KiB hold them: a block does little else than wait for x."""
+    block_d = max(32, min(128, 4096 // columns))
+    slice_bytes = (ROUTER_TOKENS + columns) * block_d * itemsize
+    return RouterConfig(ROUTER_TOKENS, block_d, 4, max(2, min(1 - -width // block_d, 73_728 // slice_bytes)))
 
 
 def router_bwd_config(columns: int) -> RouterConfig:
@@ -95,10 +89,18 @@ def schedule_items() -> int:
 
 
 def combine_rows(rows: int) -> int:
-    """Rows one program of combine's backward walks: few when rows are few, so that all multiprocessors have work."""
-    return 8 if rows <= 4096 else 32
+    """Rows one program of combine's backward walks: two programs or more for each multiprocessor of an H100."""
+    return max(2, min(32, -(-rows // 264)))
 
 
-def row_warps(block: int) -> int:
-    """Warps for a program that holds a row of `block` elements: 8 elements a thread, 1 to 16 warps."""
-    return max(1, min(16, block // 256))
+COMBINE_ELEMENTS = 8192  # of a token's rows that combine's forward holds at once
+
+
+def combine_fwd_warps(elements: int) -> int:
+    """32 elements a thread: a row's loads are all in flight, and few warps wait for each other in its sums."""
+    return max(1, min(8, elements // 1024))
+
+
+def combine_bwd_warps(elements: int) -> int:
+    """16 elements a thread: beside the row it holds five vectors of that length."""
+    return max(1, min(16, elements // 512))

@@ -10,22 +10,23 @@ from torch import Tensor
 
 from .activations import activate, activation_gradient
 from .configs import gemm_config
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
 from .segments import block_of, ceil_div, max_tiles, tile_segment
 from .tiles import TileConfig
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "num_experts"])
+@triton.jit(do_not_specialize=["rows", "num_experts"])
 def grouped_gemm_kernel(
     a_ptr,  # (rows, K); gathered: (T, K)
     b_ptr,  # (X, K, N), any strides
     bias_ptr,  # (X, N) or None
     out_ptr,  # (rows, N)
     pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient; or None
+    sums_ptr,  # (tiles of rows, 1, N) float32: sums of out over each tile's rows; or None
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
-    offs_ptr,  # (X,) int32, or None in the dense-all order
+    offs_ptr,  # (X,) int32
     rows,
-    tokens,
     num_experts,
     N,
     K,
@@ -36,7 +37,6 @@ def grouped_gemm_kernel(
     stride_bn,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
-    DENSE: tl.constexpr,
     ZERO_TAIL: tl.constexpr,  # write zeros to the rows past the last offset
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -48,6 +48,7 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     # GROUP_M tiles of rows go through all columns together: an expert's weights stay in L2 while they do.
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -59,7 +60,7 @@ def grouped_gemm_kernel(
     tile_n = within // group_size
 
     tail_end = rows if ZERO_TAIL else 0
-    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tokens, tail_end, BLOCK_M, BLOCK_X, DENSE)
+    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tail_end, BLOCK_M, BLOCK_X)
     if expert > num_experts:
         return
     m = first + tl.arange(0, BLOCK_M)
@@ -67,13 +68,13 @@ def grouped_gemm_kernel(
     if expert == num_experts:
         if ZERO_TAIL:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            epilogue(zeros, m, n, expert, end, N, None, pre_ptr, out_ptr, None, False)
+            epilogue(zeros, 0.0, m, n, expert, end, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
     row = tl.minimum(m, end - 1)
     if GATHER:
-        row = row - expert * tokens if DENSE else tl.load(order_ptr + row) // TOP_K
+        row = tl.load(order_ptr + row) // TOP_K
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
@@ -92,47 +93,67 @@ def grouped_gemm_kernel(
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
 
+    # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
     if BLOCK_N <= 128:
-        epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
-    else:  # in two halves: a wide tile's accumulators leave no registers for a saved tile beside them
+        saved = load_saved(pre_ptr, m, n, end, N, GRADIENT)
+        epilogue(acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+    else:
         HALF: tl.constexpr = BLOCK_N // 2
+        n0 = tile_n * BLOCK_N + tl.arange(0, HALF)
+        n1 = n0 + HALF
+        s0 = load_saved(pre_ptr, m, n0, end, N, GRADIENT)
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        n = tile_n * BLOCK_N + tl.arange(0, HALF)
-        epilogue(left, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
-        epilogue(right, m, n + HALF, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION, GRADIENT)
+        s1 = load_saved(pre_ptr, m, n1, end, N, GRADIENT)
+        epilogue(left, s0, m, n0, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(right, s1, m, n1, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
 
 
 @triton.jit
-def epilogue(acc, m, n, expert, end, N, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr):
-    """Bias and activation, or the activation's derivative, and the store of rows m < end and columns n < N."""
+def load_saved(pre_ptr, m, n, end, N, GRADIENT: tl.constexpr):
+    saved = None
+    if GRADIENT:
+        mask = (m < end)[:, None] & (n < N)[None, :]
+        saved = tl.load(pre_ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+    return saved
+
+
+@triton.jit
+def epilogue(
+    acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Bias and activation, or the activation's derivative; rows m < end and columns n < N are stored, and summed."""
     mask = (m < end)[:, None] & (n < N)[None, :]
     offset = m.to(tl.int64)[:, None] * N + n[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GRADIENT:
-        saved = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        acc = activation_gradient(acc, saved, ACTIVATION)
+        acc = activation_gradient(acc, saved.to(tl.float32), ACTIVATION)
     else:
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, acc, mask=mask)
         acc = activate(acc, ACTIVATION)
-    tl.store(out_ptr + offset, acc, mask=mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, out, mask=mask)
+    if sums_ptr is not None:  # of the rounded values, which take half the registers
+        sums = tl.sum(tl.where((m < end)[:, None], out.to(tl.float32), 0.0), 0)
+        tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
 
 
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
-    offs: Tensor | None,
+    offs: Tensor,
     out: Tensor,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
     pre: Tensor | None = None,
+    sums: Tensor | None = None,
     gradient: bool = False,
     gather: bool = False,
     order: Tensor | None = None,
     top_k: int = 1,
-    tokens: int = 0,
     zero_tail: bool = False,
     config: TileConfig | None = None,
 ) -> Launch:
@@ -141,22 +162,21 @@ def grouped_gemm(
     Args:
         a: (rows, K); with `gather`, (T, K), read through `order`.
         b: (X, K, N), any strides.
-        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens.
+        offs: (X,) int32 cumulative ends.
         out: (rows, N), contiguous.
         pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from.
+        sums: (tiles, 1, N) float32: where the sums of out over each tile's rows go, tiles of `gemm_tile_rows` rows.
     """
     (rows, N), (X, K, _) = out.shape, b.shape
-    dense = offs is None
-    cfg = config or gemm_config(target_arch(), a.dtype, dot_precision(a.dtype), rows, X, N, K)
-    tiles_m = X * ceil_div(tokens, cfg.block_m) if dense else max_tiles(rows, X + zero_tail, cfg.block_m)
+    cfg = config or _config(out, X, K)
+    tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
     return Launch(
         grouped_gemm_kernel,
         (tiles_m * ceil_div(N, cfg.block_n),),
-        (a, b, bias, out, pre, order, offs, rows, tokens, X, N, K, *a.stride(), *b.stride()),
+        (a, b, bias, out, pre, sums, order, offs, rows, X, N, K, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
-            "DENSE": dense,
             "ZERO_TAIL": zero_tail,
             "ACTIVATION": activation,
             "GRADIENT": gradient,
@@ -170,7 +190,17 @@ def grouped_gemm(
         },
         cfg.num_warps,
         cfg.num_stages,
+        cfg.max_registers,
     )
+
+
+def gemm_tile_rows(out: Tensor, num_experts: int, k: int) -> int:
+    """Rows of the tiles in which `grouped_gemm` computes `out`, summing over k."""
+    return _config(out, num_experts, k).block_m
+
+
+def _config(out: Tensor, num_experts: int, k: int) -> TileConfig:
+    return gemm_config(target_arch(), out.dtype, dot_precision(out.dtype), out.shape[0], num_experts, out.shape[1], k)
 
 
 def keeps_pre(activation: str | None) -> bool:

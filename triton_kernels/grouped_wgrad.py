@@ -1,4 +1,4 @@
-"""Weight gradients of a grouped GEMM: dB_e = Σ over the expert's rows of a_rᵀ · b_r, and the bias gradient Σ a_r.
+"""Weight gradients of a grouped GEMM: dB_e = Σ over the expert's rows of a_rᵀ · b_r.
 
 One program owns one tile of one expert's gradient and walks all of that expert's rows, so an expert without rows gets
 zeros, and nothing is summed across programs: the result is the same from run to run.
@@ -9,21 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import wgrad_config
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
 from .segments import ceil_div, expert_segment
 from .tiles import TileConfig
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def grouped_wgrad_kernel(
     a_ptr,  # (rows, M), any strides
     b_ptr,  # (rows, N), any strides; gathered: (T, N)
     out_ptr,  # (X, M, N)
-    bias_grad_ptr,  # (X, M) or None
     order_ptr,  # (rows,) int32 or None
-    experts_ptr,  # (T, TOP_K) int32 in the dense-all order; else unused, or None
-    offs_ptr,  # (X,) int32, or None in the dense-all order
-    tokens,
+    offs_ptr,  # (X,) int32
     M,
     N,
     stride_ar,
@@ -32,13 +30,13 @@ def grouped_wgrad_kernel(
     stride_bn,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
-    DENSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
     pid = tl.program_id(0) % (tiles_m * tiles_n)
@@ -48,94 +46,66 @@ def grouped_wgrad_kernel(
     tile_m = group * GROUP_M + within % group_size
     tile_n = within // group_size
 
-    begin, end = expert_segment(expert, offs_ptr, tokens, DENSE)
+    begin, end = expert_segment(expert, offs_ptr)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_cols = a_ptr + m.to(tl.int64) * stride_am
     b_cols = b_ptr + n.to(tl.int64)[None, :] * stride_bn
-    m_mask, n_mask = m < M, (n < N)[None, :]
-
-    if bias_grad_ptr is not None:  # noqa: SIM102
-        # A pass of its own, by the first column of programs only: the main loop keeps A in shared memory.
-        if tile_n == 0:
-            total = tl.zeros([BLOCK_M], tl.float32)
-            for r0 in range(begin, end, BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                a_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)[:, None] & m_mask[None, :]
-                a = tl.load(a_cols[None, :] + r.to(tl.int64)[:, None] * stride_ar, mask=a_mask, other=0.0)
-                total += tl.sum(a.to(tl.float32), 0)
-            tl.store(bias_grad_ptr + expert.to(tl.int64) * M + m, total, mask=m_mask)
+    m_mask, n_mask = (m < M)[:, None], (n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r = begin + tl.arange(0, BLOCK_R)
-    b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
-    r_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)
+    b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
+    r_mask = r < end
     for _ in range(begin, end, BLOCK_R):
-        a_mask = m_mask[:, None] & r_mask[None, :]
+        a_mask = m_mask & r_mask[None, :]
         a = tl.load(a_cols[:, None] + r.to(tl.int64)[None, :] * stride_ar, mask=a_mask, other=0.0)
         b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=r_mask[:, None] & n_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r += BLOCK_R
         # One block ahead: were what a copy waits for loaded where it starts, copies would be pipelined half as deep.
-        b_row = source_row(r, begin, end, order_ptr, TOP_K, GATHER, DENSE)
-        r_mask = routed(r, expert, begin, end, experts_ptr, TOP_K, DENSE)
+        b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
+        r_mask = r < end
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out_ptr + out_offset, acc, mask=m_mask[:, None] & n_mask)
+    tl.store(out_ptr + out_offset, acc, mask=m_mask & n_mask)
 
 
 @triton.jit
-def source_row(r, begin, end, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr, DENSE: tl.constexpr):
+def source_row(r, end, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
     """The row of b that stands for row r: itself, or the token it is a choice of."""
     if GATHER:
-        r = r - begin if DENSE else tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
+        r = tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
     return r
-
-
-@triton.jit
-def routed(r, expert, begin, end, experts_ptr, TOP_K: tl.constexpr, DENSE: tl.constexpr):
-    """Whether row r stands for a choice. Other rows of the dense-all order may hold inf and NaN, and so may their x."""
-    inside = r < end
-    if DENSE:
-        chosen = tl.zeros_like(inside)
-        for k in tl.static_range(TOP_K):
-            chosen |= tl.load(experts_ptr + (r - begin) * TOP_K + k, mask=inside, other=-1) == expert
-        inside = chosen
-    return inside
 
 
 def grouped_wgrad(
     a: Tensor,
     b: Tensor,
-    offs: Tensor | None,
+    offs: Tensor,
     out: Tensor,
     *,
-    bias_grad: Tensor | None = None,
-    experts: Tensor | None = None,
     gather: bool = False,
     order: Tensor | None = None,
     top_k: int = 1,
-    tokens: int = 0,
     config: TileConfig | None = None,
 ) -> Launch:
-    """One launch of out[e] = Σ_r a[r]ᵀ · b[r] over the rows of expert e, and bias_grad[e] = Σ_r a[r].
+    """One launch of out[e] = Σ_r a[r]ᵀ · b[r] over the rows of expert e; zeros for an expert without rows.
 
     Args:
         a: (rows, M), any strides.  b: (rows, N), any strides; with `gather`, (T, N), read through `order`.
-        offs: (X,) int32 cumulative ends; None for the dense-all order of `tokens` tokens, which needs their `experts`,
-            (T, top_k) int32: only rows of a token's own experts count.
-        out: (X, M, N), contiguous.  bias_grad: (X, M).
+        offs: (X,) int32 cumulative ends.
+        out: (X, M, N), contiguous.
     """
     X, M, N = out.shape
     cfg = config or wgrad_config(target_arch(), a.dtype, dot_precision(a.dtype), a.shape[0], X, M, N)
     return Launch(
         grouped_wgrad_kernel,
         (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
-        (a, b, out, bias_grad, order, experts, offs, tokens, M, N, *a.stride(), *b.stride()),
+        (a, b, out, order, offs, M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
-            "DENSE": offs is None,
             "PRECISION": dot_precision(a.dtype),
             "BLOCK_M": cfg.block_m,
             "BLOCK_N": cfg.block_n,
@@ -144,4 +114,5 @@ def grouped_wgrad(
         },
         cfg.num_warps,
         cfg.num_stages,
+        cfg.max_registers,
     )

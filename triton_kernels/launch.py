@@ -20,6 +20,8 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int = 2
+    max_registers: int | None = None  # a thread
+    dependent: bool = False  # may start while the launch before it ends: programmatic dependent launch
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class Launch(NamedTuple):
             return
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        constants = *self.constexprs.values(), self.num_warps, self.num_stages
+        constants = *self.constexprs.values(), self.num_warps, self.num_stages, self.max_registers, self.dependent
         key = id(self.kernel), device, constants, _specialization(self.args)
         known = _compiled_for(active)
         compiled = known.get(key)
@@ -46,15 +48,32 @@ class Launch(NamedTuple):
             compiled[grid](*self.args, *self.constexprs.values(), stream=active.get_current_stream(device))
 
     def _run_by_name(self):
-        return self.kernel[self.grid](
-            *self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return self.kernel[self.grid](*self.args, **self._keywords())
 
     def compile(self):
         """Compile for the driver's target without launching; tensors may be on the meta device."""
-        return self.kernel.warmup(
-            *self.args, grid=self.grid, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return self.kernel.warmup(*self.args, grid=self.grid, **self._keywords())
+
+    def _keywords(self) -> dict[str, Any]:
+        options = {}
+        if not INTERPRETED:
+            options["maxnreg"] = self.max_registers
+            options["launch_pdl"] = self.dependent and target_arch() >= 90
+        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages, **options}
+
+
+class Sequence:
+    """Runs the launches of one operator: each but the first may start while the one before it ends.
+
+    The first waits for all that is in the stream, whoever launched it: an optimiser may just have written the weights.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def __call__(self, launch: Launch) -> None:
+        launch._replace(dependent=self.begun).run()
+        self.begun = self.begun or 0 not in launch.grid
 
 
 # Compiled kernels by what Triton specialises them on. Its own look-up binds and describes all arguments anew, at every

@@ -6,16 +6,17 @@
                             grouped_gemm          z = h·W2ᵀ + b2
                             combine_fwd           y = Σ_k w_k · LayerNorm(z): 5 launches in all
 
-    expert_projection_bwd   combine_bwd           dz, dweights, partial sums of dγ and dβ
-                            layer_norm_grad       dγ, dβ
-                            grouped_gemm          dh = (dz·W2) ⊙ act'
-                            grouped_wgrad         dW2 = dzᵀ·h, db2
-                            grouped_wgrad         dW1 = dhᵀ·x, db1, rows of x gathered in the load
+    expert_projection_bwd   combine_bwd           dz, dweights; dγ, dβ and db2 by tile of rows
+                            grouped_gemm          dh = (dz·W2) ⊙ act'; db1 by tile of rows
+                            sum_partials          dγ, dβ, db2, db1
+                            grouped_wgrad         dW2 = dzᵀ·h
+                            grouped_wgrad         dW1 = dhᵀ·x, rows of x gathered in the load
     route_bwd               router_bwd            dlogits, the gate's gradient by split of tokens
-                            sum_splits            dG: 7 launches in all
+                            sum_splits            dG, of several splits: 7 launches in all
 
 With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) more; route_bwd writes its own dx in the
 launches it makes. A saved tensor that was dropped costs the launch that made it. Nothing is read back on the host.
+Every launch of an operator but its first may start while the one before it ends (`dependent_launch`).
 
 Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from . import router as _router
 from . import schedule as _schedule
-from .combine import combine_bwd, combine_fwd, layer_norm_grad, new_partials
-from .configs import ROUTER_TOKENS
-from .grouped_gemm import grouped_gemm, keeps_pre
+from .combine import combine_bwd, combine_fwd
+from .configs import ROUTER_TOKENS, combine_rows
+from .grouped_gemm import gemm_tile_rows, grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
+from .launch import Sequence
+from .partials import new_partials, sum_partials
 from .support import unsupported
 
 __all__ = [
@@ -57,11 +60,12 @@ def route_fwd(
     balance, z = torch.empty((), **f32), torch.empty((), **f32)
     order, inverse, offs = _schedule.new_order(experts, num_experts)
 
-    _router.router_fwd(x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts).run()
-    _schedule.schedule(
+    run = Sequence()
+    run(_router.router_fwd(x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts))
+    run(_schedule.schedule(
         experts, hist, ROUTER_TOKENS * top_k, num_experts, order, inverse, offs,
         stats=stats, counts=counts, balance=balance, z=z,
-    ).run()  # fmt: skip
+    ))  # fmt: skip
     return logits, weights, experts, counts, balance, z, order, inverse, offs
 
 
@@ -82,11 +86,13 @@ def route_bwd(
 ) -> tuple[Tensor | None, Tensor]:
     dx = torch.empty_like(x) if need_dx else None
     dgate = torch.empty_like(gate_weight)
-    partials = _router.gate_partials(x, gate_weight)
-    _router.router_bwd(
+    partials = _router.gate_partials(x, dgate)
+    run = Sequence()
+    run(_router.router_bwd(
         x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dweights, dbalance, dz, dx, partials
-    ).run()
-    _router.sum_splits(partials, dgate).run()
+    ))  # fmt: skip
+    if partials.shape[0] > 1:
+        run(_router.sum_splits(partials, dgate))
     return dx, dgate
 
 
@@ -94,8 +100,9 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     order, inverse, offs = _schedule.new_order(experts, num_experts)
     blocks = _schedule.histogram_blocks(experts.numel())
     hist = torch.empty((blocks, num_experts), dtype=torch.int32, device=experts.device)
-    _schedule.histogram(experts, hist).run()
-    _schedule.schedule(experts, hist, _schedule.schedule_items(), num_experts, order, inverse, offs).run()
+    run = Sequence()
+    run(_schedule.histogram(experts, hist))
+    run(_schedule.schedule(experts, hist, _schedule.schedule_items(), num_experts, order, inverse, offs))
     return order, inverse, offs
 
 
@@ -109,16 +116,14 @@ def expert_projection_fwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
-    (T, K), (X, O, _) = weights.shape, w2.shape
-    h, pre = _hidden(x, w1, b1, activation, order, offs, K)
-    z = _output(h, w2, b2, offs, T)
-    y = x.new_empty((T, O))
+    run = Sequence()
+    h, pre = _hidden(run, x, w1, b1, activation, order, offs, weights.shape[1])
+    z = _output(run, h, w2, b2, offs)
+    y = x.new_empty((x.shape[0], w2.shape[1]))
     mean = rstd = None
     if ln_weight is not None:
         mean, rstd = (torch.empty(h.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    combine_fwd(
-        z, weights, experts, inverse, y, X, K, gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, eps=eps
-    ).run()
+    run(combine_fwd(z, weights, experts, inverse, y, gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, eps=eps))
     return y, h, pre, z, mean, rstd
 
 
@@ -138,40 +143,46 @@ def expert_projection_bwd(
 ) -> tuple[Tensor | None, ...]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     h, pre, z, mean, rstd = saved
-    (T, K), X, D = weights.shape, w2.shape[0], x.shape[1]
+    K, X = weights.shape[1], w2.shape[0]
+    run = Sequence()
     if h.numel() == 0:
-        h, pre = _hidden(x, w1, b1, activation, order, offs, K)
+        h, pre = _hidden(run, x, w1, b1, activation, order, offs, K)
     if z.numel() == 0:
-        z = _output(h, w2, b2, offs, T)
+        z = _output(run, h, w2, b2, offs)
 
     def gradient(parameter: Tensor | None) -> Tensor | None:
         return torch.empty_like(parameter) if need_dparams and parameter is not None else None
 
     dw1, db1, dw2, db2, dgamma, dbeta = (gradient(p) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
-    dz = torch.empty_like(z)
+    dz, dh = torch.empty_like(z), torch.empty_like(h)
     dweights = torch.empty_like(weights) if need_dweights else None
-    partials = None if dgamma is None else new_partials(z, T, X, False)
+    z_sums = dh_sums = None
+    if dgamma is not None or db2 is not None:
+        z_sums = new_partials(z, X, combine_rows(z.shape[0]), sums=3)
+    if db1 is not None:
+        dh_sums = new_partials(dh, X, gemm_tile_rows(dh, X, z.shape[1]), sums=1)
     if ln_weight is None:
         mean = rstd = None
-    combine_bwd(
-        dy, z, weights, experts, order, offs, dz, X,
-        gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, dweights=dweights, partials=partials,
-    ).run()  # fmt: skip
-    if dgamma is not None:
-        layer_norm_grad(partials, offs, dgamma, dbeta, z.shape[0], T).run()
+
+    run(combine_bwd(
+        dy, z, weights, experts, order, offs, dz,
+        gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, dweights=dweights, sums=z_sums and z_sums.sums,
+    ))  # fmt: skip
     dx = None
     if need_dparams or need_dx:
-        dh = torch.empty_like(h)
-        kept = pre if keeps_pre(activation) else h
-        grouped_gemm(dz, w2, offs, dh, pre=kept, gradient=True, activation=activation, tokens=T).run()
+        saved = pre if keeps_pre(activation) else h
+        run(grouped_gemm(
+            dz, w2, offs, dh, pre=saved, sums=dh_sums and dh_sums.sums, gradient=True, activation=activation
+        ))  # fmt: skip
+    if z_sums or dh_sums:
+        run(sum_partials(offs, z_sums, dh_sums, dgamma, dbeta, db2, db1))
     if need_dparams:
-        routing: dict[str, Any] = {"order": order, "experts": experts, "top_k": K, "tokens": T}
-        grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, **routing).run()
-        grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, **routing).run()
+        run(grouped_wgrad(dz, h, offs, dw2))
+        run(grouped_wgrad(dh, x, offs, dw1, gather=True, order=order, top_k=K))
     if need_dx:
-        dx_rows, dx = x.new_empty((h.shape[0], D)), torch.empty_like(x)
-        grouped_gemm(dh, w1, offs, dx_rows, tokens=T).run()
-        combine_fwd(dx_rows, None, experts, inverse, dx, X, K).run()
+        dx_rows, dx = x.new_empty((h.shape[0], x.shape[1])), torch.empty_like(x)
+        run(grouped_gemm(dh, w1, offs, dx_rows))
+        run(combine_fwd(dx_rows, None, None, inverse, dx))
     return dx, dweights, dw1, db1, dw2, db2, dgamma, dbeta
 
 
@@ -188,20 +199,19 @@ def grouped_mm(
     return out, a.new_empty(0) if pre is None else pre
 
 
-def _hidden(x, w1, b1, activation, order, offs, top_k) -> tuple[Tensor, Tensor | None]:
+def _hidden(run, x, w1, b1, activation, order, offs, top_k) -> tuple[Tensor, Tensor | None]:
     """h = act(x·W1ᵀ + b1) in expert order, and the pre-activation where the derivative needs it."""
-    T, (X, H, _) = x.shape[0], w1.shape
-    h = x.new_empty((X * T if offs is None else order.shape[0], H))
+    h = x.new_empty((order.shape[0], w1.shape[1]))
     pre = torch.empty_like(h) if keeps_pre(activation) else None
-    grouped_gemm(
+    run(grouped_gemm(
         x, w1.transpose(1, 2), offs, h,
-        bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k, tokens=T,
-    ).run()  # fmt: skip
+        bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k,
+    ))  # fmt: skip
     return h, pre
 
 
-def _output(h, w2, b2, offs, tokens) -> Tensor:
+def _output(run, h, w2, b2, offs) -> Tensor:
     """z = h·W2ᵀ + b2, rows as in h."""
     z = h.new_empty((h.shape[0], w2.shape[1]))
-    grouped_gemm(h, w2.transpose(1, 2), offs, z, bias=b2, tokens=tokens).run()
+    run(grouped_gemm(h, w2.transpose(1, 2), offs, z, bias=b2))
     return z

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ROUTER_TOKENS, router_bwd_config, router_config, router_splits
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
 from .segments import block_of, ceil_div
 
@@ -61,6 +62,7 @@ def router_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_TOPK: tl.constexpr,
 ):
+    wait_for_previous_launch()
     C: tl.constexpr = ROUTERS * E
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -128,7 +130,7 @@ def router_bwd_kernel(
     dbalance_ptr,  # () float32 or None
     dz_ptr,  # () float32 or None
     dx_ptr,  # (T, D) or None
-    partials_ptr,  # (splits, C, D) float32
+    partials_ptr,  # (splits, C, D) float32; for one split (C, D) in the gate's dtype
     tokens,
     tokens_per_split,
     D,
@@ -141,6 +143,7 @@ def router_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_TOPK: tl.constexpr,
 ):
+    wait_for_previous_launch()
     C: tl.constexpr = ROUTERS * E
     split = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
@@ -215,6 +218,7 @@ def sum_splits_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous_launch()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for s0 in range(0, splits, BLOCK_S):
@@ -247,7 +251,7 @@ def router_fwd(
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
     columns = block_of(R * E)
-    cfg = router_config(columns)
+    cfg = router_config(columns, D, x.element_size())
     return Launch(
         router_fwd_kernel,
         (hist.shape[0],),
@@ -325,10 +329,10 @@ def sum_splits(partials: Tensor, out: Tensor) -> Launch:
     )
 
 
-def gate_partials(x: Tensor, gate_weight: Tensor) -> Tensor:
-    """Room for the gate's gradient by split of tokens: (splits, R·E, D) float32."""
-    R, E, D = gate_weight.shape
-    return x.new_empty((router_splits(x.shape[0]), R * E, D), dtype=torch.float32)
+def gate_partials(x: Tensor, dgate: Tensor) -> Tensor:
+    """Where the gate's gradient goes by split of tokens: (splits, R·E, D) float32, or `dgate` itself for one split."""
+    splits, (R, E, D) = router_splits(x.shape[0]), dgate.shape
+    return dgate.view(1, R * E, D) if splits == 1 else x.new_empty((splits, R * E, D), dtype=torch.float32)
 
 
 def _precision(x: Tensor) -> str:

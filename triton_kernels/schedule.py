@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import schedule_items
+from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
 from .segments import block_of, ceil_div
 
@@ -94,6 +95,7 @@ def schedule_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    wait_for_previous_launch()
     x = tl.arange(0, BLOCK_X)
     program = tl.program_id(0) - 1
     first_block = program * blocks_per_program
@@ -130,6 +132,7 @@ def histogram_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
+    wait_for_previous_launch()
     x = tl.arange(0, BLOCK_X)
     first = tl.program_id(0) * ITEMS_PER_BLOCK
     last = tl.minimum(first + ITEMS_PER_BLOCK, items)
@@ -152,7 +155,7 @@ def histogram(experts: Tensor, hist: Tensor) -> Launch:
         histogram_kernel,
         (blocks,),
         (experts, hist, experts.numel()),
-        {"ITEMS_PER_BLOCK": schedule_items(), "NUM_EXPERTS": X, "BLOCK_N": _choices_at_once(X), "BLOCK_X": block_of(X)},
+        {"ITEMS_PER_BLOCK": schedule_items(), "NUM_EXPERTS": X, "BLOCK_N": _choices_at_once(X), "BLOCK_X": _block_x(X)},
         num_warps=4,
     )
 
@@ -188,8 +191,8 @@ def schedule(
             "FOLD": hist.shape[1] // num_experts,
             "BLOCK_B": _choices_at_once(num_experts),
             "BLOCK_N": _choices_at_once(num_experts),
-            "BLOCK_X": block_of(num_experts),
-            "BLOCK_S": block_of(R * E + R),
+            "BLOCK_X": _block_x(num_experts),
+            "BLOCK_S": block_of(R * E + R, least=4),
         },
         num_warps=4,
     )
@@ -206,5 +209,9 @@ def new_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _choices_at_once(num_experts: int) -> int:
-    """Rows of a (choices, experts) block: 4096 elements stay in the registers of four warps."""
-    return 4096 // block_of(num_experts)
+    """Rows of a (choices, experts) block: few elements a thread, as every step waits for its sums and scans."""
+    return max(32, min(256, 2048 // _block_x(num_experts)))
+
+
+def _block_x(num_experts: int) -> int:
+    return block_of(num_experts, least=4)

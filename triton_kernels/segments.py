@@ -1,10 +1,6 @@
 """Which rows an expert owns, and which rows a program works on, found on the device from `offs`.
 
-Rows of the intermediates stand in one of two orders:
-
-    sorted      the T·K choices in expert order; expert e owns rows offs[e-1] to offs[e]
-    dense-all   every token through every expert; row e·T + t, so expert e owns rows e·T to (e+1)·T
-
+Rows of the intermediates are the T·K choices in expert order; expert e owns rows offs[e-1] to offs[e].
 A kernel's grid is the worst case over all routings; each program finds its own tile, and surplus programs leave.
 """
 
@@ -28,42 +24,30 @@ def block_of(size: int, least: int = 16) -> int:
 
 
 @triton.jit
-def expert_segment(expert, offs_ptr, tokens, DENSE: tl.constexpr):
+def expert_segment(expert, offs_ptr):
     """→ (begin, end) rows of an expert."""
-    if DENSE:
-        begin = expert * tokens
-        end = begin + tokens
-    else:
-        begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(offs_ptr + expert)
+    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs_ptr + expert)
     return begin, end
 
 
 @triton.jit
-def tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr):
+def tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
     """→ (begin, end, tiles), each (BLOCK_X,). Rows from the last offset to `tail_end` count as one expert more."""
     x = tl.arange(0, BLOCK_X)
     begin = tl.load(offs_ptr + x - 1, mask=(x > 0) & (x <= num_experts), other=0)
     end = tl.load(offs_ptr + x, mask=x < num_experts, other=0)
     end = tl.where(x == num_experts, tail_end, end)
-    return begin, end, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_ROWS)
+    return begin, end, tl.cdiv(tl.maximum(end - begin, 0), tile_rows)
 
 
 @triton.jit
-def tile_segment(
-    tile, offs_ptr, num_experts, tokens, tail_end, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr, DENSE: tl.constexpr
-):
+def tile_segment(tile, offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
     """→ (expert, first row, end of its rows) of a tile. `expert == num_experts` in the tail, greater past the end."""
-    if DENSE:
-        per_expert = tl.cdiv(tokens, BLOCK_ROWS)
-        expert = tile // per_expert
-        first = expert * tokens + (tile % per_expert) * BLOCK_ROWS
-        end = (expert + 1) * tokens
-    else:
-        begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, BLOCK_ROWS, BLOCK_X)
-        done = tl.cumsum(tiles, 0)
-        expert = tl.sum((done <= tile).to(tl.int32), 0)
-        mine = tl.arange(0, BLOCK_X) == expert
-        first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * BLOCK_ROWS, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
+    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X)
+    done = tl.cumsum(tiles, 0)
+    expert = tl.sum((done <= tile).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_X) == expert
+    first = tl.sum(tl.where(mine, begins + (tile - done + tiles) * tile_rows, 0), 0)
+    end = tl.sum(tl.where(mine, ends, 0), 0)
     return expert, first, end

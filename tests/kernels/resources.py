@@ -9,6 +9,9 @@ from functools import cached_property
 import triton
 
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")  # sm_90, sm_100, sm_80
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
+JUMP = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)$")
+PENDING = re.compile(r"DEPBAR\.LE SB0, 0x([0-9a-f]+)")
 
 
 @dataclass
@@ -42,6 +45,29 @@ class Resources:
         """The tensor-core instruction of the machine code, or "" when there is none."""
         sass = self._dump("-sass")
         return next((name for name in TENSOR_CORE if name in sass), "")
+
+    @cached_property
+    def products(self) -> list[list[str]]:
+        """The instructions of each innermost loop that uses tensor cores."""
+        code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(self._dump("-sass"))]
+        jumps = [(int(found[1], 16), address) for address, text in code if (found := JUMP.search(text))]
+        loops = [[text for address, text in code if first <= address <= last] for first, last in jumps if first < last]
+        loops = [loop for loop in loops if any(name in text for text in loop for name in TENSOR_CORE)]
+        return [a for a in loops if not any(set(b) < set(a) and len(b) < len(a) for b in loops)]
+
+    def faults_of_pipelining(self) -> list[str]:
+        """Why tensor cores would wait: for loads, for all copies in flight, for one another."""
+        faults = [] if self.products else ["no loop of products"]
+        for loop in self.products:
+            text = "\n".join(loop)
+            batches, steps = text.count("WARPGROUP.ARRIVE"), text.count("HGMMA")
+            if steps and batches != 1:
+                faults.append(f"{batches} batches of {steps} wgmma an iteration")
+            if "LDGSTS" not in text and "UTMALDG" not in text:
+                faults.append("loads that are not asynchronous")
+            if "0" in PENDING.findall(text):
+                faults.append("waits for all of its copies")
+        return faults
 
     def blocks_per_multiprocessor(self, shared_limit: int) -> int:
         """Resident blocks, by registers (65 536, allocated by 8 a thread), shared memory and 64 warps."""

@@ -16,7 +16,7 @@ from tests.kernels.targets import compiling_for
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOKENS = (48, 256, 1024, 4096, 16384)  # the dense-all order, and rows enough for each entry of the table
+TOKENS = (48, 256, 1024, 4096, 16384)  # rows enough for each entry of the table
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 A_REGISTER_OR_TWO = 8  # bytes: ptxas may keep them in local memory to reach the next step of occupancy
 GEMMS = ("grouped_gemm_kernel", "grouped_wgrad_kernel")
@@ -44,11 +44,11 @@ def describe(launch: Launch) -> str:
     c = launch.constexprs
     if launch.name in GEMMS:
         tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c.get('BLOCK_K', c.get('BLOCK_R'))}"
-        flags = [f for f in ("GATHER", "DENSE", "GRADIENT") if c.get(f)]
+        flags = [f for f in ("GATHER", "GRADIENT") if c.get(f)]
         return " ".join(
             [launch.name.removesuffix("_kernel"), tile, f"stages {launch.num_stages}", *map(str.lower, flags)]
         )
-    return launch.name.removesuffix("_kernel") + (" dense" if c.get("DENSE") else "")
+    return launch.name.removesuffix("_kernel")
 
 
 def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: tuple[str, ...] = ()) -> None:
@@ -72,6 +72,8 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: 
             faults.append(f"{what} does not fit a multiprocessor")
         if launch.name in GEMMS and dtype != torch.float32 and used.instruction != TENSOR_CORE[arch]:
             faults.append(f"{what} uses {used.instruction or 'no tensor core'}, not {TENSOR_CORE[arch]}")
+        if launch.name in GEMMS and used.instruction in ("HMMA", "HGMMA"):
+            faults += [f"{what}: {fault}" for fault in used.faults_of_pipelining()]
     with capsys.disabled():
         print("", *rows, sep="\n")
     assert not faults, "\n".join(faults)

@@ -88,10 +88,10 @@ def test_schedule_of_a_callers_routing(runner, case):
             assert inverse.shape == (tokens, K) and inverse.flatten().tolist() == exact_inverse
 
 
-@pytest.mark.parametrize(("runner", "T"), triton_params((80, 90), (40, 80)))
-def test_a_callers_routing_may_repeat_and_skip_experts(runner, T):
+@pytest.mark.parametrize(("runner", "tokens"), triton_params((80, 90), (40, 80)))
+def test_a_callers_routing_may_repeat_and_skip_experts(runner, tokens):
     """Choices of one expert twice add up; skipped ones contribute nothing and get a zero gate gradient."""
-    X, K, D, H, O = 4, 3, 24, 40, 32
+    X, T, K, D, H, O = 4, tokens, 3, 24, 40, 32
     g = torch.Generator().manual_seed(3)
 
     def randn(*shape):

@@ -34,7 +34,7 @@ def test_rows_far_away(runner, name):
         # combine: the rows of the only token's two choices are the last two
         y = torch.empty(1, WIDTH, dtype=bf16, device=device)
         inverse = integers(ROWS - 2, ROWS - 1, device=device).view(1, 2)
-        combine_fwd(far, None, None, inverse, y, num_experts=1, top_k=2).run()
+        combine_fwd(far, None, None, inverse, y).run()
         assert torch.equal(y, near.float().sum(0, keepdim=True).to(bf16))
 
         # GEMM and wgrad: the only two choices are of the last two tokens

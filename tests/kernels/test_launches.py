@@ -18,7 +18,7 @@ from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import CompileOnly, compiling_for, driven_by
 
 ROUTE, FORWARD = 2, 3
-BACKWARD = 7  # 8 is the design's allowance
+BACKWARD = 7  # 8 is the design's allowance; 6 where one split of the tokens makes the gate's gradient
 
 
 def names(model: Model, tokens: int, **options) -> list[str]:
@@ -35,7 +35,7 @@ def test_five_launches_forward_and_seven_backward(tokens):
     assert launched[: ROUTE + FORWARD] == [
         "router_fwd_kernel", "schedule_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_fwd_kernel",
     ]  # fmt: skip
-    assert len(launched) == ROUTE + FORWARD + BACKWARD, launched
+    assert len(launched) == ROUTE + FORWARD + BACKWARD - (tokens <= 64), launched
 
 
 def test_dx_costs_two_launches_more_and_recompute_one_a_tensor():
