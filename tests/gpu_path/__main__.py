@@ -6,6 +6,7 @@ architectures. Two run at a time. Each row's output is in the folder of logs; th
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = "tests/gpu_path/test_"
-LIMIT_S = 900  # a row that is not done by then hangs
+LIMIT_S = 1200  # a row that is not done by then hangs
 # What a row may skip. Anything else that is not run is a failure: it would go unnoticed.
 MAY_SKIP = (
     "does not compute in",  # a dtype a backend has not
@@ -126,7 +127,9 @@ def main() -> int:
             if done.trouble:
                 failed.append(done.row.name)
                 print(f"{done.output[-6000:]}\n{done.row.name} {done.trouble}", flush=True)
-    print(f"{len(rows) - len(failed)} of {len(rows)} rows passed in {time.monotonic() - began:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, wall = used.ru_utime + used.ru_stime, time.monotonic() - began
+    print(f"{len(rows) - len(failed)} of {len(rows)} rows passed in {wall:.0f} s, {cpu:.0f} s of CPU")
     if failed:
         print("failed: " + ", ".join(failed))
     return bool(failed)
