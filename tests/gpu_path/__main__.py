@@ -21,6 +21,7 @@ LIMIT_S = 1200  # a row that is not done by then hangs
 MAY_SKIP = (
     "does not compute in",  # a dtype a backend has not
     "no compute-sanitizer",
+    "launches are counted under ptxrun",
     "needs 2 CUDA devices",
     "slow; run with -m slow",
     "is not for this runner",
