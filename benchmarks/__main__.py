@@ -37,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("tune", help="search Triton tile configurations on this GPU", add_help=False)
 
-    report = commands.add_parser("report", help="tables, pictures, one HTML page and the README section from the JSON")
+    report = commands.add_parser("report", help="tables, pictures, one HTML page and docs/performance.md's section")
     report.add_argument("--results", type=Path, help="folder of JSON files; by default benchmarks/results/")
-    report.add_argument("--no-readme", action="store_true", help="leave the repository's README alone")
+    report.add_argument("--no-readme", action="store_true", help="leave docs/performance.md alone")
     return top
 
 
@@ -122,7 +122,7 @@ def _report(options, _) -> int:
 
     folder = options.results or results.FOLDER
     if options.no_readme:
-        report.run(folder, readme=None)
+        report.run(folder, document=None)
     else:
         report.run(folder)
     return 0

@@ -16,13 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks import environment, measure, results, say
-from llama_smop.config import TrainConfig
-from llama_smop.data.corpus import make_corpus
-from llama_smop.data.plan import Draw
 from llama_smop.data.shards.read import ShardClips, read_shard
 from llama_smop.data.shards.write import write_shards
-from llama_smop.setbacks import ReplacedClips
-from llama_smop.train import Collator, build, training_clips, training_plan
+from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.data.training_plan import Draw
+from llama_smop.training.build import Collator, build, training_clips, training_plan
+from llama_smop.training.config import TrainConfig
+from llama_smop.training.setbacks import ReplacedClips
 
 CLIPS, SHARD, WINDOW = 200, 32, 64
 STAGE = {"modalities": {"audiovisual": 1}, "noise": True}

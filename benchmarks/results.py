@@ -5,12 +5,12 @@ correctness [], timings [], memory [], kernels [], model [], skipped [], data []
 """
 
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.workloads import Workload
+from llama_smop import files
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -41,15 +41,7 @@ def load(path: Path) -> dict:
 
 def save(results: dict, path: Path) -> None:
     """Written aside, then renamed: a reader never sees half a file."""
-    write_text(path, _dump(results) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    files.write_text(path, _dump(results) + "\n")
 
 
 def _dump(results: dict) -> str:

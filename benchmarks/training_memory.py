@@ -15,13 +15,13 @@ import torch
 from transformers import LlamaConfig, WhisperConfig
 
 from benchmarks import environment, results, say
-from llama_smop import memory
+from llama_smop import estimate
 from llama_smop.models import lm_loss
 from llama_smop.models.configuration_llama_smop import LLAMA_3_2_1B, AvHubertVideoConfig, LlamaSmopConfig
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 
 FOLDER = results.FOLDER / "training_memory"
-WORKLOAD = memory.Workload(clips=4, seconds=6.0, text_tokens=100)
+WORKLOAD = estimate.Workload(clips=4, seconds=6.0, text_tokens=100)
 ONE_CHUNK = 10**9
 # Name, and what differs from the default: fused_loss, gradient_checkpointing, recompute of the projector, chunk.
 CASES = (
@@ -69,13 +69,13 @@ def run(path: Path | None = None, quick: bool = False, say: Callable[[str], None
     found = {"schema": results.SCHEMA, "environment": environment.describe(torch.device("cpu"))}
     config = _config(quick)
     workload = _workload(quick)
-    ids = memory.batch(config, workload, torch.float32)
+    ids = estimate.batch(config, workload, torch.float32)
     found["sizes"] = {
         "vocabulary": config.text_config.vocab_size,
         "width": config.text_config.hidden_size,
         "clips": workload.clips,
         "positions": ids["input_ids"].numel(),
-        "labelled": ids["label_positions"].numel(),
+        "labelled": ids["target_positions"].numel(),
         "chunk": lm_loss.CHUNK,
     }
     found["cases"] = []
@@ -93,8 +93,8 @@ def _config(quick: bool, **options) -> LlamaSmopConfig:
     return scaled(**options, vocabulary=2000) if quick else scaled(**options)
 
 
-def _workload(quick: bool) -> memory.Workload:
-    return memory.Workload(2, 1.0, 10) if quick else WORKLOAD
+def _workload(quick: bool) -> estimate.Workload:
+    return estimate.Workload(2, 1.0, 10) if quick else WORKLOAD
 
 
 def estimated(options: dict, quick: bool) -> int:
@@ -103,7 +103,7 @@ def estimated(options: dict, quick: bool) -> int:
     chosen = {k: options[k] for k in ("fused_loss", "gradient_checkpointing") if k in options}
     rows, lm_loss.CHUNK = lm_loss.CHUNK, options.get("chunk", lm_loss.CHUNK)
     try:
-        return memory.training(config, _workload(quick), dtype=torch.float32, **chosen).step
+        return estimate.training(config, _workload(quick), dtype=torch.float32, **chosen).step
     finally:
         lm_loss.CHUNK = rows
 
@@ -129,7 +129,7 @@ def child(options: dict, quick: bool) -> dict:
     model.fused_loss = options.get("fused_loss", "auto")
     if options.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    inputs = memory.batch(config, _workload(quick), torch.float32)
+    inputs = estimate.batch(config, _workload(quick), torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _resident("VmRSS")
     for _ in range(2):

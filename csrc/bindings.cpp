@@ -1,5 +1,5 @@
 // llama_smop._C: the functions of api.h as Python sees them. Pointers, sizes and the stream are integers, so the module
-// knows nothing of torch and one build serves every version of it; llama_smop/ops/backend_cuda.py checks the tensors.
+// knows nothing of torch and one build serves every version of it; the operators (llama_smop/ops) check the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

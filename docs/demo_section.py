@@ -1,7 +1,7 @@
-"""Writes the README's demo section from a finished demo: what it printed, and pictures drawn from its results.
+"""Writes what a finished demo gave into the documents: a few lines in README.md, all of it in docs/demo/README.md.
 
 Run: python docs/demo_section.py [RUN] — with RUN, a demo's folder whose output was kept as RUN/output.txt, its small
-result files are copied to docs/demo first; without, the section is made again from docs/demo.
+result files are copied to docs/demo first; without, the documents are made again from docs/demo.
 """
 
 import shutil
@@ -13,8 +13,9 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_smop import files, plots  # noqa: E402
+from llama_smop import files  # noqa: E402
 from llama_smop.data.media import audio_path, read_audio, read_video  # noqa: E402
+from llama_smop.reports import plots  # noqa: E402
 
 KEPT = ROOT / "docs" / "demo"
 RESULTS = ("demo.json", "evaluation.json", "metrics.json", "projectors.json", "transcripts.json", "output.txt")
@@ -35,14 +36,40 @@ def draw() -> None:
     _save(plots.wer_against_snr(test, evaluation["guess_per_slot"]), "wer.png")
 
 
-def section() -> str:
-    """The README's text between the markers."""
+def short() -> str:
+    """README.md's text between the markers: the word error rates of unseen sentences, and one picture."""
+    evaluation, demo = files.read_json(KEPT / "evaluation.json"), files.read_json(KEPT / "demo.json")
+    test = [row for row in evaluation["rows"] if row["labels"] == "test"]
+    snrs = sorted({row["snr"] for row in test if row["snr"] is not None}, reverse=True)
+    head = ["clean", *(f"{snr:g} dB" for snr in snrs)]
+    lines = [f"| word error rate, % | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    for modality in ("audio", "video", "audiovisual"):
+        rates = {row["snr"]: row["wer"] for row in test if row["modality"] == modality}
+        cells = [f"{100 * rates[snr]:.1f}" if snr in rates else "" for snr in (None, *snrs)]
+        lines.append(f"| {plots.NAMES[modality]} | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"""`make demo-full` trains a small DEDR model from scratch on {demo["train_clips"]} synthetic talking-head
+clips (espeak-ng speech, drawn faces). On {demo["test_clips"]} clips of sentences that it never saw, in babble,
+one seed ([all of it](docs/demo/README.md)):
+
+{table}
+
+![Word error rate against SNR](docs/demo/wer.png)
+"""
+
+
+def whole() -> str:
+    """docs/demo/README.md."""
     output = (KEPT / "output.txt").read_text().strip()
     demo, clip = files.read_json(KEPT / "demo.json"), files.read_json(KEPT / "transcripts.json")[0]
     heard = "\n".join(f"| {h['condition']} | {h['text'] or '(nothing)'} |" for h in clip["hypotheses"])
     train, test, machine = demo["train_clips"], demo["test_clips"], demo["facts"]["machine"]
-    return f"""The demo trains a small DEDR model from scratch on {train} synthetic talking-head clips (espeak-ng
-speech, drawn faces) and scores it on {test} clips of sentences it never saw. It printed, on {machine}:
+    return f"""# What the demo gave
+
+Made by `python docs/demo_section.py` from the files beside this one.
+
+The demo trains a small DEDR model from scratch on {train} synthetic talking-head clips (espeak-ng speech, drawn faces)
+and scores it on {test} clips of sentences that it never saw. It printed, on {machine}:
 
 ```
 {output}
@@ -51,11 +78,11 @@ speech, drawn faces) and scores it on {test} clips of sentences it never saw. It
 One seed. Length and curriculum of the training were chosen by the rates on these same test clips, and a shorter one was
 clearly worse: read them as what this demo does, not as an estimate for new data.
 
-The demo also wrote a report with pictures; here are two. Word error rate in babble, listening, reading lips, and both:
+The demo also writes a report with pictures; here are two. Word error rate in babble, listening, reading lips, and both:
 
-![Word error rate against SNR](docs/demo/wer.png)
+![Word error rate against SNR](wer.png)
 
-![Frames and sound of a clip](docs/demo/clip.png)
+![Frames and sound of a clip](clip.png)
 
 | said | {clip["reference"]} |
 |---|---|
@@ -64,10 +91,11 @@ The demo also wrote a report with pictures; here are two. Word error rate in bab
 
 
 def update(readme: Path) -> None:
-    """Put the section between the README's markers."""
+    """Put the short section between the README's markers, and write the whole document."""
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)
-    files.write_text(readme, f"{head}{BEGIN}\n{section().rstrip()}\n{END}{tail}")
+    files.write_text(readme, f"{head}{BEGIN}\n{short().rstrip()}\n{END}{tail}")
+    files.write_text(KEPT / "README.md", whole())
 
 
 def _save(figure, name: str) -> None:

@@ -3,6 +3,7 @@
 Every stage leaves its result in the folder; run again after an interruption, the demo goes on where it was.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -13,18 +14,23 @@ from pathlib import Path
 
 import torch
 
-from llama_smop import checkpoint, files, projector_cost
-from llama_smop.config import TrainConfig, read_config
-from llama_smop.data.corpus import GRID, make_corpus
+from llama_smop import files
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.data.noise import Babble, Noise
-from llama_smop.evaluate import evaluate, table, transcribe_dataset, transcribe_items
-from llama_smop.expert_use import expert_activation
-from llama_smop.report import write_report
-from llama_smop.score import word_errors
-from llama_smop.train import train
+from llama_smop.data.noise import Noise
+from llama_smop.data.sources import FolderClips
+from llama_smop.data.synthetic.corpus import GRID, make_corpus
+from llama_smop.evaluation.expert_use import expert_activation
+from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.evaluation.wer import guess_per_slot, word_errors
+from llama_smop.models import model_folder
+from llama_smop.reports import projector_cost
+from llama_smop.reports.demo import write_report
+from llama_smop.training.config import TrainConfig, read_config
+from llama_smop.training.lock import LOCK, alone
+from llama_smop.training.run import train
 
 CLIPS = 1400
+ASKED = "asked.json"
 SNRS = (None, 5, 0, -5)
 
 
@@ -35,10 +41,17 @@ def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: in
     then worse.
 
     Raises:
-        ValueError: `out` holds a demo of another size or seed.
+        ValueError: `out` holds a demo of another size or seed, or something else; another demo runs in it.
     """
     out = Path(out)
     config = demo_config(out, steps, seed)
+    if out.is_dir() and not (out / ASKED).exists() and set(os.listdir(out)) - {LOCK}:
+        raise ValueError(f"{out}: is not empty and holds no demo; choose another --out")
+    with alone(out, "another demo"):
+        return _demo(out, config, clips, seed)
+
+
+def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     _claim(out, config, clips)
     corpus, run = out / "corpus", out / "run"
 
@@ -46,7 +59,7 @@ def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: in
     _stage(2, "training", lambda: _timed(out, "training", lambda: train(config, run)), done=run / "model")
     if not (out / "metrics.json").exists():
         files.write_text(out / "metrics.json", (run / "metrics.json").read_text())
-    model, processor = checkpoint.load(run / "model")
+    model, processor = model_folder.load(run / "model")
     _stage(3, "scoring", lambda: _score(out, model, processor, seed), done=out / "evaluation.json")
     _stage(4, "three transcripts", lambda: _transcripts(out, model, processor, seed), done=out / "transcripts.json")
     _stage(5, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")
@@ -65,12 +78,12 @@ def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConf
 
 def _claim(out: Path, config: TrainConfig, clips: int) -> None:
     asked = {"clips": clips, "config": config.model_dump(mode="json", exclude={"data": {"root"}})}
-    note = out / "asked.json"
+    note = out / ASKED
     if note.exists():
         if files.read_json(note) != asked:
             raise ValueError(f"{out} holds a demo of another size or seed; choose another --out or delete it")
-    else:
-        files.write_json(note, asked)
+        return
+    files.write_json(note, asked)
 
 
 def _stage(number: int, name: str, work: Callable[[], object], done: Path | None = None) -> None:
@@ -94,22 +107,17 @@ def _score(out: Path, model, processor, seed: int) -> None:
     rows, _ = evaluate(model, processor, corpus, "test.csv", snrs=SNRS, seed=seed)
     unseen, _ = evaluate(model, processor, corpus, "test_unseen_voice.csv", snrs=(None, 0), seed=seed)
     rows += unseen
-    print(table(rows))
     test = Lrs3Dataset(corpus, "test.csv")
     files.write_json(
         out / "evaluation.json",
         {
             "rows": [asdict(row) for row in rows],
-            "guess_per_slot": guess_per_slot(),
+            "guess_per_slot": guess_per_slot(GRID),
             "no_input": _no_input(model, processor, test),
             "expert_activation": expert_activation(model, processor, test),
         },
     )
-
-
-def guess_per_slot() -> float:
-    """Expected word error rate of a word drawn at random in each slot of the grammar."""
-    return 1 - sum(1 / len(words) for _, words in GRID.slots) / len(GRID.slots)
+    print(table(rows))
 
 
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
@@ -127,7 +135,7 @@ def _transcripts(out: Path, model, processor, seed: int) -> None:
     corpus = out / "corpus"
     clips = Lrs3Dataset(corpus, "test.csv").clips
     chosen = list({clip.path.split("/")[0]: clip for clip in reversed(clips)}.values())[:3]
-    babble = Noise(Babble.from_labels(corpus, "train.csv"), (0,))
+    babble = Noise(FolderClips(corpus, "train.csv").babble, (0,))
     conditions = {
         "audio + video": ("audiovisual", None),
         "audio + video at 0 dB": ("audiovisual", babble),

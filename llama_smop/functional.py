@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llama_smop.ops import autocast, dispatch, refusals
+from llama_smop.ops import dispatch
 from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
 from llama_smop.ops import route as _route
+from llama_smop.ops.backend import Experts, Schedule
+from llama_smop.ops.operator import autocast_dtype
 from llama_smop.ops.route import Routing
 
 SHARINGS = ("JEJR", "JEDR", "DEDR")
@@ -72,12 +74,10 @@ def route(
         IndexError: a modality outside [0, 1] (on a GPU only with LLAMA_SMOP_DEBUG=1).
         RuntimeError: the backend asked for cannot run here.
     """
-    dispatch.check_shape("gate_weight", gate_weight, ("R", "E", "D"))
-    X = gate_weight.shape[1] if num_experts is None else num_experts
+    X = gate_weight.shape[1] if num_experts is None and gate_weight.dim() > 1 else num_experts or 0
     _route.check(x, gate_weight, modality, mask, top_k, X)
-    refusals.refuse_forward_mode("smop::route", x, gate_weight)
-    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, X)
-    return Routing(*_route.run(x, gate_weight, modality, mask, top_k, X, backend))
+    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, X)
+    return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
 
 
 def expert_projection(
@@ -122,18 +122,15 @@ def expert_projection(
         IndexError: an expert id outside [0, X] (on a GPU only with LLAMA_SMOP_DEBUG=1).
         RuntimeError: the backend asked for cannot run here.
     """
-    _projection.check_parameters(x, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
+    parameters, X = Experts(w1, b1, w2, b2, ln_weight, ln_bias), w1.shape[0] if w1.dim() else 0
+    _projection.check_parameters(x, parameters, activation, recompute)
     _projection.check_choices(x, weights, experts)
-    refusals.refuse_forward_mode("smop::expert_projection", x, weights, w1, b1, w2, b2, ln_weight, ln_bias)
-    X = w1.shape[0]
-    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, weights.shape[1], X)
-    if schedule is None:
-        schedule = _projection.run_schedule(experts, X, backend)
-    else:
-        _projection.check_schedule(experts, X, *schedule)
-    y, *_ = _projection.run(
-        x, weights, experts, *schedule, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps, recompute, backend
-    )
+    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, weights.shape[1], X)
+    rows = Schedule(*(_projection.schedule(experts, X, backend) if schedule is None else schedule))
+    if schedule is not None:
+        _projection.check_schedule(experts, X, rows)
+        rows = _projection.bounded(rows)
+    y, *_ = _projection.expert_projection(x, weights, experts, rows, parameters, activation, eps, recompute, backend)
     return y
 
 
@@ -167,27 +164,36 @@ def smop(
     """
     if x.dim() == 0:
         raise ValueError("x must have shape (..., D), got a scalar")
-    dispatch.check_shape("gate_weight", gate_weight, ("R", "E", x.shape[-1]))
-    routers, total = layout(sharing, gate_weight.shape[1])
-    if gate_weight.shape[0] != routers:
+    routers, total = layout(sharing, gate_weight.shape[1] if gate_weight.dim() > 1 else 0)
+    lead = x.shape[:-1]
+    if modality is not None:
+        if modality.shape != lead:
+            raise ValueError(f"modality must have x's leading shape {tuple(lead)}, got {tuple(modality.shape)}")
+        modality = modality.reshape(-1)
+    if mask is not None:
+        if mask.shape != lead:
+            raise ValueError(f"mask must have x's leading shape {tuple(lead)}, got {tuple(mask.shape)}")
+        mask = mask.reshape(-1)
+    flat, parameters = x.reshape(-1, x.shape[-1]), Experts(w1, b1, w2, b2, ln_weight, ln_bias)
+    if gate_weight.dim() == 3 and gate_weight.shape[0] != routers:
         raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
+    _route.check(flat, gate_weight, modality, mask, top_k, total)
     if w1.dim() and w1.shape[0] != total:
         raise ValueError(f"w1 must hold {total} experts for {sharing}, got {w1.shape[0]}")
-    lead = x.shape[:-1]
-    for name, ids in (("modality", modality), ("mask", mask)):
-        if ids is not None and ids.shape != lead:
-            raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
-    flat = x.reshape(-1, x.shape[-1])
-    flat_ids = [None if t is None else t.reshape(-1) for t in (modality, mask)]
-    _route.check(flat, gate_weight, *flat_ids, top_k, total)
-    _projection.check_parameters(flat, w1, b1, w2, b2, ln_weight, ln_bias, activation, recompute)
-    refusals.refuse_forward_mode("smop", flat, gate_weight, w1, b1, w2, b2, ln_weight, ln_bias)
-    backend = dispatch.resolve(backend, autocast.dtype_used(x), x.device, top_k, total)
-    r = Routing(*_route.run(flat, gate_weight, *flat_ids, top_k, total, backend))
-    y, *_ = _projection.run(
-        flat, r.weights, r.experts, r.order, r.inverse, r.offs, w1, b1, w2, b2, ln_weight, ln_bias,
-        activation, eps, recompute, backend,
-    )  # fmt: skip
+    _projection.check_parameters(flat, parameters, activation, recompute)
+    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, total)
+    r = Routing(*_route.route(flat, gate_weight, modality, mask, top_k, total, backend))
+    y, *_ = _projection.expert_projection(
+        flat,
+        r.weights,
+        r.experts,
+        Schedule(r.order, r.inverse, r.offs),
+        parameters,
+        activation,
+        eps,
+        recompute,
+        backend,
+    )
     return SMoPOutput(
         hidden_states=y.reshape(*lead, y.shape[-1]),
         router_logits=r.logits.reshape(*lead, r.logits.shape[-1]),
@@ -224,6 +230,5 @@ def grouped_mm(
         (M, N) or (G, M, N) in a's dtype.
     """
     _grouped_mm.check(a, b, offs, bias, activation)
-    refusals.refuse_forward_mode("smop::grouped_mm", a, b, bias)
-    backend = dispatch.resolve(backend, autocast.dtype_used(a), a.device, 1, offs.shape[0])
-    return _grouped_mm.run(a, b, offs, bias, activation, backend)[0]
+    backend = dispatch.resolve(backend, autocast_dtype(a), a.device, 1, offs.shape[0])
+    return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]

@@ -1,15 +1,15 @@
 """`SMoPProjector`, the sparse mixture of projectors, and `DenseProjector`, the one it is compared with."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama_smop import functional
 from llama_smop.functional import SMoPOutput
-from llama_smop.ops import dispatch
-from llama_smop.ops.expert_projection import check_recompute
-from llama_smop.router_losses import joint_losses
+from llama_smop.ops import checks, dispatch
+from llama_smop.ops.router_losses import global_aux_losses
 
 
 class SMoPProjector(nn.Module):
@@ -22,12 +22,23 @@ class SMoPProjector(nn.Module):
     with R routers and X experts (modality-major: expert m·E + e): `gate_weight (R, E, D)`, `w1 (X, H, D)`,
     `b1 (X, H)`, `w2 (X, O, H)`, `b2 (X, O)`, `ln_weight (X, O)`, `ln_bias (X, O)`.
 
-    `joint_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
+    `global_aux_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
+
+    For an optimizer, `weight_decay.parameter_groups` spares the stacked biases and LayerNorm parameters from decay.
 
     Raises:
         ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
             below 1.
     """
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, or routers
+    gate_weight: nn.Parameter
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -42,7 +53,7 @@ class SMoPProjector(nn.Module):
         backend: str = "auto",
         eps: float = 1e-5,
         recompute: str = "none",
-        joint_losses: bool = False,
+        global_aux_losses: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -52,15 +63,14 @@ class SMoPProjector(nn.Module):
         )
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k}")
-        dispatch.check_activation(activation)
+        checks.options(activation, recompute)
         dispatch.check_backend(backend)
-        check_recompute(recompute)
         R, X = functional.layout(sharing, num_experts)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
         self.activation, self.backend, self.eps, self.recompute = activation, backend, eps, recompute
-        self.joint_losses = joint_losses
-        factory = {"device": device, "dtype": dtype}
+        self.global_aux_losses = global_aux_losses
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_weight = nn.Parameter(torch.empty(R, num_experts, in_features, **factory))
         _add_mlps(self, X, layer_norm, factory)
         self.reset_parameters()
@@ -81,7 +91,8 @@ class SMoPProjector(nn.Module):
         Raises:
             ValueError: a width or shape that does not fit. IndexError: a modality other than 0 and 1.
         """
-        _check_width(x, self.in_features)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise _wrong_width(x, self.in_features)
         out = functional.smop(
             x,
             self.gate_weight,
@@ -100,9 +111,10 @@ class SMoPProjector(nn.Module):
             recompute=self.recompute,
             backend=self.backend,
         )
-        if not self.joint_losses:
+        if not self.global_aux_losses:
             return out
-        balance, z_loss = joint_losses(
+        assert out.router_logits is not None and out.expert_indices is not None
+        balance, z_loss = global_aux_losses(
             out.router_logits.flatten(0, -2),
             out.expert_indices.flatten(0, -2),
             None if modality is None else modality.flatten(),
@@ -126,6 +138,14 @@ class DenseProjector(nn.Module):
     modalities: `w1 (M, H, D)`, `b1 (M, H)`, `w2 (M, O, H)`, `b2 (M, O)`, `ln_weight (M, O)`, `ln_bias (M, O)`.
     """
 
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts modalities
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -144,9 +164,8 @@ class DenseProjector(nn.Module):
         _check_sizes(
             modalities=modalities, in_features=in_features, hidden_features=hidden_features, out_features=out_features
         )
-        dispatch.check_activation(activation)
+        checks.options(activation, recompute)
         dispatch.check_backend(backend)
-        check_recompute(recompute)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.modalities, self.activation, self.backend, self.eps = modalities, activation, backend, eps
         self.recompute = recompute
@@ -158,21 +177,20 @@ class DenseProjector(nn.Module):
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
         """Project tokens x (..., D) by the projector of their modality (...); masked tokens yield 0."""
-        _check_width(x, self.in_features)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise _wrong_width(x, self.in_features)
         lead = x.shape[:-1]
         for name, ids in (("modality", modality), ("mask", mask)):
             if ids is not None and ids.shape != lead:
                 raise ValueError(f"{name} must have x's leading shape {tuple(lead)}, got {tuple(ids.shape)}")
-        if mask is not None:
-            dispatch.check_mask(mask)
+        checks.token_ids(modality, mask)
         if self.modalities == 1:
             experts = torch.zeros(lead, dtype=torch.int32, device=x.device)
         elif modality is None:
             raise ValueError(f"modality is required with {self.modalities} projectors: an integer for each token")
         else:
-            dispatch.check_integer("modality", modality)
             if not torch.compiler.is_compiling():
-                dispatch.check_in_range("modality", modality, 0, self.modalities - 1)
+                checks.in_range("modality", modality, 0, self.modalities - 1)
             experts = modality.to(torch.int32)
         if mask is not None:
             experts = torch.where(mask, experts, self.modalities)
@@ -200,7 +218,7 @@ class DenseProjector(nn.Module):
         return f"{sizes}, modalities={self.modalities}, activation={self.activation}, backend={self.backend}"
 
 
-def _add_mlps(module: nn.Module, count: int, layer_norm: bool, factory: dict) -> None:
+def _add_mlps(module: "SMoPProjector | DenseProjector", count: int, layer_norm: bool, factory: dict[str, Any]) -> None:
     """Stacked parameters of `count` MLPs D -> H -> O, LayerNorm parameters None without `layer_norm`."""
     D, H, O = module.in_features, module.hidden_features, module.out_features
     module.w1 = nn.Parameter(torch.empty(count, H, D, **factory))
@@ -211,13 +229,13 @@ def _add_mlps(module: nn.Module, count: int, layer_norm: bool, factory: dict) ->
     module.ln_bias = nn.Parameter(torch.empty(count, O, **factory)) if layer_norm else None
 
 
-def _reset_mlps(module: nn.Module) -> None:
+def _reset_mlps(module: "SMoPProjector | DenseProjector") -> None:
     """As `nn.Linear` and `nn.LayerNorm`: uniform in ±1/√fan_in; scale 1, shift 0."""
     for weight, bias in ((module.w1, module.b1), (module.w2, module.b2)):
         bound = 1 / math.sqrt(weight.shape[-1])
         nn.init.uniform_(weight, -bound, bound)
         nn.init.uniform_(bias, -bound, bound)
-    if module.ln_weight is not None:
+    if module.ln_weight is not None and module.ln_bias is not None:
         nn.init.ones_(module.ln_weight)
         nn.init.zeros_(module.ln_bias)
 
@@ -228,6 +246,5 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def _check_width(x: Tensor, in_features: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")
+def _wrong_width(x: Tensor, in_features: int) -> ValueError:
+    return ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")

@@ -12,8 +12,3 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and notes of tests/golden/{name}.safetensors and .json."""
     return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, f"shapes differ: ours {tuple(ours.shape)}, theirs {tuple(theirs.shape)}"
-    return (ours.float() - theirs.float()).abs().max().item()

@@ -76,7 +76,7 @@ def _specialization(args: tuple) -> tuple:
 
     A tensor's dtype and alignment to 16 bytes; whether an integer is 1, a multiple of 16, wider than 32 bits.
     """
-    found = []
+    found: list[Any] = []
     for arg in args:
         if type(arg) is int:
             found.append(1 if arg == 1 else (arg % 16 == 0, arg.bit_length() > 31))

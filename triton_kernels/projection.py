@@ -17,9 +17,10 @@
 With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) more; route_bwd writes its own dx in the
 launches it makes. A saved tensor that was dropped costs the launch that made it. Nothing is read back on the host.
 
-Few tokens take the dense-all order: every token through every expert, row e·T + t, no gather and no order.
-Rows of tokens that did not choose the expert may hold anything, inf and NaN too: sums over rows skip them.
+Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +31,17 @@ from .combine import combine_bwd, combine_fwd, layer_norm_grad, new_partials
 from .configs import ROUTER_TOKENS
 from .grouped_gemm import grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
+from .support import unsupported
 
-# One 64-row tile an expert: each weight is read by exactly one program, and the products stay under the time it takes
-# to read the weights. Above it the K/X of the products that sorting saves are worth more than the sort.
-DENSE_ALL_TOKENS = 64
-
-
-def dense_all(tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether every token goes through every expert: few tokens, and enough choices that few experts would idle."""
-    return 0 < tokens <= DENSE_ALL_TOKENS and 2 * num_experts <= tokens * top_k
-
-
-def intermediate_rows(tokens: int, top_k: int, num_experts: int) -> int:
-    """Rows of h and z: T·K in expert order, X·T when every token goes through every expert."""
-    return tokens * (num_experts if dense_all(tokens, top_k, num_experts) else top_k)
+__all__ = [
+    "expert_projection_bwd",
+    "expert_projection_fwd",
+    "grouped_mm",
+    "route_bwd",
+    "route_fwd",
+    "schedule",
+    "unsupported",
+]
 
 
 def route_fwd(
@@ -51,7 +49,8 @@ def route_fwd(
 ) -> tuple[Tensor, ...]:
     T, (R, E, _) = x.shape[0], gate_weight.shape
     blocks = _router.router_blocks(T)
-    f32, i32 = {"dtype": torch.float32, "device": x.device}, {"dtype": torch.int32, "device": x.device}
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    i32: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
     logits, weights = torch.empty((T, E), **f32), torch.empty((T, top_k), **f32)
     experts, counts = torch.empty((T, top_k), **i32), torch.empty((R, E), **i32)
     hist, stats = torch.empty((blocks, R * E), **i32), torch.empty((blocks, R * E + R), **f32)
@@ -104,21 +103,13 @@ def expert_projection_fwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
+    schedule: tuple[Tensor, Tensor, Tensor],  # order, inverse, offs
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],  # w1, b1, … ln_bias
     activation: str,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), (X, O, _) = weights.shape, w2.shape
-    if dense_all(T, K, X):
-        order = inverse = offs = None
     h, pre = _hidden(x, w1, b1, activation, order, offs, K)
     z = _output(h, w2, b2, offs, T)
     y = x.new_empty((T, O))
@@ -136,30 +127,18 @@ def expert_projection_bwd(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offs: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    h: Tensor,
-    pre: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    schedule: tuple[Tensor, Tensor, Tensor],  # order, inverse, offs
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],  # w1, b1, … ln_bias
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # h, pre, z, mean, rstd
     activation: str,
     eps: float,
     need_dx: bool,
     need_dweights: bool,
     need_dparams: bool,
 ) -> tuple[Tensor | None, ...]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
+    h, pre, z, mean, rstd = saved
     (T, K), X, D = weights.shape, w2.shape[0], x.shape[1]
-    dense = dense_all(T, K, X)
-    if dense:
-        order = inverse = offs = None
     if h.numel() == 0:
         h, pre = _hidden(x, w1, b1, activation, order, offs, K)
     if z.numel() == 0:
@@ -171,7 +150,7 @@ def expert_projection_bwd(
     dw1, db1, dw2, db2, dgamma, dbeta = (gradient(p) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
     dz = torch.empty_like(z)
     dweights = torch.empty_like(weights) if need_dweights else None
-    partials = None if dgamma is None else new_partials(z, T, X, dense)
+    partials = None if dgamma is None else new_partials(z, T, X, False)
     if ln_weight is None:
         mean = rstd = None
     combine_bwd(
@@ -183,10 +162,10 @@ def expert_projection_bwd(
     dx = None
     if need_dparams or need_dx:
         dh = torch.empty_like(h)
-        saved = pre if keeps_pre(activation) else h
-        grouped_gemm(dz, w2, offs, dh, pre=saved, gradient=True, activation=activation, tokens=T).run()
+        kept = pre if keeps_pre(activation) else h
+        grouped_gemm(dz, w2, offs, dh, pre=kept, gradient=True, activation=activation, tokens=T).run()
     if need_dparams:
-        routing = {"order": order, "experts": experts, "top_k": K, "tokens": T}
+        routing: dict[str, Any] = {"order": order, "experts": experts, "top_k": K, "tokens": T}
         grouped_wgrad(dz, h, offs, dw2, bias_grad=db2, **routing).run()
         grouped_wgrad(dh, x, offs, dw1, bias_grad=db1, gather=True, **routing).run()
     if need_dx:

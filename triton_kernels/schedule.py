@@ -4,6 +4,8 @@ A stable counting sort without atomics: blocks of choices have been counted (by 
 routing), so each program knows where the experts' rows begin for its choices, and places them in order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -195,7 +197,7 @@ def schedule(
 
 def new_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for (order, inverse, offs)."""
-    integer = {"dtype": torch.int32, "device": experts.device}
+    integer: dict[str, Any] = {"dtype": torch.int32, "device": experts.device}
     return (
         torch.empty(experts.numel(), **integer),
         torch.empty(experts.shape, **integer),

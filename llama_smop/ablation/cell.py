@@ -18,13 +18,18 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from llama_smop import checkpoint, files
+from llama_smop import files
 from llama_smop.ablation.grid import ScoreSection
-from llama_smop.config import TrainConfig
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.evaluate import evaluate, supported
-from llama_smop.expert_use import expert_activation
-from llama_smop.train import train
+from llama_smop.evaluation.expert_use import expert_activation
+from llama_smop.evaluation.run import evaluate, supported
+from llama_smop.models import model_folder
+from llama_smop.training.config import TrainConfig
+from llama_smop.training.run import train
+
+
+def _is_used(record: dict) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in ("wall", "cpu", "starts"))
 
 
 class Used(TrainerCallback):
@@ -33,7 +38,7 @@ class Used(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / "used.json"
-        self.before = files.read_json(self.path) if self.path.exists() else {"wall": 0.0, "cpu": 0.0, "starts": 0}
+        self.before = files.read_record(self.path, {"wall": 0.0, "cpu": 0.0, "starts": 0}, _is_used)
         self.since = time.perf_counter()
 
     def now(self) -> dict:
@@ -63,7 +68,7 @@ def run_cell(folder: Path) -> None:
         files.write_json(trained, used.now())
         files.write_json(used.path, used.now())
     training = files.read_json(trained)
-    model, processor = checkpoint.load(run / "model")
+    model, processor = model_folder.load(run / "model")
     data = Lrs3Dataset(score.root or config.data.root, score.labels, supported(model)[-1])
     result = {
         "steps": files.read_json(folder / "progress.json")["of"],

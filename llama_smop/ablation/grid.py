@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llama_smop.compose import Composition, compose, find
-from llama_smop.config import Modality, Section, TrainConfig
+from llama_smop.training.compose import Composition, compose, find
+from llama_smop.training.config import Modality, Section, Snr, TrainConfig
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Sharing = Literal["JEJR", "JEDR", "DEDR", "dense"]
@@ -38,7 +38,7 @@ class ScoreSection(Section):
     labels: str = "test.csv"
     root: Path | None = None  # the corpus of the labels and of the babble; by default the one that is trained on
     modalities: tuple[Modality, ...] | None = None  # by default all that the model takes
-    snrs: tuple[float | None, ...] = Field((None, 5, 0, -5), min_length=1)
+    snrs: tuple[Snr | None, ...] = Field((None, 5, 0, -5), min_length=1)
     noises: tuple[str, ...] = Field(("babble",), min_length=1)
     beams: AtLeastOne = 1
 

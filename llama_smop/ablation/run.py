@@ -1,12 +1,10 @@
 """Runs a grid: a child process for each cell, several at a time, none of them twice."""
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +14,14 @@ from tqdm import tqdm
 
 from llama_smop import files
 from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read_grid
-from llama_smop.ablation.page import write_page
-from llama_smop.config import TrainConfig
-from llama_smop.data.corpus import make_corpus
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import read_audio
-from llama_smop.demo import guess_per_slot
+from llama_smop.data.synthetic.corpus import GRID, make_corpus
+from llama_smop.evaluation.wer import guess_per_slot
+from llama_smop.reports.ablation.page import check_page, write_page
+from llama_smop.training.config import TrainConfig
+from llama_smop.training.lock import alone
+from llama_smop.training.signals import raised
 
 
 def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:
@@ -36,6 +36,8 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
         ValueError: a grid file, base or setting that cannot be used; a folder that another run is using, or that
             holds a cell of another setting.
         RuntimeError: cells that failed, each with its last log line; the others are in the results.
+        FileExistsError: a README.md of others in `out`.
+        Stopped: SIGTERM or SIGHUP came; the running cells have saved and ended.
     """
     grid, beside = read_grid(config)
     out = Path(out).absolute()
@@ -43,7 +45,8 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
     planned = list(cells(grid, beside, corpus))
     jobs = jobs or grid.jobs
     threads = grid.threads or max(1, (os.cpu_count() or 1) // jobs)
-    with _alone(out):
+    with alone(out, "another ablation"), raised():
+        check_page(out)
         for cell in planned:
             _check_unclaimed(out / "cells" / cell.name, cell)
         if grid.corpus is not None:
@@ -79,7 +82,7 @@ def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict
     content = {
         "synthetic": grid.corpus is not None,
         "corpus": _made_corpus(out / "corpus", grid) if grid.corpus else str(data.root or data.shards),
-        "guess": guess_per_slot() if grid.corpus else None,
+        "guess": guess_per_slot(GRID) if grid.corpus else None,
         "grid": grid.model_dump(mode="json"),
         "config": planned[0].config.model_dump(mode="json", exclude={"data": {"root", "shards"}}),
         "machine": machine,
@@ -143,8 +146,7 @@ def _show(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
     """Steps over all cells; those of cells that have not begun are taken to be as many as of those that have."""
     states = []
     for folder in folders:
-        path = folder / "progress.json"
-        states.append(files.read_json(path) if path.exists() else None)
+        states.append(files.read_record(folder / "progress.json", {}, lambda state: {"step", "of"} <= state.keys()))
     known = [state["of"] for state in states if state]
     if known:
         bar.total = sum(known) + (len(folders) - len(known)) * max(known)
@@ -197,14 +199,3 @@ def _check_scoring(score: ScoreSection, planned: Sequence[Cell]) -> None:
                 read_labels(root, data.train)
             else:
                 read_audio(noise)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another ablation is running in this folder") from None
-        yield

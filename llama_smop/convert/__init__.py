@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from llama_smop.convert.key_map import KeyReport
+from llama_smop.models.formats.key_map import KeyReport
+from llama_smop.models.seal import check_target
 
 
 def convert(source: str | Path, to: str | Path, *, partial: bool = False, **settings) -> KeyReport:
@@ -10,12 +11,15 @@ def convert(source: str | Path, to: str | Path, *, partial: bool = False, **sett
     fairseq AV-HuBERT file. `settings` are `convert_authors`'; a video tower takes none.
 
     Raises:
+        OSError: `to` is no place for a folder of ours (`seal.check_target`), which is asked first.
         FileNotFoundError, ValueError: see `load_checkpoint`, `convert_authors` and `load_avhubert`.
     """
     from llama_smop.convert.authors import convert_authors
-    from llama_smop.convert.fairseq import convert_avhubert, is_avhubert
-    from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
+    from llama_smop.convert.avhubert import convert_avhubert
+    from llama_smop.models.formats.fairseq import is_avhubert
+    from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 
+    check_target(to)
     if is_avhubert(state_dict_of(load_checkpoint(source), source)):
         return convert_avhubert(source, to, partial=partial)
     if settings.get("language_model") is None:

@@ -1,6 +1,6 @@
 """The authors' checkpoints (Llama-SMoP, Llama-AVSR) made into ours: one flat state dict in, one model folder out."""
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.initialization import no_init_weights
 
-from llama_smop.convert.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
-from llama_smop.convert.key_map import KeyReport, Rule, load_rules, match_keys, rename
-from llama_smop.convert.safe_load import load_checkpoint, state_dict_of
-from llama_smop.models.checkpoint import written_aside
+from llama_smop import files
+from llama_smop.convert.avhubert import ACCOUNT
+from llama_smop.models import seal
 from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
+from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
+from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match_keys, rename
+from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
@@ -85,13 +87,16 @@ def convert_authors(
         video_tower: the AV-HuBERT .pt that training started from, for its settings; without it they are Large's.
         rate_audio, rate_video, compression, top_k: not in the file; the defaults are the published ones.
         lora_scale: the authors' alpha / rank.
-        key_map: YAML rules that go before the built-in ones (`llama_smop.convert.key_map.load_rules`).
+        key_map: YAML rules that go before the built-in ones (`llama_smop.models.formats.key_map.load_rules`).
         partial: accept missing and unexpected keys.
 
     Raises:
         FileNotFoundError, ValueError: see `load_checkpoint`; keys or sizes that do not fit, a width that differs
             between tower and projector, a tokenizer that does not fit the embeddings.
+        OSError: `to` is no place for a model (`seal.check_target`).
     """
+    if not 0 < lora_scale < math.inf:
+        raise ValueError(f"the scale of LoRA (--lora-scale) is a number above 0, got {lora_scale}")
     state = state_dict_of(load_checkpoint(source), source)
     modalities = [m for m in MODALITIES if any(k.startswith(f"{m}_encoder.") for k in state)]
     if not modalities:
@@ -106,7 +111,7 @@ def convert_authors(
         parts["audio_config"] = fetch(WhisperConfig, audio_tower)
     if "video" in modalities:
         inner = {k.removeprefix("video_encoder."): v for k, v in state.items() if k.startswith("video_encoder.")}
-        settings = model_settings(load_checkpoint(video_tower)) if video_tower else {}
+        settings = model_settings(load_checkpoint(video_tower), video_tower) if video_tower else {}
         parts["video_config"] = avhubert_config(inner, settings, source=source)
     tokenizer = fetch(AutoTokenizer, language_model)
     add_special_tokens(tokenizer)
@@ -141,10 +146,13 @@ def convert_authors(
     model.load_state_dict(tensors, strict=False)
     feature_extractor = fetch(WhisperFeatureExtractor, audio_tower) if audio_tower else WhisperFeatureExtractor()
     account = {"source": str(source), "language_model": str(language_model), "keys": report.to_dict()}
-    with written_aside(to) as folder:
+
+    def write(folder: Path) -> None:
         model.save_pretrained(folder)
         LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer).save_pretrained(folder)
-        (folder / "conversion.json").write_text(json.dumps(account, indent=1))
+        files.write_json(folder / ACCOUNT, account)
+
+    seal.write_sealed(to, write)
     return report
 
 

@@ -5,7 +5,10 @@
 """
 
 import os
-from collections.abc import Sequence
+import re
+import reprlib
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .media import MediaError, audio_path, read_audio, read_video
-from .noise import Noise
-from .transforms import ClipTransform, clip_rng
+from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
+from llama_smop.data.noise import Noise
+from llama_smop.data.transforms import ClipTransform, clip_rng
 
 MODALITIES = ("audio", "video", "audiovisual")
+SPARE_FRAMES = 12  # half a second, by which sound may be longer than its label: a codec's last block, a late stop
+MOST_FRAMES = 10_000_000  # of a clip, four days
+ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # would end a line for `splitlines`
 
 
 class LabelError(ValueError):
@@ -45,10 +51,10 @@ class Clip:
 def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[Clip]:
     """The clips of a label file: a name under `root/labels/`, else a path. Raises LabelError naming file and line."""
     path = Path(root, "labels", label_file)
-    if not path.exists() and Path(label_file).exists():
+    if not os.path.exists(path) and os.path.exists(label_file):
         path = Path(label_file)
     clips, seen = [], {}
-    for number, line in enumerate(read_text(path, "label file").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "label file").split("\n"), start=1):
         if not line.strip():
             continue
         clip = _parse(line, f"{path}:{number}")
@@ -62,12 +68,19 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
 
 
 def read_text(path: Path, what: str) -> str:
-    """Raises LabelError, naming `what` where it is not there."""
+    """A text file's content, its lines ended by "\\n" alone; a spreadsheet's byte order mark is no part of it.
+
+    Raises LabelError, naming `what` where it is not there, or is a pipe or device, which may have no end.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LabelError(f"{path}: is not a regular file")
+        return ODD_SPACES.sub(" ", path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise LabelError(f"{path}: no such {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except LabelError:
+        raise
+    except (OSError, ValueError) as error:
         raise LabelError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -89,11 +102,17 @@ def parse_place(fields: Sequence[str], where: str) -> tuple[str, str, int]:
     dataset, path, n_frames = (field.strip() for field in fields[:3])
     if not dataset or not path:
         raise LabelError(f"{where}: dataset, path and text must not be empty")
-    if Path(path).is_absolute() or ".." in Path(path).parts:
+    if _leads_out(dataset):
+        raise LabelError(f"{where}: expected a dataset's folder below the corpus, got {dataset!r}")
+    if _leads_out(path):
         raise LabelError(f"{where}: expected a path below the dataset's folder, got {path!r}")
-    if not n_frames.isdecimal() or int(n_frames) == 0:
-        raise LabelError(f"{where}: expected a positive number of frames, got {n_frames!r}")
+    if not n_frames.isdecimal() or len(n_frames) > 20 or not 0 < int(n_frames) <= MOST_FRAMES:
+        raise LabelError(f"{where}: expected a positive number of frames, got {reprlib.repr(n_frames)}")
     return dataset, path, int(n_frames)
+
+
+def _leads_out(path: str) -> bool:
+    return Path(path).is_absolute() or ".." in Path(path).parts
 
 
 class Lrs3Dataset(Dataset):
@@ -102,8 +121,9 @@ class Lrs3Dataset(Dataset):
     An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
     `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
     generator seeded by (seed, epoch, index): items do not depend on the order they are asked for, nor on the worker.
-    `lengths` are the labels' frame counts; nothing is decoded for them. Raises MediaError naming the file where a clip
-    cannot be used.
+    `lengths` are the labels' frame counts; nothing is decoded for them. longest: frames that the model takes; a clip
+    that is longer, by less than SPARE_FRAMES, is cut to its label's length. unfit: says why the model cannot take a
+    clip of so many samples and frames, or None. Raises MediaError naming the file where a clip cannot be used.
     """
 
     def __init__(
@@ -114,6 +134,8 @@ class Lrs3Dataset(Dataset):
         transform: ClipTransform | None = None,
         noise: Noise | None = None,
         seed: int = 0,
+        longest: int | None = None,
+        unfit: Callable[[int | None, int | None], str | None] | None = None,
     ):
         if modality not in MODALITIES:
             raise ValueError(f"expected a modality of {', '.join(MODALITIES)}, got {modality!r}")
@@ -123,6 +145,7 @@ class Lrs3Dataset(Dataset):
         self.transform = transform or ClipTransform.testing()
         self.noise = noise
         self.seed = seed
+        self.longest, self.unfit = longest, unfit
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -144,6 +167,11 @@ class Lrs3Dataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         clip = self.clips[index]
         audio, video = load_clip(clip.video_path(self.root), self.modality)
+        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_FRAME), self._cut(video, clip.n_frames, 1)
+        if self.unfit is not None:
+            reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
+            if reason is not None:
+                raise MediaError(clip.video_path(self.root), f"{reason} (its label says {clip.n_frames} frames)")
         rng = clip_rng(self.seed, self.epoch, index)
         audio, video = self.transform(audio, video, rng, self.noise)
         return {
@@ -153,18 +181,22 @@ class Lrs3Dataset(Dataset):
             "id": clip.id,
         }
 
+    def _cut(self, stream: np.ndarray | None, n_frames: int, per_frame: int) -> np.ndarray | None:
+        if stream is None or self.longest is None or not n_frames <= self.longest < len(stream) / per_frame:
+            return stream
+        return stream if len(stream) > (n_frames + SPARE_FRAMES) * per_frame else stream[: n_frames * per_frame]
+
 
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
     """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
 
-    The sound comes from the .wav beside the clip, or from the clip itself where there is none.
+    The sound comes from the .wav beside the clip, which begins with its first frame, or from the clip itself where
+    there is none. Raises MediaError.
     """
     audio = video = None
+    source = audio_path(path)
     if modality != "audio":
-        video = read_video(path)
+        video = read_video(path, with_sound=source == Path(path))
     if modality != "video":
-        source = audio_path(path)
-        if not source.exists():
-            raise MediaError(source.with_suffix(".wav"), "no such file, and no mp4 beside it")
         audio = read_audio(source)
     return audio, video

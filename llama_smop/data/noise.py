@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .media import MediaError, audio_path, read_audio
+from llama_smop.data.media import MediaError, audio_path, read_audio
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +73,6 @@ class Babble:
             )
         self.clips = [clip if isinstance(clip, Sound) else Path(clip) for clip in clips]
         self.speakers = speakers
-
-    @classmethod
-    def from_labels(cls, root: str | os.PathLike, label_file: str, speakers: int = 6) -> "Babble":
-        """Babble of the clips in a label file; give the training labels, so that no test sentence leaks into its own
-        noise."""
-        from .lrs3 import read_labels
-
-        return cls([clip.video_path(root) for clip in read_labels(root, label_file)], speakers)
 
     def sample(self, samples: int, rng: np.random.Generator) -> np.ndarray:
         total = np.zeros(samples, dtype=np.float32)

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from .batching import FrameBatchSampler, nearest_in_length
-from .lrs3 import load_clip, read_labels
-from .noise import Babble
+from llama_smop.data.batching import FrameBatchSampler, nearest_in_length
+from llama_smop.data.lrs3 import load_clip, read_labels
+from llama_smop.data.noise import Babble
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .media import SAMPLES_PER_FRAME
+from llama_smop.data.media import SAMPLES_PER_FRAME
 
 CROP = 88
 GREY = (0.2989, 0.587, 0.114)

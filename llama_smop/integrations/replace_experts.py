@@ -9,7 +9,7 @@ numbers differ is left alone.
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,15 @@ from llama_smop.ops import dispatch
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 2e-3  # of the largest value
 
-# Stacked parameter -> its place in each expert's Sequential.
+# Stacked parameter -> its place in each expert's Sequential, in the order of smop's arguments. transformers' Trainer
+# spares from weight decay by these names what it spared as a bias or a LayerNorm before.
 PLACES = {
     "w1": (0, "weight"),
-    "b1": (0, "bias"),
+    "bias1": (0, "bias"),
     "w2": (2, "weight"),
-    "b2": (2, "bias"),
-    "ln_weight": (3, "weight"),
-    "ln_bias": (3, "bias"),
+    "bias2": (2, "bias"),
+    "layernorm_weight": (3, "weight"),
+    "layernorm_bias": (3, "bias"),
 }
 
 
@@ -127,11 +128,12 @@ def _parts(module: nn.Module) -> Parts | str | None:
     return Parts(gate_name, experts_name, activation, eps)
 
 
-def _expert_shape(expert: nn.Module):
+def _expert_shape(expert: nn.Module) -> tuple | None:
     """All that experts of one mixture must share, activation and eps last; None for another kind of module."""
     if type(expert) is not nn.Sequential or len(expert) not in (3, 4):
         return None
-    first, act, second, norm = *expert, *([None] * (4 - len(expert)))
+    layers: list[Any] = [*expert, None]
+    first, act, second, norm = layers[:4]
     activation = _activation(act)
     if type(first) is not nn.Linear or type(second) is not nn.Linear or activation is None:
         return None
@@ -165,7 +167,8 @@ def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute:
     candidate = StackedMixture(trial, parts, 1, backend, recompute)
     for top_k in [known] if isinstance(known, int) else range(1, len(getattr(trial, parts.experts)) + 1):
         candidate.top_k = top_k
-        if _same(_probe(candidate, getattr(trial, parts.experts)[0][0]), expected):
+        found = _probe(candidate, getattr(trial, parts.experts)[0][0])
+        if not isinstance(found, str) and _same(found, expected):
             return candidate if trial is original else StackedMixture(original, parts, top_k, backend, recompute)
     return "it computes another function than the weighted mean of its top-K experts"
 
@@ -212,7 +215,7 @@ class StackedMixture(nn.Module):
                 setattr(self, name, value)
         self.parts, self.top_k, self.backend, self.recompute = parts, top_k, backend, recompute
         for name, child in original.named_children():
-            setattr(self, name, child if name == parts.gate else StackedExperts(child))
+            setattr(self, name, StackedExperts(child) if isinstance(child, nn.ModuleList) else child)
         self.train(original.training)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,8 +225,9 @@ class StackedMixture(nn.Module):
             activation=self.parts.activation, eps=self.parts.eps or 1e-5, recompute=self.recompute,
             backend=self.backend,
         )  # fmt: skip
-        y = out.hidden_states
-        return y, out.router_logits.flatten(0, -2).to(y.dtype)
+        y, logits = out.hidden_states, out.router_logits
+        assert logits is not None
+        return y, logits.flatten(0, -2).to(y.dtype)
 
     def copy_into(self, original: nn.Module) -> None:
         """Write the present weights, with their device, dtype and what is frozen, into the module replaced."""
@@ -236,13 +240,16 @@ class StackedMixture(nn.Module):
 
 
 class StackedExperts(nn.Module):
-    """Parameters `w1, b1, w2, b2, ln_weight, ln_bias` of all experts, saved and loaded under each expert's own keys."""
+    """Parameters of all experts (the names in PLACES), saved and loaded under each expert's own keys."""
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts
 
     def __init__(self, experts: nn.ModuleList):
         super().__init__()
         self.count = len(experts)
         for name, (place, kind) in PLACES.items():
-            slices = [getattr(e[place], kind) if place < len(e) else None for e in experts]
+            layers: list[Any] = list(experts)
+            slices: list[Any] = [getattr(e[place], kind) if place < len(e) else None for e in layers]
             parameter = None
             if slices[0] is not None:
                 stacked = torch.stack([s.detach() for s in slices])
@@ -250,6 +257,7 @@ class StackedExperts(nn.Module):
             self.register_parameter(name, parameter)
 
     def copy_into(self, experts: nn.ModuleList) -> None:
+        expert: Any
         for e, expert in enumerate(experts):
             for name, (place, kind) in PLACES.items():
                 stacked = getattr(self, name)
@@ -272,7 +280,8 @@ class StackedExperts(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        slices, known = {}, set()
+        slices: dict[str, dict[int, Tensor]] = {}
+        known: set[str] = set()
         for name, e, key in self._keys(prefix):
             known.add(key)
             if key not in state_dict:
@@ -297,5 +306,5 @@ class StackedExperts(nn.Module):
                     stacked[e].copy_(value)
 
     def extra_repr(self) -> str:
-        E, H, D = self.w1.shape
-        return f"{D} -> {H} -> {self.w2.shape[1]}, num_experts={E}, layer_norm={self.ln_weight is not None}"
+        (E, H, D), (_, O, _) = self.get_parameter("w1").shape, self.get_parameter("w2").shape
+        return f"{D} -> {H} -> {O}, num_experts={E}, layer_norm={self.layernorm_weight is not None}"

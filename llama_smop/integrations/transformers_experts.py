@@ -6,13 +6,15 @@ and up are laid out is the model's own affair (`_apply_gate`). Expert ids ≥ th
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama_smop import functional
-from llama_smop.ops import autocast, dispatch
+from llama_smop.ops import dispatch
 from llama_smop.ops.expert_projection import schedule
+from llama_smop.ops.operator import autocast_dtype
 
 IMPLEMENTATIONS = {"smop": "auto", "smop_torch": "torch"}
 
@@ -26,7 +28,7 @@ def register() -> None:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str = "auto"
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """Σ_k top_k_weights[t, k] · expert[top_k_index[t, k]](hidden_states[t]).
 
@@ -40,7 +42,7 @@ def experts_forward(
     (T, K), D = top_k_index.shape, hidden_states.shape[-1]
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_weight, down_weight = _as_in_out(self, up_name), _as_in_out(self, "down_proj")
-    backend = dispatch.resolve(backend, autocast.dtype_used(up_weight), hidden_states.device, K, self.num_experts)
+    backend = dispatch.resolve(backend, autocast_dtype(up_weight), hidden_states.device, K, self.num_experts)
     order, inverse, offs = schedule(top_k_index.clamp(max=self.num_experts), self.num_experts, backend)
 
     # Rows past offs[-1] belong to skipped choices: any row may stand there, grouped_mm neither reads nor returns it.

@@ -13,6 +13,9 @@ from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEnco
 
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
 
+# Blocks in front of the layers that one device must hold whole.
+FRONT_BLOCKS = ("ResidualBlock", "HubertPositionalConvEmbedding")
+
 
 class ResidualBlock(nn.Module):
     """ResNet's basic block with a PReLU slope for each channel."""
@@ -76,7 +79,7 @@ class AvHubertVideoEncoder(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ("HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
+    _no_split_modules = (*FRONT_BLOCKS, "HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
 
     def __init__(self, config: AvHubertVideoConfig):
         super().__init__(config)
@@ -113,7 +116,8 @@ class AvHubertVideoEncoder(PreTrainedModel):
         self.encoder.config._attn_implementation = self._encoder_attention()
         x = self.proj(self.frontend(video_values))
         x = self.layer_norm(torch.cat([torch.zeros_like(x), x], dim=-1))
-        return self.encoder(self.post_extract_proj(x), attention_mask=video_mask)
+        # A copy, since the encoder zeroes padded frames in place, which a quantised layer's output does not allow.
+        return self.encoder(self.post_extract_proj(x).clone(), attention_mask=video_mask)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.frontend.conv

@@ -3,8 +3,12 @@
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llama_smop.ops import dispatch
+from llama_smop.models import config_checks as check
+from llama_smop.models.lora import lora_settings
+from llama_smop.ops import checks, dispatch
 
 MODALITIES = ("audio", "video")
 SHARED_EXPERTS = ("JEJR", "JEDR")
@@ -46,9 +50,18 @@ class AvHubertVideoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        part, width, share = "video_config.", (1, 2**16), (0, 1)
+        check.whole(self, part, frontend_channels=(1, 8192), norm_groups=(1, 8192))
+        check.wholes(self, part, trunk_channels=(1, 8192), trunk_blocks=(1, 256))
+        check.whole(self, part, image_size=(1, 4096), frontend_stride=(1, 64), num_hidden_layers=check.LAYERS)
+        names = ("num_attention_heads", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups")
+        check.whole(self, part, hidden_size=width, intermediate_size=(1, 2**20), **dict.fromkeys(names, (1, 4096)))
+        names = ("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
+        check.number(self, part, **dict.fromkeys(names, share), layer_norm_eps=share, initializer_range=(0, 10))
+        check.flag(self, part, "frontend_pool", "layer_norm_first")
+        check.choice(self, part, norm=("batch", "group"), hidden_act=ACT2FN)
+        check.anything(self, part)
         self.trunk_channels, self.trunk_blocks = list(self.trunk_channels), list(self.trunk_blocks)
-        if self.norm not in ("batch", "group"):
-            raise ValueError(f'video_config.norm must be "batch" or "group", got {self.norm!r}')
         if len(self.trunk_channels) != len(self.trunk_blocks):
             raise ValueError(
                 "video_config.trunk_channels and trunk_blocks must have one entry a stage, got "
@@ -84,15 +97,18 @@ class ProjectorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.kind not in ("smop", "dense"):
-            raise ValueError(f'projector_config.kind must be "smop" or "dense", got {self.kind!r}')
-        if self.sharing not in (*SHARED_EXPERTS, "DEDR"):
-            raise ValueError(f"projector_config.sharing must be JEJR, JEDR or DEDR, got {self.sharing!r}")
+        part = "projector_config."
+        check.whole(self, part, num_experts=(1, 4096), top_k=(1, 4096), hidden_features=(1, 2**20))
+        check.flag(self, part, "layer_norm")
+        check.choice(
+            self, part, kind=("smop", "dense"), sharing=(*SHARED_EXPERTS, "DEDR"), backend=("auto", *dispatch.BACKENDS)
+        )
+        check.choice(self, part, recompute=checks.RECOMPUTE, activation=checks.ACTIVATIONS)
+        check.anything(self, part)
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"projector_config.top_k must lie in [1, num_experts] = [1, {self.num_experts}], got {self.top_k}"
             )
-        dispatch.check_activation(self.activation)
 
 
 class LlamaSmopConfig(PreTrainedConfig):
@@ -111,6 +127,7 @@ class LlamaSmopConfig(PreTrainedConfig):
             batch statistics and moves its running ones.
         lora: for each of "language_model" and "video_tower", {"r", "alpha", "targets"}; empty = none.
         sources: where parts that are not in the checkpoint come from, by part: a hub name or a folder.
+        first_added_token: from this id on the language model's source has no rows; None = none but the special tokens.
 
     Raises:
         ValueError: parts that do not fit together, in one line that says what was expected and what came.
@@ -123,6 +140,12 @@ class LlamaSmopConfig(PreTrainedConfig):
         "video_config": AvHubertVideoConfig,
         "projector_config": ProjectorConfig,
     }
+
+    # What the Trainer leaves out of an evaluation's predictions, which are the logits alone.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - a list by transformers' protocol
+        *("past_key_values", "lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss"),
+        *("expert_counts", "router_entropy", "router_logits"),
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
@@ -146,13 +169,19 @@ class LlamaSmopConfig(PreTrainedConfig):
     tower_batch_norm_train: bool = False
     lora: dict[str, Any] | None = None
     sources: dict[str, str] | None = None
+    first_added_token: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         self.text_config = _text_config(self.text_config)
-        self.audio_config = _part(self.audio_config, WhisperConfig, _WHISPER_MEDIUM_EN)
-        self.video_config = _part(self.video_config, AvHubertVideoConfig)
-        self.projector_config = _part(self.projector_config, ProjectorConfig)
+        self.audio_config = _part("audio_config", self.audio_config, WhisperConfig, _WHISPER_MEDIUM_EN)
+        self.video_config = _part("video_config", self.video_config, AvHubertVideoConfig)
+        self.projector_config = _part("projector_config", self.projector_config, ProjectorConfig)
+        if not isinstance(self.modalities, list | tuple):
+            raise ValueError(f"modalities must be a list of {MODALITIES}, got {self.modalities!r}")
+        for name in ("lora", "sources"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be settings by part, got {getattr(self, name)!r}")
         self.modalities = [m for m in MODALITIES if m in self.modalities] + [
             m for m in self.modalities if m not in MODALITIES
         ]
@@ -172,19 +201,30 @@ class LlamaSmopConfig(PreTrainedConfig):
         return {m: widths[m] for m in self.modalities}
 
     @property
+    def special_token_ids(self) -> list[int]:
+        """The markers' and, if there is such a row, the pad token's, ascending."""
+        padded = self.pad_token_id is not None and self.pad_token_id < self.text_config.vocab_size
+        pad = (self.pad_token_id,) if padded else ()
+        markers = (self.audio_token_id, self.audio_end_token_id, self.video_token_id, self.video_end_token_id)
+        return sorted({*markers, *pad})
+
+    @property
     def projector_sharing(self) -> str:
         """With a single modality every sharing is the same thing, and JEJR is it without idle parameters."""
         return self.projector_config.sharing if len(self.modalities) == 2 else "JEJR"
 
     def _check(self) -> None:
         unknown = [m for m in self.modalities if m not in MODALITIES]
-        if unknown or not self.modalities:
+        if unknown or not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities must be of {MODALITIES}, got {list(self.modalities)}")
-        if self.compression not in ("pool", "stack"):
-            raise ValueError(f'compression must be "pool" or "stack", got {self.compression!r}')
-        for name in ("rate_audio", "rate_video"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check.choice(self, compression=("pool", "stack"))
+        check.whole(self, rate_audio=(1, 1000), rate_video=(1, 1000))
+        weights = ("load_balancing_coef", "router_z_coef", "ctc_weight")
+        check.number(self, **dict.fromkeys(weights, (0, 1e6)))
+        check.flag(self, "", "freeze_towers", "tower_batch_norm_train")
+        check.transformer(self.text_config, "text_config.")
+        check.transformer(self.audio_config, "audio_config.")
+        check.anything(self)
         widths = self.token_features
         shared = self.projector_config.kind == "smop" and self.projector_sharing in SHARED_EXPERTS
         if shared and len(set(widths.values())) > 1:
@@ -195,13 +235,34 @@ class LlamaSmopConfig(PreTrainedConfig):
         unknown = set(self.lora) - {"language_model", "video_tower"}
         if unknown:
             raise ValueError(f"lora knows the parts language_model and video_tower, got {sorted(unknown)}")
+        for settings in self.lora.values():
+            lora_settings(settings)
+        unknown = set(self.sources) - {"language_model", "audio_tower", "video_tower"}
+        if unknown or not all(isinstance(source, str) for source in self.sources.values()):
+            raise ValueError(
+                "sources must name language_model, audio_tower and video_tower by name or folder, got "
+                f"{dict(self.sources)}"
+            )
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
         vocabulary = self.text_config.vocab_size
-        for name in ("audio_token_id", "audio_end_token_id", "video_token_id", "video_end_token_id"):
-            if not 0 <= getattr(self, name) < vocabulary:
+        names = ("audio_token_id", "audio_end_token_id", "video_token_id", "video_end_token_id")
+        needed = ("pad_token_id",) if self.ctc_weight else ()  # CTC's blank
+        added = () if self.first_added_token is None else ("first_added_token",)
+        for name in (*names, *needed, *added):
+            value = getattr(self, name)
+            if not check.is_whole(value) or not 0 <= value < vocabulary:
                 raise ValueError(
-                    f"{name} = {getattr(self, name)} lies outside the language model's vocabulary of {vocabulary}; "
+                    f"{name} = {value!r:.60} lies outside the language model's vocabulary of {vocabulary}; "
                     "add the special tokens and resize the embeddings"
                 )
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                check.whole(self, **{name: (0, 2**31)})
+        if self.eos_token_id is not None and self.eos_token_id != []:
+            several = isinstance(self.eos_token_id, list | tuple)
+            (check.wholes if several else check.whole)(self, eos_token_id=(0, 2**31))
 
 
 # d 1024, 24 layers: the encoder of openai/whisper-medium.en.
@@ -239,17 +300,26 @@ LLAMA_3_2_1B = {
 }
 
 
-def _part(config, kind, defaults: dict | None = None):
+def _part(name: str, config, kind, defaults: dict | None = None):
+    if config is None:
+        return kind(**(defaults or {}))
     if isinstance(config, dict):
         return kind(**config)
-    return kind(**(defaults or {})) if config is None else config
+    if not isinstance(config, kind):
+        raise ValueError(f"{name} must be settings of a {kind.__name__}, got {config!r:.60}")
+    return config
 
 
 def _text_config(config):
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict | None):
+        raise ValueError(f"text_config must be settings of a language model, got {config!r:.60}")
     config = dict(LLAMA_3_2_1B if config is None else config)
-    return AutoConfig.for_model(config.pop("model_type", "llama"), **config)
+    kind = config.pop("model_type", "llama")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"text_config.model_type must be that of a causal language model, got {kind!r:.60}")
+    return AutoConfig.for_model(kind, **config)
 
 
 __all__ = ["AvHubertVideoConfig", "LlamaSmopConfig", "ProjectorConfig"]

@@ -3,9 +3,61 @@
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from transformers.utils.hub import cached_file, create_and_tag_model_card
+
 HUB_SECONDS = 5
+# Arguments of `from_pretrained` that say where files are.
+WHERE = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+class Source:
+    """A model folder or hub name as `from_pretrained` got it, with the arguments that say which of its files."""
+
+    def __init__(self, name: str | Path, arguments: dict | None = None):
+        self.name = str(name)
+        self.where = {k: v for k, v in (arguments or {}).items() if k in WHERE and v is not None}
+
+    def __str__(self) -> str:
+        return str(Path(self.name, self.where["subfolder"])) if self.where.get("subfolder") else self.name
+
+    def file(self, name: str) -> Path | None:
+        """Where a file of it is on this disk, fetched if need be; None if it has no such file."""
+        found = cached_file(
+            self.name,
+            name,
+            **self.where,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+
+def upload(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    repo_id: str,
+    tags: list[str] | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    **repository,
+) -> None:
+    """Put files of `folder`, by name, and a model card into a repository of the hub; `repository` to make it with."""
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, exist_ok=True, **repository).repo_id
+    create_and_tag_model_card(repo_id, tags, token=token).save(folder / "README.md")
+    hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[*names, "README.md"],
+        commit_message=commit_message or "Upload LlamaSmopForConditionalGeneration",
+        create_pr=create_pr,
+    )
 
 
 def fetch(kind, name: str | Path, **kwargs):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
-from llama_smop.ops.autocast import dtype_used
+from llama_smop.ops.operator import autocast_dtype
 
 IGNORED_LABEL = -100
 KINDS = ("auto", "chunked", "liger", "plain")
@@ -42,21 +42,29 @@ def resolve(kind: str, language_model: PreTrainedModel) -> str:
     Raises:
         ValueError: as `check_fused_loss`, and an explicit choice for a model whose logits are not a plain product.
     """
-    head = language_model.get_output_embeddings()
-    check_fused_loss(kind, head.weight.device)
-    model_type = language_model.config.model_type
-    reason = None
-    if model_type not in PLAIN_HEADS:
-        reason = f"knows the heads of {', '.join(PLAIN_HEADS)}, this language model is a {model_type}"
-    elif nn.Linear not in (type(head), *_under_fsdp2(head)) or head.bias is not None:
-        reason = f"needs a linear head without a bias, got {head}"
-    elif isinstance(head.weight, DTensor) and not isinstance(head, FSDPModule):
-        reason = "needs the head's whole weight, and here it is one of a tensor-parallel model"
+    check_fused_loss(kind, language_model.get_output_embeddings().weight.device)
+    reason = _obstacle(language_model)
     if kind == "auto":
         return "plain" if reason else "chunked"
     if kind != "plain" and reason:
         raise ValueError(f'fused_loss "{kind}" {reason}, or use "plain"')
     return kind
+
+
+def _obstacle(language_model: PreTrainedModel) -> str | None:
+    """Why the logits must be made by calling the head, None where its weight may be used by itself."""
+    head, model_type = language_model.get_output_embeddings(), language_model.config.model_type
+    if model_type not in PLAIN_HEADS:
+        return f"knows the heads of {', '.join(PLAIN_HEADS)}, this language model is a {model_type}"
+    if nn.Linear not in (type(head), *_under_fsdp2(head)) or head.bias is not None:
+        return f"needs a linear head without a bias, got {head}"
+    # accelerate's offloading, and others', fetches a weight where its module is called.
+    called = hasattr(head, "_hf_hook") or head._forward_pre_hooks or head._forward_hooks
+    if called and not isinstance(head, FSDPModule):
+        return "needs a head without hooks, which offloading adds"
+    if isinstance(head.weight, DTensor) and not isinstance(head, FSDPModule):
+        return "needs the head's whole weight, and here it is one of a tensor-parallel model"
+    return None
 
 
 def _under_fsdp2(module: nn.Module) -> tuple[type, ...]:
@@ -74,12 +82,12 @@ def without_logits(
     Raises:
         ValueError: as `resolve`; no way, when `strict`.
     """
-    kind = resolve(kind, language_model)
+    asked, kind = kind, resolve(kind, language_model)
     own = {"shift_labels", "ignore_index"} & kwargs.keys()  # of the language model's own loss function
     if labels is None:
         lacking = "needs labels"
     elif kind == "plain":
-        lacking = 'does not go with fused_loss "plain"'
+        lacking = 'does not go with fused_loss "plain"' if asked == "plain" else _obstacle(language_model)
     elif own:
         lacking = f"does not go with {' and '.join(sorted(own))}"
     else:
@@ -89,7 +97,7 @@ def without_logits(
     return None
 
 
-def label_positions(labels: Tensor) -> Tensor:
+def target_positions(labels: Tensor) -> Tensor:
     """(N,) int64, the positions of a flattened (B, L) whose next token is a label.
 
     Their number depends on the values, so on a GPU this waits for the device; the collator makes them on the CPU.
@@ -108,10 +116,10 @@ def forward_without_logits(
 ) -> CausalLMOutputWithPast:
     """What `language_model(labels=labels, **arguments)` returns, but for the logits; `kind` "chunked" or "liger".
 
-    positions: of `label_positions`, made here when None. num_items_in_batch: what the sum is divided by in place of
+    positions: of `target_positions`, made here when None. num_items_in_batch: what the sum is divided by in place of
     the number of labels.
     """
-    positions = label_positions(labels) if positions is None else positions
+    positions = target_positions(labels) if positions is None else positions
     outputs = language_model.get_decoder()(**arguments)
     rows = outputs.last_hidden_state.flatten(0, 1)[positions]
     targets = labels.flatten()[positions + 1]
@@ -147,7 +155,7 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, *, chunk
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int, grad_enabled: bool) -> Tensor:
-        dtype = dtype_used(rows)
+        dtype = autocast_dtype(rows)
         exact = torch.promote_types(dtype, torch.float32)
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         d_rows = torch.empty_like(rows) if wanted[0] else None

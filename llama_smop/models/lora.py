@@ -1,5 +1,7 @@
 """LoRA through peft: where the published recipe puts it, with its sizes."""
 
+import math
+
 from torch import nn
 
 # The recipe's `rank` divides the width: r = hidden / rank, scale alpha / rank; these are the same as peft writes them.
@@ -25,16 +27,23 @@ def lora_settings(lora: str | dict) -> dict:
         if lora.lower() not in PRESETS:
             raise ValueError(f"unknown LoRA preset {lora!r}; known: {', '.join(PRESETS)}")
         lora = PRESETS[lora.lower()]
+    if not isinstance(lora, dict):
+        raise ValueError(f"LoRA settings are a preset's name or r, alpha, targets and init, got {lora!r:.60}")
     if set(lora) - {"r", "alpha", "targets", "init"} or not {"r", "alpha"} <= set(lora):
         raise ValueError(f"LoRA settings are r, alpha, targets and init, got {sorted(lora)}")
-    if lora["r"] < 1:
-        raise ValueError(f"LoRA r must be at least 1, got {lora['r']}")
+    r, alpha, targets = lora["r"], lora["alpha"], lora.get("targets", TARGETS)
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= 2**17:
+        raise ValueError(f"LoRA r must be a whole number of at least 1, got {r!r:.60}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ValueError(f"LoRA alpha must be a number, got {alpha!r:.60}")
+    if not isinstance(targets, list | tuple) or not targets or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"LoRA targets must be a list of modules' names, got {targets!r:.60}")
     if lora.get("init", "zero") not in ("zero", "normal"):
         raise ValueError(f'LoRA init must be "zero" or "normal", got {lora["init"]!r}')
     return {
-        "r": lora["r"],
-        "alpha": lora["alpha"],
-        "targets": list(lora.get("targets", TARGETS)),
+        "r": r,
+        "alpha": alpha,
+        "targets": list(targets),
         "init": lora.get("init", "zero"),
     }
 

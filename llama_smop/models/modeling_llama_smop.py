@@ -1,34 +1,41 @@
 """Llama-SMoP: Whisper's encoder, AV-HuBERT, one projector and a language model, for audio, video or both."""
 
+import logging
+
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from llama_smop.expert_use import router_entropy
-from llama_smop.models import checkpoint
+from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
-from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
+from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
-from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures
+from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures, router_entropy
+from llama_smop.models.pretrained import CheckpointMixin
+from llama_smop.models.vocabulary import VocabularyMixin
 from llama_smop.projector import DenseProjector, SMoPProjector
 
-SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
+logger = logging.getLogger(__name__)
 
 
-class LlamaSmopPreTrainedModel(PreTrainedModel):
+class LlamaSmopPreTrainedModel(CheckpointMixin, VocabularyMixin, PreTrainedModel):
     config: LlamaSmopConfig
     base_model_prefix = "model"
     input_modalities = ("audio", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("WhisperEncoderLayer", "HubertEncoderLayer", "HubertEncoderLayerStableLayerNorm")
+    # The parts' own are added to these.
+    _no_split_modules = ("WhisperEncoderLayer", "SMoPProjector", "DenseProjector")
     _skip_keys_device_placement = ("past_key_values",)
+    # Nor are LoRA's factors quantised, which learn.
+    _keep_in_fp32_modules = ("lora_A.default", "lora_B.default")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -42,7 +49,7 @@ class LlamaSmopPreTrainedModel(PreTrainedModel):
                 module.reset_parameters()
 
 
-class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixin):
+class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerationMixin):
     """Transcribes audio, video or both with one set of weights.
 
     Placeholders: in `input_ids` a clip's audio is the marker `<audio>` A + 1 times, then `</audio>`: the first marker
@@ -51,8 +58,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
 
     # How the language model's loss is computed where no logits are asked for (`lm_loss.KINDS`); not saved.
     fused_loss = "auto"
-    # The Trainer then divides by the accumulation steps, as means over micro-batches (the auxiliary losses) ask.
-    accepts_loss_kwargs = False
+    # transformers' Trainer then hands over `num_items_in_batch`, and leaves the mean over micro-batches to the model.
+    accepts_loss_kwargs = True
+    _warned = False
 
     def __init__(self, config: LlamaSmopConfig):
         super().__init__(config)
@@ -61,7 +69,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         if "video" in config.modalities:
             self.video_tower = AvHubertVideoEncoder(config.video_config)
         self.multi_modal_projector = _projector(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        # In the dtype of the other parts, whatever the language model's own config says.
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        self._known_arguments = arguments.known_to(self, self.language_model)
         if config.ctc_weight:
             vocabulary = config.text_config.vocab_size
             self.ctc_heads = nn.ModuleDict({m: nn.Linear(d, vocabulary) for m, d in config.token_features.items()})
@@ -84,7 +94,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             frozen |= {f"{m}_tower" for m in self.config.modalities}
         for part in frozen:
             for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_("lora_" in name)
+                if parameter.is_floating_point():  # a quantised one never learns
+                    parameter.requires_grad_("lora_" in name)
 
     def train(self, mode: bool = True):
         """Frozen towers stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
@@ -108,7 +119,8 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         """Lip frames (B, T, 1, H, W) at 25 Hz -> AV-HuBERT frames (B, T, D)."""
         tower = self.video_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
-            return tower(video_values.to(tower.proj.weight.dtype), video_mask).last_hidden_state
+            # Of the first layer: quantised weights of the linear ones do not have the dtype that they compute in.
+            return tower(video_values.to(tower.frontend.conv.weight.dtype), video_mask).last_hidden_state
 
     def get_speech_features(
         self,
@@ -141,7 +153,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         if not states:
             raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
         tokens, token_masks, modality = [], [], []
-        projector_width = self.multi_modal_projector.in_features
+        projector_width = max(self.config.token_features.values())
         for name, frames in states.items():
             x, mask = self.compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
             # Zeros add nothing to a product: the narrower modality of separate experts is filled up with them.
@@ -149,9 +161,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             token_masks.append(mask)
             modality.append(torch.full_like(mask, self.config.modalities.index(name), dtype=torch.int32))
         mask = torch.cat(token_masks, 1)
-        projection = self.multi_modal_projector(
-            torch.cat(tokens, 1).to(self.multi_modal_projector.w1.dtype), torch.cat(modality, 1), mask
-        )
+        # Any of its parameters: with LoRA on them the projector is inside a module without their names.
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        projection = self.multi_modal_projector(torch.cat(tokens, 1).to(dtype), torch.cat(modality, 1), mask)
         return SpeechFeatures(
             tokens=projection.hidden_states,
             mask=mask,
@@ -177,18 +189,15 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
 
     # -- the sequence ------------------------------------------------------------------------------------------
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def place_speech(self, input_ids: Tensor, speech: SpeechFeatures) -> Tensor:
-        """Embeddings (B, L, O) of `input_ids` (B, L) with each clip's speech tokens at its placeholders."""
-        embeds = self.get_input_embeddings()(input_ids)
+    def place_speech(
+        self, input_ids: Tensor | None, speech: SpeechFeatures, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, L, O) of `input_ids` (B, L), or `inputs_embeds`, with each clip's speech tokens at its
+        placeholders; without ids those are found by the markers' embeddings."""
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("speech needs input_ids or inputs_embeds that say where it stands, got neither")
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        input_ids = self._marker_ids(embeds) if input_ids is None else input_ids
         S = speech.tokens.shape[1]
         previous = nn.functional.pad(input_ids, (1, 0), value=-1)[:, :-1]
         places = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -204,6 +213,15 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         index = index.clamp(0, S - 1)[..., None].expand(-1, -1, speech.tokens.shape[-1])
         return torch.where(places[..., None], speech.tokens.gather(1, index).to(embeds.dtype), embeds)
 
+    def _marker_ids(self, embeds: Tensor) -> Tensor:
+        """(B, L) ids of the markers in (B, L, O) embeddings, -1 elsewhere."""
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for token_id in (self.config.audio_token_id, self.config.video_token_id):
+            marker = self.get_input_embeddings()(torch.full((), token_id, device=embeds.device))
+            ids = ids.masked_fill((embeds == marker).all(-1), token_id)
+        return ids
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -220,7 +238,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         logits_to_keep: int | Tensor = 0,
         audio_states: Tensor | None = None,
         video_states: Tensor | None = None,
-        label_positions: Tensor | None = None,
+        target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> LlamaSmopOutput:
@@ -231,16 +249,23 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
 
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
-        label_positions: (N,) of `lm_loss.label_positions`, which spares a GPU the wait for their number.
+        num_items_in_batch: text tokens of all micro-batches and processes of a training step. The losses of the
+            micro-batches then add up: the language model's to its mean over all those tokens, each other loss to its
+            mean over the micro-batches, weighted by their text tokens.
+        kwargs: the language model's own, such as `output_hidden_states`; TypeError for others.
+        target_positions: (N,) of `lm_loss.target_positions`, which spares a GPU the wait for their number.
         """
+        arguments.refuse_unknown(kwargs, self._known_arguments)
         speech = None
         given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
-        if inputs_embeds is None and any(speech_inputs[k] is not None for k in SPEECH_INPUTS):
+        if any(v is not None for v in given):
             speech = self.get_speech_features(**speech_inputs)
-            inputs_embeds, input_ids = self.place_speech(input_ids, speech), None
-        if position_ids is None and past_key_values is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs_embeds, input_ids = self.place_speech(input_ids, speech, inputs_embeds), None
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            # With a cache the mask also covers what is in it, and the new tokens are its last.
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         kwargs |= {
             "input_ids": input_ids if inputs_embeds is None else None,
             "inputs_embeds": inputs_embeds,
@@ -248,6 +273,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": (labels is None) if use_cache is None else use_cache,
+            "return_dict": True,
         }
         skip = (self.training and labels is not None) if skip_logits is None else skip_logits
         kind = None
@@ -256,7 +282,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         if kind is None:
             outputs = self.language_model(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         else:
-            outputs = forward_without_logits(self.language_model, labels, label_positions, kind, **kwargs)
+            outputs = forward_without_logits(self.language_model, labels, target_positions, kind, **kwargs)
         result = LlamaSmopOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -266,26 +292,49 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
         )
         if speech is not None:
-            self._add_speech_losses(result, speech, labels)
+            self._add_speech_losses(result, speech, labels, kwargs.get("num_items_in_batch"))
         return result
 
-    def _add_speech_losses(self, result: LlamaSmopOutput, speech: SpeechFeatures, labels: Tensor | None) -> None:
+    def _add_speech_losses(
+        self, result: LlamaSmopOutput, speech: SpeechFeatures, labels: Tensor | None, items: Tensor | int | None
+    ) -> None:
         projection, config = speech.projection, self.config
         result.router_logits, result.expert_counts = projection.router_logits, projection.expert_counts
         if config.projector_config.kind == "smop":
             result.load_balancing_loss, result.router_z_loss = projection.load_balancing_loss, projection.router_z_loss
-            result.router_entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
+            entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
+            first = MODALITIES.index(config.modalities[0])
+            result.router_entropy = entropy[first : first + len(config.modalities)]
         if labels is None:
+            self._warn_of_a_loss_made_elsewhere()
             return
+        share = 1 if items is None else (labels[:, 1:] != IGNORED_LABEL).sum() / items
         if config.projector_config.kind == "smop":
             result.loss = (
                 result.loss
-                + config.load_balancing_coef * result.load_balancing_loss
-                + config.router_z_coef * result.router_z_loss
+                + share * config.load_balancing_coef * result.load_balancing_loss
+                + share * config.router_z_coef * result.router_z_loss
             )
         if config.ctc_weight:
             result.ctc_loss = sum(self._ctc_loss(m, speech, labels) for m in speech.states)
-            result.loss = result.loss + config.ctc_weight * result.ctc_loss
+            result.loss = result.loss + share * config.ctc_weight * result.ctc_loss
+
+    def _warn_of_a_loss_made_elsewhere(self) -> None:
+        if not self.training or self._warned or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        smop = self.config.projector_config.kind == "smop"
+        parts = {
+            "load balancing": smop and self.config.load_balancing_coef,
+            "the router's z": smop and self.config.router_z_coef,
+            "CTC": self.config.ctc_weight,
+        }
+        if any(parts.values()):
+            self._warned = True
+            logger.warning(
+                "training without labels in forward, as the Trainer does with label_smoothing_factor: a loss made of "
+                "the logits lacks the auxiliary ones (%s); add those of the output, or set their weights to 0",
+                ", ".join(name for name, weight in parts.items() if weight),
+            )
 
     def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
         """On compressed tokens: with fewer places between the words than on frames, it is learned much sooner."""
@@ -293,65 +342,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, GenerationMixi
         tokens, mask = self.compress(speech.states[modality], speech.state_masks[modality], rate)
         ignored = (IGNORED_LABEL, *_as_tuple(self.config.eos_token_id))
         return ctc_loss(self.ctc_heads[modality](tokens), mask, labels, blank=self.config.pad_token_id, ignored=ignored)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory, *, complete: bool | None = None, state_dict=None, **kwargs) -> None:
-        """Save whole, or with `config.sources` (and not `complete`) only what cannot be fetched again: what is
-        trained, and the special tokens' embeddings. Written aside, then renamed: a full disk leaves the old files."""
-        state = self.state_dict() if state_dict is None else state_dict
-        rows = None
-        if self.config.sources and not complete:
-            rows = checkpoint.special_token_rows(self, state)
-            state = checkpoint.without_fetched_parts(self, state)
-        with checkpoint.written_aside(save_directory) as folder:
-            super().save_pretrained(folder, state_dict=state, **kwargs)
-            if rows is not None:
-                save_file(rows, folder / checkpoint.SPECIAL_TOKENS_FILE)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """transformers' `from_pretrained`; parts that the checkpoint leaves out come from `config.sources`.
-
-        Raises:
-            ValueError: a checkpoint that is damaged, lacks weights, has others, or disagrees with its config.
-        """
-        kwargs["ignore_mismatched_sizes"] = True
-        try:
-            with checkpoint.quiet_load_report():
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-                )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"
-            ) from None
-        checkpoint.complete(model, info, pretrained_model_name_or_path)
-        model.freeze()
-        return (model, info) if output_loading_info else model
-
-    # -- generation --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor:
-        """transformers' `generate`; the towers and the projector run once a clip, whatever the number of beams.
-
-        Greedy unless told otherwise. Returns the prompt's ids followed by the new ones, (B, L + new).
-        """
-        input_ids = kwargs.pop("input_ids", None)
-        input_ids = inputs if input_ids is None else input_ids
-        for name in ("labels", "label_positions"):
-            kwargs.pop(name, None)
-        speech = {k: kwargs.pop(k) for k in SPEECH_INPUTS if kwargs.get(k) is not None}
-        if speech:
-            kwargs["inputs_embeds"] = self.place_speech(input_ids, self.get_speech_features(**speech))
-        return super().generate(input_ids=input_ids, **kwargs)
-
-    def _refresh_generation_config(self) -> None:
-        generation = self.generation_config
-        generation.do_sample, generation.num_beams = False, 1
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(generation, name, getattr(self.config, name))
 
 
 def _projector(config: LlamaSmopConfig) -> nn.Module:
@@ -393,5 +383,7 @@ def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
 
 
 AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
+# By this list the Trainer's label smoothing knows that logits are those of the next token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LlamaSmopConfig.model_type] = LlamaSmopForConditionalGeneration.__name__
 
 __all__ = ["LlamaSmopForConditionalGeneration", "LlamaSmopOutput", "SpeechFeatures"]

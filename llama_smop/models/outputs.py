@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
@@ -30,12 +31,13 @@ class SpeechFeatures:
 @dataclass
 class LlamaSmopOutput(ModelOutput):
     """The losses add up: loss = lm_loss + ctc_weight · ctc_loss
-    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss.
+    + load_balancing_coef · load_balancing_loss + router_z_coef · router_z_loss. With `num_items_in_batch` the last
+    three are weighted by the batch's share of these text tokens, and lm_loss is divided by all of them.
 
     logits: (B, L, vocabulary), None where the loss was made without them. router_logits: (B, S, E) over the speech
     tokens, audio before video. expert_counts: (X,) int32, how often real tokens chose each expert (DEDR: audio's E,
-    then video's E). router_entropy: (2,) nats, mean over real audio and real video tokens, NaN without any. Losses
-    that do not apply are None.
+    then video's E). router_entropy: (M,) nats for the model's modalities, audio before video, mean over real tokens;
+    NaN where the batch has none of a modality. Losses that do not apply are None.
     """
 
     loss: Tensor | None = None
@@ -50,3 +52,19 @@ class LlamaSmopOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def router_entropy(logits: Tensor, mask: Tensor, audio_tokens: int) -> Tensor:
+    """Mean entropy of the router's softmax over the real tokens of each modality, in nats (log E when uniform).
+
+    Args:
+        logits: (B, S, E) over speech tokens, audio before video.  mask: (B, S) bool, True = real token.
+        audio_tokens: how many of the S places are audio's.
+
+    Returns:
+        (2,) float32, audio then video; NaN for a modality without a real token. Stays on the device.
+    """
+    log_p = logits.detach().float().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    parts = (slice(None, audio_tokens), slice(audio_tokens, None))
+    return torch.stack([(entropy[:, p] * mask[:, p]).sum() / mask[:, p].sum() for p in parts])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, WhisperConfig, WhisperModel
 
 from llama_smop.models.avhubert import AvHubertVideoEncoder
+from llama_smop.models.fit import refuse_non_finite
 from llama_smop.models.hub import fetch
 
 PARTS = ("audio_tower", "video_tower", "language_model")
@@ -42,7 +43,7 @@ def part_config(part: str, source: str | Path) -> PreTrainedConfig:
 def _video_tower(source: str | Path) -> AvHubertVideoEncoder:
     if Path(source).is_dir():
         return fetch(AvHubertVideoEncoder, source)
-    from llama_smop.convert.fairseq import load_avhubert
+    from llama_smop.models.formats.fairseq import load_avhubert
 
     return load_avhubert(source)[0]
 
@@ -52,8 +53,9 @@ def load_part(module: nn.Module, weights: dict[str, Tensor], source: str | Path)
     """Put `weights` into a part that may have LoRA inside, and embeddings of more tokens than its source.
 
     Raises:
-        ValueError: a tensor that is missing or of another shape.
+        ValueError: a tensor that is missing, of another shape, or with numbers that are not finite.
     """
+    refuse_non_finite(weights, source)
     embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
     growing = {id(e.weight) for e in embeddings if e is not None}
     for name, own in module.state_dict(keep_vars=True).items():

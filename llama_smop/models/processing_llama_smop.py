@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from llama_smop.models import config_checks as check
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.word_tokenizer import AUDIO, AUDIO_END, PROMPTS, SPECIAL_TOKENS, VIDEO, VIDEO_END
 
@@ -45,6 +46,11 @@ class LlamaSmopProcessor(ProcessorMixin):
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
+        check.whole(self, "the processor's ", rate_audio=(1, 1000), rate_video=(1, 1000), audio_window=(1, 2**20))
+        if prompts is not None and not (
+            isinstance(prompts, dict) and all(isinstance(p, str) for p in prompts.values())
+        ):
+            raise ValueError(f"the processor's prompts must be a text for each modality, got {prompts!r:.60}")
         self.prompts = {**PROMPTS, **(prompts or {})}
         self.published_padding, self.published_audio_count = published_padding, published_audio_count
         if published_audio_count not in (None, "float32", "bfloat16"):
@@ -94,6 +100,7 @@ class LlamaSmopProcessor(ProcessorMixin):
                 with zeros to the video's length.
             video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
             audio_states, video_states: tower frames (F, D) of each clip from a `FeatureCache`, in place of the clip.
+                A single clip need not be in a list.
             prompt: in place of the modality's own.
             padding_side: "right" with text, "left" without.
 
@@ -107,6 +114,8 @@ class LlamaSmopProcessor(ProcessorMixin):
                 the window, text that the tokenizer cannot carry (the word is named).
         """
         texts = [text] if isinstance(text, str) else text
+        audio, video = _listed(audio, 1), _listed(video, 4)
+        audio_states, video_states = _listed(audio_states, 2), _listed(video_states, 2)
         streams = {"audio": audio_states if audio is None else audio, "video": video_states if video is None else video}
         streams = {modality: clips for modality, clips in streams.items() if clips is not None}
         if not streams:
@@ -276,6 +285,15 @@ def prefix_mask(lengths: Sequence[int]) -> Tensor:
 def _pad_states(modality: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
     padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
     return {f"{modality}_states": padded, f"{modality}_mask": prefix_mask([len(s) for s in states])}
+
+
+def _listed(clips, dimensions: int):
+    """A clip by itself, an array of so many dimensions or a column of samples, as a list of one."""
+    if isinstance(clips, list | tuple) and clips and np.isscalar(clips[0]):
+        return [clips]
+    shape = getattr(clips, "shape", ())
+    column = dimensions == 1 and len(shape) == 2 and shape[1] == 1
+    return [clips] if column or (shape and len(shape) == dimensions) else clips
 
 
 def _as_audio(audio) -> np.ndarray:

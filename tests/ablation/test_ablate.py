@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from llama_smop.ablation import ablate, run
-from llama_smop.data.corpus import make_corpus
-from tests.pipeline import children
+from llama_smop.data.synthetic.corpus import make_corpus
+from tests.training import children
 
 pytestmark = pytest.mark.xdist_group("ablate")
 STEPS = 12

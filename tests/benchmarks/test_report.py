@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import report, results
-from benchmarks.report import readings, readme, tables
+from benchmarks.report import performance, readings, tables
 from benchmarks.workloads import Workload
 
 
@@ -77,7 +77,7 @@ def test_the_report_writes_page_pictures_and_readme(measured, tmp_path):
     folder = tmp_path / "results"
     results.save(measured, folder / "cpu-test.json")
     front = tmp_path / "README.md"
-    front.write_text(f"# Title\n{readme.BEGIN}\nSTALE\n{readme.END}\nAfter.\n")
+    front.write_text(f"# Title\n{performance.BEGIN}\nSTALE\n{performance.END}\nAfter.\n")
     report.run(folder, front, say=lambda line: None)
     page = (folder / "index.html").read_text()
     pictures = sorted(p.name for p in folder.glob("*.png"))
@@ -93,7 +93,7 @@ def test_the_report_writes_page_pictures_and_readme(measured, tmp_path):
 def test_a_readme_without_markers_is_left_alone(tmp_path):
     front = tmp_path / "README.md"
     front.write_text("# Title\n")
-    assert not readme.update(front, "numbers") and front.read_text() == "# Title\n"
+    assert not performance.update(front, "numbers") and front.read_text() == "# Title\n"
 
 
 def test_no_results_and_another_schema_are_errors(tmp_path):

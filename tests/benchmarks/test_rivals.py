@@ -11,6 +11,7 @@ from benchmarks.rivals.base import Mismatch
 from benchmarks.rivals.eager_projector import EagerProjector
 from benchmarks.workloads import Workload, make
 from llama_smop.projector import SMoPProjector
+from tests.rounding import assert_same_sums
 
 CPU = torch.device("cpu")
 
@@ -80,4 +81,4 @@ def test_the_eager_projector_is_a_drop_in(sharing):
     for name, a, b in zip(
         mine(x, modality, mask)._fields, mine(x, modality, mask), theirs(x, modality, mask), strict=True
     ):
-        torch.testing.assert_close(b, a, msg=lambda m, n=name: f"{n}: {m}", check_dtype=False)
+        assert_same_sums(b.to(a.dtype), a, 80, name)  # 16 + 24 + 20, and 18 tokens

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llama_smop.cli import main
-from llama_smop.data.corpus import make_corpus
+from llama_smop.data.synthetic.corpus import make_corpus
 from tests.golden_files import GOLDEN
 
 FULL = GOLDEN / "full_model"

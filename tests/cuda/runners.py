@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from llama_smop.ops import backend_cuda
+from llama_smop.ops.backends import cuda as cuda_backend
+from llama_smop.ops.backends import cuda_extension
 from tests import ptxrun_support
 from tests.cuda import extension
 from tests.kernels.runners import Runner
@@ -64,7 +65,7 @@ class CudaPtx(Runner):
     @contextmanager
     def running(self) -> Iterator[ModuleType]:
         global launches
-        module, address = extension.on_ptxrun(), backend_cuda._ptr
+        module, address = extension.on_ptxrun(), cuda_backend._ptr
         launches = Launches(arch=self.arch, sms=self.sms, races=self.races)
 
         def reached_address(tensor: torch.Tensor | None) -> int:
@@ -72,13 +73,12 @@ class CudaPtx(Runner):
                 launches.reach(tensor)
             return address(tensor)
 
-        cpu_counts_as_gpu = mock.patch.multiple(
-            backend_cuda, extension=lambda: module, unsupported_device=lambda device: None, _ptr=reached_address
-        )
-        with cpu_counts_as_gpu:
+        built = {"extension": lambda: module}
+        cpu_counts_as_gpu = mock.patch.multiple(cuda_extension, unsupported_device=lambda device: None, **built)
+        with cpu_counts_as_gpu, mock.patch.multiple(cuda_backend, _ptr=reached_address, **built):
             launches.start("early", 0)
             try:
-                yield backend_cuda
+                yield cuda_backend
             except BaseException as error:
                 launches.stop(type(error), error, error.__traceback__)
                 raise
@@ -98,7 +98,7 @@ def gpu_reason() -> str | None:
     """Why the installed extension cannot be run on a GPU here, or None when it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return backend_cuda.unsupported(torch.bfloat16, torch.device("cuda"), 1, 1)
+    return cuda_backend.unsupported(torch.bfloat16, torch.device("cuda"), 1, 1)
 
 
 def params(*runners: CudaPtx) -> list:

@@ -1,4 +1,4 @@
-"""The whole backend, forward and backward, against the float64 oracle, by the check of tests/kernels: each case twice
+"""The whole backend, forward and backward, against the float64 loop, by the check of tests/kernels: each case twice
 in different orders with the same bits, and no error above twice PyTorch's in the same dtype."""
 
 import pytest
@@ -39,7 +39,7 @@ MODELS = {
         ("many-experts", SM90),
     ),
 )
-def test_matches_the_oracle(runner, name):
+def test_matches_the_definition(runner, name):
     with runner.running():
         check(runner, MODELS[name], make(MODELS[name], 75, seed=1, masked=0.3))
 

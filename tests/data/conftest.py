@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from llama_smop.data.corpus import make_corpus
 from llama_smop.data.shards.write import write_shards
+from llama_smop.data.synthetic.corpus import make_corpus
 
 
 @pytest.fixture(scope="session")

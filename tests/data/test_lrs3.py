@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -51,6 +52,11 @@ def test_a_name_is_looked_for_in_the_corpus_first(tmp_path, monkeypatch):
         ("lrs3,../../etc/b.mp4,50,0,well", "below the dataset's folder"),
         ("lrs3,/etc/b.mp4,50,0,well", "below the dataset's folder"),
         ("lrs3,test/a/00001.mp4,50,0,again", "already on line 1"),
+        ("../lrs2,b.mp4,50,0,well", "dataset's folder below the corpus, got '../lrs2'"),
+        ("/etc,b.mp4,50,0,well", "dataset's folder below the corpus, got '/etc'"),
+        ("a/../..,b.mp4,50,0,well", "dataset's folder below the corpus"),
+        (f"lrs3,b.mp4,{'9' * 5000},0,well", r"positive number of frames, got '9{5,20}\.\.\.9+'$"),
+        ("lrs3,b.mp4,10000001,0,well", "positive number of frames"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, reason):
@@ -69,6 +75,34 @@ def test_label_files_that_are_missing_empty_or_not_text(tmp_path):
     path.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(LabelError, match="UTF-8"):
         read_labels(tmp_path, path)
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1d"])
+def test_a_byte_order_mark_and_odd_spaces_are_no_part_of_a_label(tmp_path, odd):
+    """As spreadsheets and word processors leave them."""
+    path = labels(tmp_path, "")
+    path.write_bytes(f"\ufefflrs3,a.mp4,50,0,so this{odd}is it\r\nlrs3,b.mp4,50,0,well\r\n".encode())
+    clips = read_labels(tmp_path, "x.csv")
+    assert [(c.dataset, c.path, c.text) for c in clips] == [
+        ("lrs3", "a.mp4", "so this is it"),
+        ("lrs3", "b.mp4", "well"),
+    ]
+    path.write_bytes(path.read_bytes() + b"lrs3,c.mp4\n")
+    with pytest.raises(LabelError, match=r"x\.csv:3: expected 5 fields"):
+        read_labels(tmp_path, "x.csv")
+
+
+def test_label_files_without_an_end_are_refused(tmp_path):
+    """A pipe waits for ever, a device fills the memory; a name may be longer than a file system takes."""
+    (tmp_path / "labels").mkdir()
+    os.mkfifo(tmp_path / "labels/pipe.csv")
+    (tmp_path / "labels/zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.csv", "zero.csv", "."):
+        with pytest.raises(LabelError, match="is not a regular file"):
+            read_labels(tmp_path, name)
+    for name in ("n" * 300, "a\0.csv"):
+        with pytest.raises(LabelError, match="cannot be read"):
+            read_labels(tmp_path, name)
 
 
 @pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
@@ -90,7 +124,7 @@ def test_items(small_corpus, modality):
 
 
 def training_data(root, seed=0):
-    noise = Noise(Babble.from_labels(root, "train.csv", speakers=2))
+    noise = Noise(Babble([clip.video_path(root) for clip in read_labels(root, "train.csv")], speakers=2))
     return Lrs3Dataset(root, "train.csv", transform=ClipTransform.training(), noise=noise, seed=seed)
 
 

@@ -1,6 +1,5 @@
 import errno
 import os
-from pathlib import Path
 
 import av
 import numpy as np
@@ -168,10 +167,10 @@ def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     write_audio(path, np.zeros(1600, np.float32))
 
-    def fail(self):
+    def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "stat", fail)
     with pytest.raises(MediaError, match=rf"^{path}: cannot be read \(Input/output error\)"):
         read_audio(path)
 

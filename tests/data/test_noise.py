@@ -6,10 +6,15 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError
 from llama_smop.data.noise import RECIPE_SNRS, Babble, Noise, NoiseFile, add_noise
 
 few = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+def babble(root, speakers: int) -> Babble:
+    return Babble([clip.video_path(root) for clip in read_labels(root, "train.csv")], speakers)
 
 
 def measured_snr(clean, noisy):
@@ -60,13 +65,15 @@ def test_a_missing_noise_file_is_named(tmp_path):
 
 
 def test_babble_is_many_voices_and_repeatable(small_corpus):
-    source = Babble.from_labels(small_corpus, "train.csv", speakers=5)
+    source = babble(small_corpus, speakers=5)
     first, again, other = (source.sample(32_000, np.random.default_rng(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     # One voice pauses and is silent there; five together hardly are.
     level = lambda x: np.sqrt(np.mean(x.reshape(-1, 320) ** 2, axis=1))  # noqa: E731
-    alone = Babble.from_labels(small_corpus, "train.csv", speakers=1).sample(32_000, np.random.default_rng(0))
+    alone = Babble(
+        [clip.video_path(small_corpus) for clip in read_labels(small_corpus, "train.csv")], speakers=1
+    ).sample(32_000, np.random.default_rng(0))
     assert np.quantile(level(first), 0.1) / level(first).mean() > np.quantile(level(alone), 0.1) / level(alone).mean()
 
 

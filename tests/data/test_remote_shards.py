@@ -19,6 +19,19 @@ def test_shards_through_a_command(shards):
     assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
 
 
+def test_a_command_that_still_writes_after_the_archives_end_is_heard_out(shards, tmp_path, monkeypatch):
+    """Closed too early it would end with an error, and a whole shard would count as unreadable."""
+    monkeypatch.setattr(read, "WAITS_S", ())
+    script = tmp_path / "fetch"
+    script.write_text(
+        f"#!/bin/sh\ncat {shards}/$1 || exit 1\n"
+        "case $1 in *.tar) sleep 0.2; head -c 300000 /dev/zero || exit 23;; esac\n"
+    )
+    script.chmod(0o755)
+    source = clips(f"pipe:{script} {{name}}")
+    assert ids(loader(source, plan(source))) == ids(loader(clips(shards), plan(source)))
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="addresses are read with curl")
 def test_shards_over_http(shards, monkeypatch):
     monkeypatch.setattr(read, "WAITS_S", ())

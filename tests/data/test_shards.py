@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError
 from llama_smop.data.noise import Noise
-from llama_smop.data.plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.shards import read
 from llama_smop.data.shards.index import Shard, ShardError, read_index
 from llama_smop.data.shards.plan import Deal, ShardBatches
 from llama_smop.data.shards.read import ShardClips
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.sources import FolderClips
+from llama_smop.data.training_plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
 from llama_smop.data.transforms import ClipTransform
-from llama_smop.setbacks import ReplacedClips
+from llama_smop.training.setbacks import ReplacedClips
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("webdataset")

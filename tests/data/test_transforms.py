@@ -16,28 +16,35 @@ from llama_smop.data.transforms import (
     layer_norm,
     time_mask,
 )
+from tests.rounding import two_orders
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transforms"
 few = settings(derandomize=True, deadline=None, max_examples=30)
 
 
+def assert_same_samples(ours, theirs):
+    """Equal but for the sums over all samples, of a power or a mean, which both sides take pairwise."""
+    allowed = two_orders(2 * round(np.log2(len(theirs)))) * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=allowed)
+
+
 def test_video_matches_the_authors():
     data = load_file(GOLDEN / "video_test.safetensors")
     frames = data["video_uint8_TCHW"].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(VideoTransform()(frames), data["out"], atol=2e-6)
+    np.testing.assert_allclose(VideoTransform()(frames), data["out"], rtol=0, atol=two_orders(4) * 4)  # up to 4 in size
 
 
 def test_clean_audio_matches_the_authors():
     data = load_file(GOLDEN / "audio_test_snr_None.safetensors")
-    np.testing.assert_allclose(AudioTransform()(data["speech"][:, 0]), data["out"][:, 0], atol=2e-6)
+    assert_same_samples(AudioTransform()(data["speech"][:, 0]), data["out"][:, 0])
 
 
 @pytest.mark.parametrize("snr", [-5, 2.5, 10, 999999])
 def test_noisy_audio_matches_the_authors(snr):
     data = load_file(GOLDEN / f"audio_test_snr_{snr}.safetensors")
     noisy = add_noise(data["speech"][:, 0], data["noise_segment"][0], snr)
-    np.testing.assert_allclose(noisy, data["noisy_before_norm"][:, 0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer_norm(noisy), data["out"][:, 0], rtol=1e-5, atol=5e-6)
+    assert_same_samples(noisy, data["noisy_before_norm"][:, 0])
+    assert_same_samples(layer_norm(noisy), data["out"][:, 0])
 
 
 def test_cut_or_pad_matches_the_authors():

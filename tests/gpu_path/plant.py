@@ -22,10 +22,7 @@ def triton_on_the_default_stream() -> None:
 
 def triton_without_device_guard() -> None:
     """Triton's kernels are launched on the current device, wherever their tensors are."""
-    from llama_smop.ops import backend_triton
-
-    assert callable(backend_triton._made_current)
-    backend_triton._made_current = lambda device: contextlib.nullcontext()
+    _run_operators_on_the_current_device()
 
 
 def triton_without_copy_waits() -> None:
@@ -71,17 +68,24 @@ def cuda_on_the_default_stream() -> None:
 
 def cuda_without_device_guard() -> None:
     """The extension launches on the current device, with the stream of the device of its tensors."""
-    from llama_smop.ops import backend_cuda
+    from llama_smop.ops.backends import cuda
 
-    launches = backend_cuda._launches
-    initialise = launches.__init__
+    _run_operators_on_the_current_device()
+    initialise = cuda._launches.__init__
 
     def unguarded(self, tensor) -> None:
         initialise(self, tensor)
         assert hasattr(self, "guard")
         self.guard = contextlib.nullcontext()
 
-    launches.__init__ = unguarded
+    cuda._launches.__init__ = unguarded
+
+
+def _run_operators_on_the_current_device() -> None:
+    from llama_smop.ops.operator import Operator
+
+    assert callable(Operator.run)
+    Operator.run = lambda self, args: self.function(*args)
 
 
 def _wrap_extension(call) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from llama_smop.cli import main
 from tests.gpu_path.problems import Expected, batch, loss_of, projector, step
-from tests.pipeline import children
+from tests.training import children
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from llama_smop import SMoPProjector
 RANKS = 2
 
 
-def projector(joint_losses: bool = False) -> SMoPProjector:
+def projector(global_aux_losses: bool = False) -> SMoPProjector:
     torch.manual_seed(0)
-    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR", joint_losses=joint_losses)
+    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR", global_aux_losses=global_aux_losses)
 
 
 def batch(rank: int):
@@ -47,7 +47,7 @@ def run(rank: int, folder: str) -> None:
         loss_of(ddp(*batch(rank))).backward()
     results["ddp"] = {n: p.grad for n, p in ddp.module.named_parameters()}
 
-    joint = DistributedDataParallel(projector(joint_losses=True))
+    joint = DistributedDataParallel(projector(global_aux_losses=True))
     out = joint(*batch(rank), mask(rank))
     (out.load_balancing_loss + 0.1 * out.router_z_loss + 0 * out.hidden_states.sum()).backward()
     values = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()

@@ -1,13 +1,17 @@
 """DDP with an idle expert on one rank, and FSDP2 with stacked expert weights: two processes on gloo."""
 
 import os
+import time
 from unittest import mock
 
 import pytest
 import torch
 
 from tests.integrations.distributed_ranks import RANKS, batch, loss_of, mask, projector, run
-from tests.pipeline import children
+from tests.rounding import assert_same_gradients, assert_same_sums
+from tests.training import children
+
+ADDITIONS = 200  # widths 12, 16 and 12 forward and back, LayerNorm, 48 tokens
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +19,11 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     with mock.patch.dict(os.environ, children.NO_GPU):  # FSDP2 would take a GPU, which the ranks would share
         ranks = torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=RANKS, join=False)
-    children.join(ranks.processes)
-    assert ranks.join(), "a rank failed"
+    end = time.monotonic() + children.LIMIT_S
+    while not ranks.join(timeout=1):  # when one fails it ends the others, and raises what the first one said
+        if time.monotonic() > end:
+            for process in ranks.processes:
+                process.kill()
     return torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -32,8 +39,7 @@ def averaged_gradients(module):
 
 @pytest.mark.parametrize("wrapper", ("ddp", "fsdp2"))
 def test_gradients_are_the_mean_over_ranks(results, wrapper):
-    for name, expected in averaged_gradients(projector()).items():
-        torch.testing.assert_close(results[wrapper][name], expected, msg=f"{wrapper} {name}")
+    assert_same_gradients(results[wrapper], averaged_gradients(projector()), ADDITIONS)
 
 
 def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results):
@@ -43,18 +49,19 @@ def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results):
     out = whole(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     (out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
     expected = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
-    torch.testing.assert_close(results["joint"]["losses"], expected)
-    torch.testing.assert_close(results["joint"]["gate_weight"], whole.gate_weight.grad)
+    for found, want, what in zip(results["joint"]["losses"], expected, ("balance", "z-loss"), strict=True):
+        assert_same_sums(found, want, ADDITIONS, what)
+    assert_same_sums(results["joint"]["gate_weight"], whole.gate_weight.grad, ADDITIONS, "the gate's gradient")
     own = [projector()(*part) for part in parts]
     assert not torch.isclose(sum(o.load_balancing_loss for o in own) / RANKS, expected[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("autocast", (False, True))
-def test_joint_losses_of_one_process_are_its_own(autocast):
+def test_global_aux_losses_of_one_process_are_its_own(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        own, joint = projector()(*batch(1), mask(1)), projector(joint_losses=True)(*batch(1), mask(1))
-    torch.testing.assert_close(joint.load_balancing_loss, own.load_balancing_loss)
-    torch.testing.assert_close(joint.router_z_loss, own.router_z_loss)
+        own, joint = projector()(*batch(1), mask(1)), projector(global_aux_losses=True)(*batch(1), mask(1))
+    assert_same_sums(joint.load_balancing_loss, own.load_balancing_loss, ADDITIONS, "balance")
+    assert_same_sums(joint.router_z_loss, own.router_z_loss, ADDITIONS, "z-loss")
 
 
 def test_the_idle_rank_contributes_zero():
@@ -71,4 +78,4 @@ def test_fsdp2_trains_as_one_process_does(results):
             for name, parameter in module.named_parameters():
                 parameter -= 0.1 * grads[name]
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(results["trained"][name], parameter.detach(), msg=name)
+        assert_same_sums(results["trained"][name], parameter.detach(), 2 * ADDITIONS, name)

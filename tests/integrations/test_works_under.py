@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_smop import SMoPProjector
 from llama_smop.projector import DenseProjector
+from tests import rounding
 from tests.ops.problems import relative_error
 
+ADDITIONS = 200  # widths 16, 24 and 16 forward and back, LayerNorm, up to 64 tokens
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -37,10 +39,12 @@ def gradients(module, *inputs):
     return {n: p.grad.clone() for n, p in module.named_parameters()}
 
 
+def assert_same_output(got, expected):
+    rounding.assert_same_sums(got.hidden_states, expected.hidden_states, ADDITIONS, "the output")
+
+
 def assert_same_gradients(got, expected):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], msg=name)
+    rounding.assert_same_gradients(got, expected, ADDITIONS)
 
 
 # ---------------------------------------------------------------------------------------------- copies and conversion
@@ -96,7 +100,7 @@ def test_sharings_convert_by_copying():
     expected = jejr(x, mask=mask)
     for module in (jedr, dedr):
         out = module(x, modality, mask)
-        torch.testing.assert_close(out.hidden_states, expected.hidden_states)
+        assert_same_output(out, expected)
         assert torch.equal(out.router_logits, expected.router_logits)
         assert torch.equal(out.expert_indices % 4, expected.expert_indices % 4)
 
@@ -140,7 +144,7 @@ def test_frozen_parts(frozen):
         if name in names:
             assert parameter.grad is None or not parameter.grad.any()
         else:
-            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+            rounding.assert_same_sums(parameter.grad, expected[name], ADDITIONS, name)
 
 
 def test_inference_mode():
@@ -188,7 +192,7 @@ def test_compile_does_not_follow_every_length(device):
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     for T in (8, 16, 31, 5, 64):
         inputs = batch(T, device, seed=T)
-        torch.testing.assert_close(compiled(*inputs).hidden_states, module(*inputs).hidden_states)
+        assert_same_output(compiled(*inputs), module(*inputs))
     torch._dynamo.reset()
     assert counter.frame_count <= 2
 
@@ -201,7 +205,7 @@ def test_export_with_any_number_of_tokens():
     assert {"smop.route.default", "smop.expert_projection.default"} <= targets
     for T in (20, 33):
         inputs = batch(T, seed=T)
-        torch.testing.assert_close(program.module()(*inputs).hidden_states, module(*inputs).hidden_states)
+        assert_same_output(program.module()(*inputs), module(*inputs))
 
 
 @pytest.mark.gpu
@@ -228,7 +232,7 @@ def test_cuda_graph_replays_with_other_routing():
         got = {n: p.grad.clone() for n, p in module.named_parameters()}
         y = out.hidden_states.clone()
         reference = copy.deepcopy(module)
-        torch.testing.assert_close(y, reference(*fresh).hidden_states)
+        rounding.assert_same_sums(y, reference(*fresh).hidden_states, ADDITIONS, "the output")
         assert_same_gradients(got, gradients(reference, *fresh))
 
 
@@ -251,7 +255,7 @@ def test_lora_on_the_stacked_expert_weights():
     expected = model(*inputs).hidden_states.detach()
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=["projector.w1", "projector.w2"])
     adapted = peft.get_peft_model(model, config)
-    torch.testing.assert_close(adapted(*inputs).hidden_states, expected)  # starts at zero
+    rounding.assert_same_sums(adapted(*inputs).hidden_states, expected, ADDITIONS)  # starts at zero
     trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 4 and all("lora_" in n for n in trainable)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
@@ -265,4 +269,4 @@ def test_lora_on_the_stacked_expert_weights():
     assert losses[-1] < losses[0]
     trained = adapted(*inputs).hidden_states.detach()
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(*inputs).hidden_states, trained)
+    rounding.assert_same_sums(merged(*inputs).hidden_states, trained, ADDITIONS, "the output")

@@ -1,13 +1,13 @@
-"""Problems for the kernels, and the chain route → projection → loss → gradients through a backend or the oracle."""
+"""Problems for the kernels, and the chain route → projection → loss → gradients through a backend or `naive`."""
 
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from llama_smop.functional import layout
-from tests import oracle
+from llama_smop.ops import naive
+from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
 
 
 @dataclass(frozen=True)
@@ -104,24 +104,22 @@ def make(
 
 
 def through_backend(
-    backend: ModuleType, model: Model, inputs: Inputs, *, need_dx: bool = True, recompute: str = ""
+    backend: Backend, model: Model, inputs: Inputs, *, need_dx: bool = True, recompute: str = ""
 ) -> dict[str, Tensor]:
     """Every result and gradient of the chain, by the interface functions, as the operators call them."""
     i, eps = inputs, 1e-5
     routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X)
     logits, weights, experts, counts, balance, z_loss, order, inverse, offs = routing
-    schedule = (order, inverse, offs)
-    y, h, pre, z, mean, rstd = backend.expert_projection_fwd(
-        i.x, weights, experts, *schedule, *i.parameters(), model.activation, eps
-    )
+    schedule, parameters = Schedule(order, inverse, offs), Experts(*i.parameters())
+    y, *kept = backend.expert_projection_fwd(i.x, weights, experts, schedule, parameters, model.activation, eps)
+    saved = Saved(*(y.new_empty(0) if t is None else t for t in kept))
     if "h" in recompute:
-        h = pre = h.new_empty(0)
+        saved = saved._replace(h=y.new_empty(0), pre=y.new_empty(0))
     if "z" in recompute:
-        z = z.new_empty(0)
+        saved = saved._replace(z=y.new_empty(0))
     dx, dweights, *dparams = backend.expert_projection_bwd(
-        i.dy, i.x, weights, experts, *schedule, *i.parameters(), h, pre, z, mean, rstd, model.activation, eps,
-        need_dx, True, True,
-    )  # fmt: skip
+        i.dy, i.x, weights, experts, schedule, parameters, saved, model.activation, eps, need_dx, True, True
+    )
     dx_route, dgate = backend.route_bwd(
         i.x, i.gate_weight, i.modality, i.mask, logits, weights, experts, counts, i.dlogits, dweights, i.dbalance,
         i.dz, need_dx,
@@ -136,16 +134,16 @@ def through_backend(
     return {name: t.clone() for name, t in results.items() if t is not None}
 
 
-def through_oracle(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Tensor]:
+def through_naive(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Tensor]:
     """The same names from the float64 loop and autograd, for the routing `experts`."""
     i = inputs.to(torch.float64)
     leaves = {f.name: getattr(i, f.name) for f in fields(i) if f.name.startswith(("gate", "w", "b", "ln"))}
     leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
     i = replace(i, **leaves)
     x_route, x_projection = (i.x.clone().requires_grad_() for _ in range(2))
-    r = oracle.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
+    r = naive.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
     weights = r.weights.detach().requires_grad_()
-    y = oracle.expert_projection(x_projection, weights, r.experts, *i.parameters(), model.activation)
+    y = naive.expert_projection(x_projection, weights, r.experts, *i.parameters(), model.activation)
     results = {
         "logits": r.logits, "weights": r.weights, "counts": r.counts, "load_balancing_loss": r.load_balancing_loss,
         "router_z_loss": r.router_z_loss, "y": y,
@@ -171,4 +169,4 @@ def error(result: Tensor, exact: Tensor) -> float:
     as infinite, so an element that was never written is an infinite error."""
     if result.numel() == 0:
         return 0.0
-    return (result.cpu().double() - exact.double()).square().mean().nan_to_num(nan=float("inf")).sqrt().item()
+    return (result.cpu().double() - exact.cpu().double()).square().mean().nan_to_num(nan=float("inf")).sqrt().item()

@@ -1,4 +1,4 @@
-"""What the chain tests share: the models, and the comparison of a runner with PyTorch and the float64 oracle."""
+"""What the chain tests share: the models, and the comparison of a runner with PyTorch and the float64 loop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from llama_smop.ops import backend_torch, cpu_products
-from tests.kernels.cases import Model, error, through_backend, through_oracle
+from llama_smop.ops.backends import cpu_products
+from llama_smop.ops.backends import torch as torch_backend
+from tests.kernels.cases import Model, error, through_backend, through_naive
 from tests.kernels.runners import Runner, poisoned_memory
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,8 +39,8 @@ def check(runner: Runner, model: Model, inputs, relative: float = 0.0, **options
     results = runs[0]
 
     with same_dtype_products():
-        plain = through_backend(backend_torch, model, inputs, **options)
-    exact = through_oracle(model, inputs, results["experts"])
+        plain = through_backend(torch_backend, model, inputs, **options)
+    exact = through_naive(model, inputs, results["experts"])
     assert torch.equal(results["counts"].long(), exact["counts"])
     for name, truth in exact.items():
         if name in results:

@@ -1,6 +1,6 @@
 """Ways to run a backend's kernels: as PTX on the CPU, interpreted, or on a GPU. Tests are written once, over runners.
 
-A runner yields, inside `running()`, a backend module with the interface of `llama_smop.ops.backend_torch`, and moves
+A runner yields, inside `running()`, a `llama_smop.ops.backends.Backend`, and moves
 tensors to where that backend wants them. `vary(seed)` changes what must not matter: when asynchronous copies land and
 the order in which warps run.
 """

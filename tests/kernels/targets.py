@@ -1,7 +1,7 @@
 """A Triton driver that has a target and nothing else: kernels are compiled for it, from meta tensors, and never run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -26,10 +26,14 @@ class CompileOnly:
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[None]:
+def driven_by(stand_in: CompileOnly) -> Iterator[None]:
     before = driver._active  # reset_active() would look for a GPU
-    driver.set_active(CompileOnly(arch))
+    driver.set_active(stand_in)
     try:
         yield
     finally:
         driver._active = before
+
+
+def compiling_for(arch: int) -> AbstractContextManager[None]:
+    return driven_by(CompileOnly(arch))

@@ -1,4 +1,4 @@
-"""The whole backend, forward and backward, against the float64 oracle. The error PyTorch makes in the same dtype is the
+"""The whole backend, forward and backward, against the float64 loop. The error PyTorch makes in the same dtype is the
 measure. Each example runs twice, with copies landing and warps running in another order: the bits must agree."""
 
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_smop.ops import backend_torch
+from llama_smop.ops.backends import torch as torch_backend
 from tests.kernels.cases import make, through_backend
 from tests.kernels.compare import MODELS, check, fp16, skip_unless_served
 from tests.kernels.runners import poisoned_memory, triton_params
@@ -17,7 +17,7 @@ EVERY_MODEL = triton_params(
 
 
 @pytest.mark.parametrize(("runner", "name"), EVERY_MODEL)
-def test_matches_the_oracle(runner, name):
+def test_matches_the_definition(runner, name):
     model = MODELS[name]
     skip_unless_served(runner, model)
     with runner.running():
@@ -114,7 +114,7 @@ def test_an_expert_may_overflow_on_tokens_that_pass_it_by(runner, activation):
     model = replace(MODELS["dedr-relu"], activation=activation, dtype=fp16)
     inputs = make(model, 40, seed=8)
     inputs.gate_weight[:, :, :8] = 0.0  # the router does not see what makes it overflow
-    _, _, experts, *_ = backend_torch.route_fwd(
+    _, _, experts, *_ = torch_backend.route_fwd(
         inputs.x, inputs.gate_weight, inputs.modality, inputs.mask, model.K, model.X
     )
     inputs.x[:, :8] = 0.0

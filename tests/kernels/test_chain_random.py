@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 @pytest.mark.parametrize(
     ("runner", "name"), triton_params(("dedr-relu", 80, 90), ("jejr-gelu", 90), ("jedr-silu", 80), ("many-experts", 90))
 )
-def test_matches_the_oracle_on_drawn_batches(runner, name):
+def test_matches_the_definition_on_drawn_batches(runner, name):
     model = MODELS[name]
     skip_unless_served(runner, model)
 

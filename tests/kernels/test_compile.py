@@ -7,7 +7,7 @@ run. `pytest -m slow tests/kernels/test_compile.py -s` does all of it and prints
 import pytest
 import torch
 
-from llama_smop.ops import backend_triton
+from llama_smop.triton_kernels import projection
 from llama_smop.triton_kernels.launch import Launch, recording
 from llama_smop.triton_kernels.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
 from tests.kernels import resources
@@ -30,7 +30,7 @@ def launches(arch: int, dtype: torch.dtype, tokens: tuple[int, ...]) -> list[Lau
         with torch.device("meta"):
             inputs = make(model, T)
         with compiling_for(arch), recording(execute=False) as recorder:
-            through_backend(backend_triton, model, inputs)
+            through_backend(projection, model, inputs)
         for launch in recorder.launches:
             absent = tuple(arg is None for arg in launch.args)
             strides = launch.args[-5:] if launch.name in GEMMS else ()
@@ -89,7 +89,7 @@ def test_the_router_of_128_experts_fits_the_smallest_shared_memory(arch):
         inputs = make(model, 300)
     with compiling_for(arch):
         with recording(execute=False) as recorder:
-            through_backend(backend_triton, model, inputs)
+            through_backend(projection, model, inputs)
         for launch in recorder.launches:
             if launch.name.startswith(("router", "schedule", "combine")):
                 used = resources.of(launch.compile())

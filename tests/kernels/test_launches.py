@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 
-from llama_smop.ops import backend_triton, dispatch
-from llama_smop.triton_kernels import configs, launch, projection, tiles
+from llama_smop.ops import dispatch
+from llama_smop.triton_kernels import configs, projection, tiles
 from llama_smop.triton_kernels.launch import recording
 from tests.kernels.cases import Model, make, through_backend
-from tests.kernels.targets import compiling_for
+from tests.kernels.targets import CompileOnly, compiling_for, driven_by
 
 ROUTE, FORWARD = 2, 3
 BACKWARD = 7  # 8 is the design's allowance
@@ -24,7 +25,7 @@ def names(model: Model, tokens: int, **options) -> list[str]:
     with torch.device("meta"):
         inputs = make(model, tokens)
     with compiling_for(90), recording(execute=False) as recorder:
-        through_backend(backend_triton, model, inputs, **options)
+        through_backend(projection, model, inputs, **options)
     return recorder.names()
 
 
@@ -45,22 +46,15 @@ def test_dx_costs_two_launches_more_and_recompute_one_a_tensor():
     assert len(names(model, 200, need_dx=False, recompute="hz")) == plain + 2
 
 
-def test_rows_kept_follow_from_the_shape():
-    assert projection.intermediate_rows(48, 2, 4) == 4 * 48  # all experts on all tokens
-    assert projection.intermediate_rows(1024, 2, 4) == 2 * 1024
-    assert projection.intermediate_rows(8, 2, 64) == 2 * 8  # few choices: most experts idle
-    assert projection.intermediate_rows(0, 2, 4) == 0
-
-
 def test_the_backend_says_why_it_cannot_run():
     cpu = torch.device("cpu")
-    assert "float64" in backend_triton.unsupported(torch.float64, cpu, 2, 4)
-    assert "128" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 129)
+    assert "float64" in projection.unsupported(torch.float64, cpu, 2, 4)
+    assert "128" in projection.unsupported(torch.bfloat16, cpu, 2, 129)
     with compiling_for(90):
-        assert backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4) is None
-        assert "'meta'" in backend_triton.unsupported(torch.bfloat16, cpu, 2, 4)
+        assert projection.unsupported(torch.bfloat16, torch.device("meta"), 2, 4) is None
+        assert "'meta'" in projection.unsupported(torch.bfloat16, cpu, 2, 4)
     with compiling_for(75):
-        assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
+        assert "8.0" in projection.unsupported(torch.bfloat16, torch.device("meta"), 2, 4)
 
 
 def test_the_tensors_own_device_is_asked(monkeypatch):
@@ -74,10 +68,18 @@ def test_the_tensors_own_device_is_asked(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", switched_to)
-    monkeypatch.setattr(launch, "device_type", lambda: "cuda")
-    monkeypatch.setattr(launch, "target_arch", lambda: (90, 75)[current[-1]])
-    assert backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 0), 2, 4) is None
-    assert "8.0" in backend_triton.unsupported(torch.bfloat16, torch.device("cuda", 1), 2, 4)
+
+    class TwoGpus(CompileOnly):
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", (90, 75)[current[-1]], 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cuda", current[-1])
+
+    with driven_by(TwoGpus(90)):
+        for _ in range(2):  # the second time from memory
+            assert projection.unsupported(torch.bfloat16, torch.device("cuda", 0), 2, 4) is None
+            assert "8.0" in projection.unsupported(torch.bfloat16, torch.device("cuda", 1), 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +92,17 @@ def test_the_tensors_own_device_is_asked(monkeypatch):
     ids=lambda error: type(error).__name__,
 )
 def test_auto_says_once_that_triton_cannot_start(monkeypatch, caplog, error):
-    def fail():
-        raise error
+    class Broken(CompileOnly):
+        def get_active_torch_device(self) -> torch.device:
+            raise error
 
-    monkeypatch.setattr(launch, "device_type", fail)
     monkeypatch.setattr(dispatch, "_triton_fails", cache(dispatch._triton_fails.__wrapped__))
     gpu = torch.device("cuda")
-    reason = backend_triton.unsupported(torch.bfloat16, gpu, 2, 4)
-    assert type(error).__name__ in reason and "\n" not in reason
-    for dtype in (torch.bfloat16, torch.float32):
-        assert dispatch.resolve("auto", dtype, gpu, 2, 4) != "triton"
+    with driven_by(Broken(90)):
+        reason = projection.unsupported(torch.bfloat16, gpu, 2, 4)
+        assert type(error).__name__ in reason and "\n" not in reason
+        for dtype in (torch.bfloat16, torch.float32):
+            assert dispatch.resolve("auto", dtype, gpu, 2, 4) != "triton"
     assert caplog.messages == [f'backend="auto" does without Triton on cuda: {reason}']
 
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llama_smop.projector import SMoPProjector
 from tests.kernels.cases import Model, error, make, through_backend
 from tests.kernels.runners import poisoned_memory, triton_params
+from tests.rounding import assert_same_sums
 
 TOKENS, IN, HIDDEN, OUT = 90, 48, 56, 40
 
@@ -47,7 +49,8 @@ def test_a_training_step_is_as_exact_as_pytorchs(runner, dtype):
     truth = step(exact, {n: t.double() if t.is_floating_point() else t for n, t in batch(dtype).items()})
     same_dtype = step(plain, batch(dtype))
     for name, value in results.items():
-        off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5
+        size = truth[name].square().mean().sqrt().item()
+        off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5 * size
         assert off <= bound, f"{name} is off by {off:.2e}, allowed {bound:.2e}"
 
 
@@ -59,8 +62,23 @@ def test_one_graph_forward_and_backward(runner, name):
         eager = step(module, inputs)
         module.compile(fullgraph=True, backend="aot_eager")
         compiled = step(module, inputs)
-    for name, value in eager.items():
-        assert error(compiled[name], value) < 1e-7, f"{name} differs when compiled"  # the loss is rounded elsewhere
+    for name, value in eager.items():  # the same kernels; only the loss is summed, and its gradient rounded, elsewhere
+        assert_same_sums(compiled[name], value, 30, f"{name}, compiled,")
+
+
+@pytest.mark.parametrize(("runner", "name"), triton_params(("lengths", 90)))
+def test_one_graph_serves_every_number_of_tokens(runner, name):
+    """Once as given, once for any number: none of them is special to an operator's shapes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    with runner.running():
+        module = projector().to(runner.device)
+        function = torch.compile(module, fullgraph=True, backend=counter)
+        for tokens in (40, 90, 20, 70, 6):
+            x = torch.randn(tokens, IN, device=runner.device)
+            modality = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
+            function(x, modality).hidden_states.sum().backward()
+    assert counter.frame_count <= 2, f"compiled {counter.frame_count} times"
 
 
 @pytest.mark.parametrize(("runner", "name"), triton_params(("autocast", 90)))
@@ -81,22 +99,21 @@ def test_autocast_runs_in_the_lower_dtype(runner, name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_synchronises_on_a_gpu():
-    from llama_smop.ops import backend_triton
+    from llama_smop.triton_kernels import projection
 
     model = Model(48, 80, 72, E=4, K=2)
     inputs = make(model, 300, masked=0.2).to("cuda")
-    through_backend(backend_triton, model, inputs)
+    through_backend(projection, model, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        through_backend(backend_triton, model, inputs)
+        through_backend(projection, model, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("runner", "name"), triton_params(("sorted", 90), ("dense", 90)))
-def test_the_operators_keep_their_contract(runner, name):
+@pytest.mark.parametrize(("runner", "tokens"), triton_params((80, 90), (30, 90)))
+def test_the_operators_keep_their_contract(runner, tokens):
     """torch.library.opcheck: nothing is mutated or aliased, and fake results have the shapes of the real ones."""
-    tokens = {"sorted": 80, "dense": 30}[name]
     tests = ("test_schema", "test_faketensor")
     model = Model(24, 40, 32, E=4, K=2, sharing="JEJR", activation="gelu", dtype=torch.float32)
     with runner.running():

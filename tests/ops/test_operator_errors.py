@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from llama_smop import DenseProjector, SMoPProjector, functional
-from llama_smop.ops import dispatch, route
+from llama_smop.ops import checks, dispatch, route
+from llama_smop.ops.backends import cuda_extension
+from llama_smop.ops.backends import torch as torch_backend
 
 T, D, H, O, E, K = 5, 6, 9, 7, 4, 2
 
@@ -53,11 +55,17 @@ def grouped_mm_arguments(**changed):
     }
 
 
+def schedule_with(**changed):
+    """(order, inverse, offs) of tokens that all go to expert 0, with changed numbers."""
+    rows = {"order": range(T * K), "inverse": [[t * K + k for k in range(K)] for t in range(T)], "offs": [T * K] * E}
+    return tuple(torch.tensor(list(n), dtype=torch.int32) for n in (rows | changed).values())
+
+
 ints = torch.int64
 CASES = [
     # (function, arguments maker, changed arguments, error, what the message says)
     ("route", {"x": torch.randn(T)}, ValueError, r"gate_weight must have shape \(R, E|x must have shape \(T, D\)"),
-    ("route", {"gate_weight": torch.randn(E, D)}, ValueError, r"gate_weight must have shape \(R, E, D\), got \(4, 6\)"),
+    ("route", {"gate_weight": torch.randn(E, D)}, ValueError, r"gate_weight must have shape \(R, E, 6\), got \(4, 6\)"),
     ("route", {"gate_weight": torch.randn(2, E, D + 1)}, ValueError, r"gate_weight must have shape \(R, E, 6\)"),
     ("route", {"gate_weight": torch.randn(3, E, D), "num_experts": E}, ValueError, "1 router or 2 .* got 3"),
     ("route", {"top_k": 0}, ValueError, r"top_k must lie in \[1, num_experts\] = \[1, 4\], got 0"),
@@ -103,6 +111,20 @@ CASES = [
         ValueError,
         r"order must have shape \(10,",
     ),
+    (
+        "expert_projection",
+        {"schedule": schedule_with(offs=[4, 4, 4, 11])},
+        IndexError,
+        "offs must rise from 0 to at most 10",
+    ),
+    ("expert_projection", {"schedule": schedule_with(offs=[4, 2, 4, 10])}, IndexError, r"offs must rise .* got \[4, 2"),
+    ("expert_projection", {"schedule": schedule_with(order=[10] * 10)}, IndexError, r"order must lie in \[0, 9\]"),
+    (
+        "expert_projection",
+        {"schedule": schedule_with(inverse=[[10, 0]] * T)},
+        IndexError,
+        r"inverse must lie in \[-1, 9",
+    ),
     ("smop", {"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(\.\.\., D\), got a scalar"),
     ("smop", {"sharing": "EJRJ"}, ValueError, "sharing must be one of"),
     ("smop", {"sharing": "DEDR"}, ValueError, r"gate_weight must hold 2 router\(s\) for DEDR, got 1"),
@@ -143,11 +165,30 @@ MAKERS = {
 }
 
 
+@pytest.fixture
+def unreachable_backend(monkeypatch):
+    """Tests fail where a backend is asked for a product; routing alone is no harm."""
+    for function in ("expert_projection_fwd", "grouped_mm"):
+        monkeypatch.setattr(torch_backend, function, lambda *_: pytest.fail("refused arguments reached the backend"))
+
+
 @pytest.mark.parametrize("name, changed, error, message", CASES, ids=lambda v: v if isinstance(v, str) else None)
-def test_functions_refuse(name, changed, error, message):
+def test_functions_refuse(name, changed, error, message, unreachable_backend):
     with pytest.raises(error, match=message) as caught:
         getattr(functional, name)(**MAKERS[name](**changed))
     assert "\n" not in str(caught.value)
+
+
+def test_registered_operators_refuse_too(unreachable_backend):
+    """Kernels trust their pointers: a tensor that does not fit never reaches them by `torch.ops` either."""
+    schedule = tuple(torch.zeros(n, dtype=torch.int32) for n in ((T * K,), (T, K), (E,)))
+    a = tuple(projection_arguments(w2=torch.randn(E, O, H + 1)).values())
+    with pytest.raises(ValueError, match=r"w2 must have shape \(4, O, 9\)"):
+        torch.ops.smop.expert_projection(*a[:3], *schedule, *a[3:], "relu", 1e-5, "none", "torch")
+    with pytest.raises(ValueError, match=r"gate_weight must have shape \(R, E, 6\)"):
+        torch.ops.smop.route(torch.randn(T, D), torch.randn(1, E, D + 1), None, None, K, E, "torch")
+    with pytest.raises(ValueError, match=r"b must have shape \(2, 6, N\)"):
+        torch.ops.smop.grouped_mm(torch.randn(T, D), torch.randn(2, D + 1, O), schedule[2][:2], None, None, "torch")
 
 
 def test_the_unchanged_arguments_are_served():
@@ -156,9 +197,13 @@ def test_the_unchanged_arguments_are_served():
 
 
 def test_smop_checks_its_experts_before_it_routes(monkeypatch):
-    monkeypatch.setattr(route, "route", lambda *_: pytest.fail("routed before all arguments were checked"))
+    calls, run = [], route.route
+    monkeypatch.setattr(route, "route", lambda *args: calls.append(args) or run(*args))
     with pytest.raises(ValueError, match="w2 must have shape"):
         functional.smop(**smop_arguments(w2=torch.randn(E, O, H + 1)))
+    assert not calls, "routed before all arguments were checked"
+    functional.smop(**smop_arguments())
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -222,8 +267,6 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch):
 
 def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
     class Fake:
-        VERIFIED_ON_GPU = False
-
         def __init__(self, why_not):
             self.why_not = why_not
 
@@ -234,7 +277,7 @@ def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
     monkeypatch.setattr(dispatch, "module", modules.get)
     gpu = torch.device("cuda", 0)
     assert dispatch.resolve("auto", torch.bfloat16, gpu) == "triton", "the CUDA extension waits for its verification"
-    modules["cuda"].VERIFIED_ON_GPU = True
+    monkeypatch.setattr(cuda_extension, "VERIFIED_ON_GPU", True)
     assert dispatch.resolve("auto", torch.bfloat16, gpu) == "cuda"
     modules["cuda"].why_not = modules["triton"].why_not = "not this dtype"
     assert dispatch.resolve("auto", torch.float64, gpu) == "torch"
@@ -249,4 +292,4 @@ def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
 def test_debug_switch(monkeypatch):
     for value, expected in (("1", True), ("0", False), ("", False)):
         monkeypatch.setenv("LLAMA_SMOP_DEBUG", value)
-        assert dispatch.debug() is expected
+        assert checks.debug() is expected

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from llama_smop import functional
-from llama_smop.ops import cpu_memory
-from tests.ops.problems import Problem, make
+from llama_smop.ops.backends import cpu_memory
+from tests.ops.problems import Problem, make, relative_error
+from tests.rounding import two_orders
 
 
 def eager_loop(p: Problem):
@@ -54,9 +55,11 @@ def smop(p: Problem, recompute: str = "none"):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_at_most_055_of_the_eager_loop(dtype):
     p = make(T=256, D=128, H=256, O=256, dtype=dtype)
-    torch.testing.assert_close(smop(p).hidden_states, eager_loop(p), rtol=2e-2, atol=6e-2)
+    # The same layer: equal but for D + 2·H + O additions, or for the loop's rounding of h, z and each expert's output.
+    allowed = two_orders(896) if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert relative_error(smop(p).hidden_states, eager_loop(p)) < allowed
     ours, eager = kept_bytes(smop, p), kept_bytes(eager_loop, p)
-    assert ours <= 0.55 * eager, f"{ours} bytes kept, the eager loop {eager}: {ours / eager:.3f}"
+    assert 0 < ours <= 0.55 * eager, f"{ours} bytes kept, the eager loop {eager}: {ours / eager:.3f}"
 
 
 def test_recompute_keeps_less():

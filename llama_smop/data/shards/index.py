@@ -3,10 +3,11 @@
 import json
 import os
 import re
+import reprlib
 import shlex
 from dataclasses import dataclass
 
-import numpy as np
+from llama_smop.extras import remedy
 
 INDEX = "index.json"
 FORMAT = 2
@@ -26,7 +27,7 @@ def webdataset():
     try:
         import webdataset
     except ImportError:
-        raise ShardError("tar shards need webdataset, which is not installed: pip install webdataset") from None
+        raise ShardError(f"tar shards: {remedy('webdataset')}") from None
     return webdataset
 
 
@@ -69,14 +70,30 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
             f"{where}: expected an index of format {FORMAT}; `llama-smop corpus shard` with the same arguments writes "
             "it again and keeps the shards"
         )
-    shards = tuple(Shard(s["name"], tuple(s["numbers"]), tuple(s["frames"])) for s in index["shards"])
+    try:
+        shards = tuple(_shard(entry) for entry in index["shards"])
+        words = tuple(str(word) for word in index["words"])
+    except KeyError as error:
+        raise ShardError(f"{where}: not the index of written shards (without {error})") from None
+    except (TypeError, ValueError) as error:
+        raise ShardError(f"{where}: not the index of written shards ({first_line(error)})") from None
     for shard in shards:
         if not re.fullmatch(r"\w[\w.-]*", shard.name, re.ASCII):  # it may become part of a command
             raise ShardError(f"{where}: expected plain names of shards, got {shard.name!r}")
-    numbers = np.sort(np.concatenate([shard.numbers for shard in shards]))
-    if not np.array_equal(numbers, np.arange(len(numbers))):
+    numbers = sorted(number for shard in shards for number in shard.numbers)
+    if not numbers or numbers != list(range(len(numbers))):
         raise ShardError(f"{where}: expected every clip once, numbered from 0")
-    return ShardIndex(os.fspath(source), shards, tuple(index["words"]))
+    return ShardIndex(os.fspath(source), shards, words)
+
+
+def _shard(entry: dict) -> Shard:
+    shard = Shard(entry["name"], tuple(entry["numbers"]), tuple(entry["frames"]))
+    whole = all(type(value) is int for value in (*shard.numbers, *shard.frames))
+    if not isinstance(shard.name, str) or not whole or min(shard.frames, default=1) < 1:
+        raise ValueError(f"expected names, numbers and positive frames, got {reprlib.repr(entry)}")
+    if len(shard.frames) != len(shard.numbers):
+        raise ValueError(f"{shard.name} has {len(shard.numbers)} clips and the frames of {len(shard.frames)}")
+    return shard
 
 
 def place(source: str | os.PathLike, name: str) -> str:

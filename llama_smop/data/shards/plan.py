@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..batching import FrameBatchSampler, split_fullest
-from .index import Shard, ShardError
+from llama_smop.data.batching import FrameBatchSampler, split_fullest
+from llama_smop.data.shards.index import Shard, ShardError
 
 CLIPS_A_BUCKET = 10  # fewer would meet in the same batches every time
 

@@ -12,15 +12,16 @@ from functools import cached_property
 
 import numpy as np
 
-from ..batching import nearest_in_length
-from ..media import read_audio, read_video
-from ..noise import Babble, Sound
-from ..sources import LoadedClip
-from .index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
-from .plan import Deal, ShardBatches
+from llama_smop.data.batching import nearest_in_length
+from llama_smop.data.media import MediaError, read_audio, read_video
+from llama_smop.data.noise import Babble, Sound
+from llama_smop.data.shards.index import Shard, ShardError, ShardIndex, first_line, is_remote, open_file, place
+from llama_smop.data.shards.plan import Deal, ShardBatches
+from llama_smop.data.sources import LoadedClip
 
 logger = logging.getLogger(__name__)
 
+TWICE = ""  # the suffix under which a clip has that of a file that is there twice
 WAITS_S = (2, 10, 30, 120)  # before a shard that could not be fetched is tried again
 
 
@@ -40,14 +41,19 @@ def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
 
 
 def _read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
-    from webdataset import tariterators
-
     where, clips = place(source, shard.name), {}
     try:
         with open_file(source, shard.name) as stream:
-            members = tariterators.tar_file_expander([{"url": where, "stream": stream}])
-            for sample in tariterators.group_by_keys(members):
-                clips[int(sample["__key__"])] = {k: v for k, v in sample.items() if isinstance(v, bytes)}
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for member in tar:
+                    number, _, suffix = member.name.rpartition("/")[2].lower().partition(".")
+                    if member.isreg() and number.isdecimal() and suffix:
+                        files = clips.setdefault(int(number), {})
+                        if suffix in files:
+                            files[TWICE] = suffix.encode()
+                        files[suffix] = tar.extractfile(member).read()
+            while stream.read(1 << 20):  # what follows the archive's end: closed before, a command would fail
+                pass
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
         raise ShardError(f"{where}: cannot be read ({first_line(error)})") from None
     missing = len(set(shard.numbers) - clips.keys())
@@ -104,17 +110,21 @@ class ShardClips:
         """Of the clips of the first shard, which are a random choice; read once."""
         first = self.index.shards[0]
         clips = read_shard(self.index.source, first)
-        return Babble([_sound(_name(first, clips[number]), clips[number]) for number in first.numbers])
+        return Babble([_sound(first, number, clips[number]) for number in first.numbers if _has_media(clips[number])])
 
     def load(self, number: int, modality: str, epoch: int) -> LoadedClip:
         shard = self.index.shards[self._shard_of[number]]
         clip = self._hold(int(self._shard_of[number]), epoch)[number]
-        about, name = json.loads(clip["json"]), _name(shard, clip)
+        about, name = _about(clip), _name(shard, number, clip)
+        if about is None:
+            raise MediaError(name, "its .json does not say its id and text")
+        if TWICE in clip:
+            raise MediaError(name, f"has its .{clip[TWICE].decode()} twice, of which one may be another clip's")
+        sound, picture = _sound(shard, number, clip), _picture(shard, number, clip)
         audio = video = None
         if modality != "audio":
-            video = read_video(f"{name}.mp4", content=clip["mp4"])
+            video = read_video(picture.path, content=picture.content, with_sound=sound == picture)
         if modality != "video":
-            sound = _sound(name, clip)
             audio = read_audio(sound.path, content=sound.content)
         return LoadedClip(about["id"], about["text"], audio, video)
 
@@ -155,10 +165,37 @@ class ShardClips:
                 future.set_exception(error)
 
 
-def _name(shard: Shard, clip: dict[str, bytes]) -> str:
-    return f"{shard.name}/{json.loads(clip['json'])['id']}"
+def _about(clip: dict[str, bytes]) -> dict[str, str] | None:
+    try:
+        about = json.loads(clip.get("json", b""))
+    except ValueError:
+        return None
+    whole = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("id", "text"))
+    return about if whole else None
 
 
-def _sound(name: str, clip: dict[str, bytes]) -> Sound:
-    suffix = "wav" if "wav" in clip else "mp4"
-    return Sound(f"{name}.{suffix}", clip[suffix])
+def _name(shard: Shard, number: int, clip: dict[str, bytes]) -> str:
+    """A clip's place and its id, or its number in the tar where it does not say."""
+    about = _about(clip)
+    return f"{shard.name}/{f'{number:08d}' if about is None else about['id']}"
+
+
+def _has_media(clip: dict[str, bytes]) -> bool:
+    return bool(clip.keys() - {"json", TWICE})
+
+
+def _member(shard: Shard, number: int, clip: dict[str, bytes], first: str) -> Sound:
+    """The `first` of a clip's files that is there, else what else there is."""
+    suffixes = sorted(clip.keys() - {"json", TWICE}, key=lambda suffix: (suffix == "wav") != (first == "wav"))
+    if not suffixes:
+        raise MediaError(_name(shard, number, clip), "has no media file in its shard")
+    suffix = suffixes[0]
+    return Sound(f"{_name(shard, number, clip)}.{suffix}", clip.get(suffix, b""))
+
+
+def _sound(shard: Shard, number: int, clip: dict[str, bytes]) -> Sound:
+    return _member(shard, number, clip, "wav")
+
+
+def _picture(shard: Shard, number: int, clip: dict[str, bytes]) -> Sound:
+    return _member(shard, number, clip, "mp4")

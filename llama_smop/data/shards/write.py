@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_smop import files
-
-from ..lrs3 import read_labels
-from ..media import MediaError, write_bytes
-from .index import FORMAT, INDEX, Shard, ShardError, webdataset
+from llama_smop.data.container import naming, read_whole
+from llama_smop.data.lrs3 import read_labels
+from llama_smop.data.media import write_bytes
+from llama_smop.data.shards.index import FORMAT, INDEX, Shard, ShardError, webdataset
 
 
 def write_shards(
@@ -27,9 +27,10 @@ def write_shards(
 ) -> list[Shard]:
     """Writes the clips of a label file (LRS3 layout) as tar shards into the folder `out`, in an order drawn by `seed`.
 
-    They are of like size, at most `clips_per_shard`. A clip is three files: `{number}.mp4`, `.wav` where there is one,
-    and `.json` with its id and text. Shards are written aside and renamed; run again after an interruption, finished
-    ones are kept. Raises MediaError naming a clip that is missing, ShardError where `out` holds other shards.
+    They are of like size, at most `clips_per_shard`. A clip is two or three files: `{number}.mp4` or as it ends, `.wav`
+    where there is one, and `.json` with its id and text. Shards are written aside and renamed; run again after an
+    interruption, finished ones are kept. Raises MediaError naming a clip that is missing, ShardError where `out` holds
+    other shards.
     """
     writer = webdataset().TarWriter
     if clips_per_shard < 1:
@@ -64,13 +65,9 @@ def _members(root: Path, clip) -> dict[str, bytes]:
     video = clip.video_path(root)
     members = {}
     for path in (video, video.with_suffix(".wav")):
-        try:
-            members[path.suffix[1:]] = path.read_bytes()
-        except FileNotFoundError:
-            if path == video:
-                raise MediaError(path, "no such file") from None
-        except OSError as error:
-            raise MediaError(path, f"cannot be read ({error.strerror})") from None
+        with naming(path):
+            if path == video or os.path.exists(path):
+                members[path.suffix[1:].lower() or "clip"] = read_whole(path)
     members["json"] = json.dumps({"id": clip.id, "text": clip.text}).encode()
     return members
 

@@ -1,0 +1,91 @@
+"""What a training run draws, step by step: which clips, in which epoch of theirs, as audio, video or both.
+
+The plan is a function of its seed alone, so a run that resumes at step n draws what it would have drawn, and a data
+worker needs no state: everything a clip's augmentation depends on is in its `Draw`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from llama_smop.data.noise import Noise
+from llama_smop.data.sources import ClipSource
+from llama_smop.data.transforms import ClipTransform, clip_rng
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One clip in one batch."""
+
+    index: int
+    epoch: int
+    modality: str
+    noisy: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is drawn before step `until`: modalities by their relative frequency, with noise or clean."""
+
+    until: int
+    modalities: Mapping[str, float]
+    noisy: bool
+
+
+class TrainingPlan(Sampler[list[Draw]]):
+    """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality."""
+
+    def __init__(self, batches: Sampler[list[int]], stages: Sequence[Stage], seed: int = 0):
+        self.batches, self.stages, self.seed = batches, tuple(stages), seed
+
+    def __len__(self) -> int:
+        return self.stages[-1].until
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rng = np.random.default_rng([self.seed, 0x5A])
+        for step, (epoch, batch) in enumerate(islice(self._epochs(), len(self))):
+            stage = next(stage for stage in self.stages if step < stage.until)
+            names = sorted(stage.modalities)
+            shares = np.array([stage.modalities[name] for name in names])
+            modality = names[rng.choice(len(names), p=shares / shares.sum())]
+            yield [Draw(index, epoch, modality, stage.noisy) for index in batch]
+
+    def _epochs(self) -> Iterator[tuple[int, list[int]]]:
+        for epoch in count():
+            self.batches.set_epoch(epoch)
+            for batch in self.batches:
+                yield epoch, batch
+
+
+def batches_in(batches: Sampler[list[int]], epochs: float) -> int:
+    """How many batches so many epochs are, from the first on; their lengths may differ."""
+    part, whole = math.modf(epochs)
+    lengths = []
+    for epoch in range(int(whole) + bool(part)):
+        batches.set_epoch(epoch)
+        lengths.append(len(batches))
+    last = part * lengths.pop() if part else 0
+    return math.ceil(sum(lengths) + last)
+
+
+class DrawnClips(Dataset):
+    """The items of a source, asked for by `Draw`: dicts of `audio`, `video`, `text` and `id` as of `Lrs3Dataset`.
+
+    What a clip's augmentation draws depends on (seed, epoch, number of the clip) alone.
+    """
+
+    def __init__(self, source: ClipSource, transform: ClipTransform, noise: Noise | None = None, seed: int = 0):
+        self.source, self.transform, self.noise, self.seed = source, transform, noise, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, draw: Draw) -> dict:
+        clip = self.source.load(draw.index, draw.modality, draw.epoch)
+        rng = clip_rng(self.seed, draw.epoch, draw.index)
+        audio, video = self.transform(clip.audio, clip.video, rng, self.noise if draw.noisy else None)
+        return {"audio": audio, "video": video, "text": clip.text, "id": clip.id}

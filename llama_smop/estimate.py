@@ -1,0 +1,347 @@
+"""How much memory and arithmetic a model takes, before anybody owns the machine.
+
+One step is run on fake tensors: every operator reports the shapes and dtypes it would make, and nothing is computed or
+allocated. The live bytes at every moment then give the peak. What a GPU adds to it (CUDA context, workspaces, the
+allocator's rounding) is not in it.
+"""
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.lm_loss import IGNORED_LABEL, resolve
+from llama_smop.models.lora import lora_settings
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.parts import assembled_config
+from llama_smop.models.published import PUBLISHED, published
+from llama_smop.models.tiny import build_tiny
+from llama_smop.training.config import TrainConfig
+
+GIB = 2**30
+ADAMW_STATES = 2
+PROMPT_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch: `clips` of `seconds` each, with `text_tokens` of text. The default is 1500 video frames."""
+
+    clips: int = 10
+    seconds: float = 6.0
+    text_tokens: int = 40
+
+    def __post_init__(self):
+        if self.clips < 1 or self.seconds <= 0 or self.text_tokens < 1:
+            raise ValueError(f"clips, seconds and text_tokens must be positive, got {self}")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one step at its peak, and its floating-point operations (a multiply-add counts as two)."""
+
+    name: str
+    mode: str
+    parameters: dict[str, int]
+    trainable: int
+    weights: int
+    optimizer: int
+    step: int  # activations, gradients, key-value cache and temporaries together
+    flops: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.step
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made under it while they live. `known` ones are left out."""
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def training(
+    config: LlamaSmopConfig,
+    workload: Workload,
+    *,
+    name: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    fused_loss: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> Estimate:
+    """Forward, backward and AdamW of one batch; what the config freezes has neither gradients nor optimizer states.
+
+    dtype: what is trained keeps float32 values all the same, as in `train`, and autocast lowers them for the products.
+    fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
+    run again in the backward; what is left is then so little that SiLU's backward, which fake tensors take in several
+    operators, shows: up to a quarter too much. The CTC heads, which only models from scratch have, are left out.
+    """
+
+    def step(model):
+        model.fused_loss = "chunked" if fused_loss == "liger" else fused_loss
+        skip_logits = resolve(model.fused_loss, model.language_model) != "plain"
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            model.train()  # the layers themselves only: dropout and layer drop would draw numbers
+            for module in model.modules():
+                module.training = module.training and isinstance(module, GradientCheckpointingLayer)
+        model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
+
+    return _estimate(config, step, name, "training", dtype, trained_dtype=torch.float32)
+
+
+def inference(
+    config: LlamaSmopConfig,
+    workload: Workload,
+    *,
+    name: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    num_beams: int = 1,
+) -> Estimate:
+    """Towers, projector, and the language model over prompt and `text_tokens` new ones, `num_beams` a clip."""
+
+    @torch.no_grad()
+    def step(model):
+        inputs = batch(config, workload, dtype)
+        speech = model.get_speech_features(
+            **{k: v for k, v in inputs.items() if k.startswith(("input_f", "audio", "video"))}
+        )
+        embeds = model.place_speech(inputs["input_ids"], speech)
+        del speech
+        model(
+            inputs_embeds=embeds.repeat_interleave(num_beams, 0),
+            attention_mask=inputs["attention_mask"].repeat_interleave(num_beams, 0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    return _estimate(config, step, name, f"inference, {num_beams} beam{'s' * (num_beams > 1)}", dtype, dtype)
+
+
+def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of the workload's shapes, as the processor would make them; the values mean nothing."""
+    B = workload.clips
+    ids = [config.bos_token_id or 0]
+    inputs = {}
+    if "audio" in config.modalities:
+        audio = config.audio_config
+        frames = min(math.floor(workload.seconds * 50), audio.max_source_positions)
+        inputs["input_features"] = torch.zeros(B, audio.num_mel_bins, 2 * audio.max_source_positions, dtype=dtype)
+        inputs["audio_mask"] = torch.ones(B, frames, dtype=torch.bool)
+        ids += [config.audio_token_id] * (frames // config.rate_audio + 1) + [config.audio_end_token_id]
+    if "video" in config.modalities:
+        frames = math.floor(workload.seconds * 25) // config.rate_video * config.rate_video
+        size = config.video_config.image_size
+        inputs["video_values"] = torch.zeros(B, frames, 1, size, size, dtype=dtype)
+        inputs["video_mask"] = torch.ones(B, frames, dtype=torch.bool)
+        ids += [config.video_token_id] * (frames // config.rate_video + 1) + [config.video_end_token_id]
+    prompt, text = len(ids) + PROMPT_TOKENS, workload.text_tokens + 1
+    ids = torch.tensor(ids + [0] * (PROMPT_TOKENS + text)).repeat(B, 1)
+    labels = torch.cat([torch.full((B, prompt), IGNORED_LABEL), ids[:, prompt:]], 1)
+    # Their number is known here, and could not be read from fake tensors.
+    positions = (torch.arange(B)[:, None] * ids.shape[1] + torch.arange(prompt - 1, ids.shape[1] - 1)).flatten()
+    text_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return inputs | text_inputs | {"target_positions": positions}
+
+
+def _estimate(
+    config: LlamaSmopConfig, step, name: str, mode: str, dtype: torch.dtype, trained_dtype: torch.dtype
+) -> Estimate:
+    config = LlamaSmopConfig(**config.to_dict() | {"ctc_weight": 0.0})
+    with torch.device("meta"):
+        # In eval mode: the published parts have no dropout, and layer drop would need a number drawn.
+        model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(trained_dtype)
+    with FakeTensorMode():
+        _put_on_fake_cpu(model)
+        tensors = [*model.parameters(), *model.buffers()]
+        autocast = torch.autocast("cpu", dtype, enabled=trained_dtype != dtype)
+        with LiveBytes(tensors) as memory, FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops, autocast:
+            step(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return Estimate(
+            name=name,
+            mode=mode,
+            parameters={part: _count(module.parameters()) for part, module in model.named_children()},
+            trainable=_count(trained),
+            weights=_bytes(tensors),
+            optimizer=ADAMW_STATES * _bytes(trained) if mode == "training" else 0,
+            step=memory.peak,
+            flops=flops.get_total_flops(),
+        )
+
+
+def _put_on_fake_cpu(model: nn.Module) -> None:
+    """From the meta device, where attention is another operator than on real ones; tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for store, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                store[name] = made[id(tensor)]
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in {id(t): t for t in tensors}.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _experts_forward(x, weights, experts, order, inverse, offs, w1, b1, w2, *args, **kwargs) -> int:
+    """T·K rows through D·H + H·O weights."""
+    return 2 * math.prod(weights) * (math.prod(w1[1:]) + math.prod(w2[1:]))
+
+
+def _experts_backward(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, *args, **kwargs) -> int:
+    """dh and dW2, dW1; the towers are frozen, so dx is rarely asked for and left out."""
+    return 2 * math.prod(weights) * (math.prod(w1[1:]) + 2 * math.prod(w2[1:]))
+
+
+def _attention_forward(query, key, value, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad_out, query, key, value, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+# Operators that torch's counter does not know.
+_FLOPS = {
+    torch.ops.smop.expert_projection: _experts_forward,
+    torch.ops.smop.expert_projection_bwd: _experts_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def info(config: TrainConfig) -> str:
+    """What `llama-smop info` prints: the model of a training file, and the three published sizes.
+
+    Raises:
+        ValueError: a part that can neither be read nor is one of the recipe's.
+    """
+    model, remark = model_config(config)
+    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+    longest = model.audio_config.max_source_positions / 50
+    seconds = min(6.0, longest)
+    own = Workload(max(1, round(config.data.max_frames / (25 * seconds))), seconds, text_tokens=40)
+    rows = [
+        training(
+            model,
+            own,
+            name="this file",
+            dtype=dtype,
+            fused_loss=config.optimizer.fused_loss,
+            gradient_checkpointing=config.optimizer.gradient_checkpointing,
+        ),
+        inference(model, own, name="this file", dtype=dtype),
+    ]
+    default = Workload()
+    for name in tqdm(PUBLISHED, desc="published sizes", leave=False):
+        rows.append(training(published(name), default, name=name))
+        rows += [inference(published(name), default, name=name, num_beams=beams) for beams in (1, 15)]
+    parts = ", ".join(f"{part} {_short(count)}" for part, count in rows[0].parameters.items())
+    return "\n".join(
+        [
+            f"Parameters: {parts}; trained {_short(rows[0].trainable)}.",
+            *([remark] if remark else []),
+            f"Batches: this file {own.clips} clips of {own.seconds:g} s, the published sizes {default.clips} of "
+            f"{default.seconds:g} s in bfloat16. Computed, not measured; a GPU's context and workspaces come on top.",
+            "",
+            table(rows),
+        ]
+    )
+
+
+def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
+    """The model of a training file without its weights, and a remark where the recipe stood in for absent files."""
+    section = config.model
+    common = {
+        "modalities": section.modalities,
+        "rate_audio": section.rate_audio,
+        "rate_video": section.rate_video,
+        "compression": section.compression,
+        "load_balancing_coef": section.load_balancing_coef,
+        "router_z_coef": section.router_z_coef,
+    }
+    if section.tiny is not None:
+        with torch.device("meta"):
+            words = [f"word{i}" for i in range(50)]
+            return build_tiny(words, **section.tiny.model_dump(), **section.projector.model_dump(), **common)[
+                0
+            ].config, ""
+    parts = {"lora": section.lora, "projector": section.projector.model_dump()}
+    try:
+        towers = {"audio_tower": section.audio_tower, "video_tower": section.video_tower}
+        return assembled_config(language_model=section.language_model, **towers, **parts, **common)[0], ""
+    except (ValueError, FileNotFoundError) as error:
+        size = Path(section.language_model).name.lower()
+        if size not in PUBLISHED:
+            raise
+        lora = section.lora if isinstance(section.lora, dict) or section.lora is None else lora_settings(section.lora)
+        standing_in = LlamaSmopConfig(
+            text_config=published(size).text_config,
+            projector_config=section.projector.model_dump(),
+            lora={} if lora is None else lora if "r" not in lora else {"language_model": lora},
+            **common,
+        )
+        return standing_in, f"Sizes of {size}, Whisper medium and AV-HuBERT Large assumed: {error}."
+
+
+def table(estimates: Sequence[Estimate], *, tflops: float = 300.0) -> str:
+    """Markdown: parameters, memory and arithmetic of each estimate; seconds at a sustained `tflops`."""
+    lines = [
+        "| model | step | parameters | trained | weights GiB | optimizer GiB | activations, gradients GiB | total GiB "
+        f"| TFLOP | s at {tflops:g} TFLOP/s |",
+        "|" + "---|" * 10,
+    ]
+    for e in estimates:
+        gib = [f"{n / GIB:.2f}" for n in (e.weights, e.optimizer, e.step, e.total)]
+        flops = e.flops / 1e12
+        cells = [e.name, e.mode, _short(sum(e.parameters.values())), _short(e.trainable), *gib]
+        lines.append("| " + " | ".join([*cells, f"{flops:.1f}", f"{flops / tflops:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -1,0 +1,35 @@
+"""How a router spreads tokens over its experts: what a training logs, and what a test set shows."""
+
+import torch
+
+MODALITIES = ("audio", "video")
+
+
+@torch.inference_mode()
+def expert_activation(model, processor, data) -> dict | None:
+    """Shares of each modality's choices by expert over clips with all that the model takes, and which experts a
+    modality can choose; None for a dense projector."""
+    projector = model.multi_modal_projector
+    if model.config.projector_config.kind != "smop":
+        return None
+    present = tuple(model.config.modalities)
+    X, E = projector.w1.shape[0], projector.num_experts
+    counts = torch.zeros(2, X, dtype=torch.long)
+    for index in range(len(data)):
+        item = data[index]
+        inputs = processor(**{m: [item[m]] for m in present}).to(model.device)
+        streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask") if k in inputs}
+        speech = model.get_speech_features(**streams)
+        chosen, split = speech.projection.expert_indices[0], speech.audio_tokens
+        for m, ids in enumerate((chosen[:split], chosen[split:])):
+            counts[m] += torch.bincount(ids.flatten().long().cpu(), minlength=X + 1)[:X]
+    separate = X == 2 * E
+    return {
+        "sharing": projector.sharing,
+        "shares": {m: (counts[i] / counts[i].sum()).tolist() for i, m in enumerate(MODALITIES) if m in present},
+        "experts_of": {
+            m: list(range(i * E, (i + 1) * E)) if separate else list(range(E))
+            for i, m in enumerate(MODALITIES)
+            if m in present
+        },
+    }

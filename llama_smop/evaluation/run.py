@@ -1,0 +1,174 @@
+"""Word error rate of a model on a label file, by modality and signal-to-noise ratio."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llama_smop.data.batching import FrameBatchSampler
+from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError
+from llama_smop.data.noise import Noise, NoiseFile
+from llama_smop.data.sources import FolderClips
+from llama_smop.evaluation.wer import per_cent, word_errors
+from llama_smop.models.decoding import transcribe_batch
+
+MODALITIES = ("audio", "video", "audiovisual")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition. snr: decibels, None = clean; wer: a fraction."""
+
+    labels: str
+    modality: str
+    snr: float | None
+    clips: int
+    words: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    wer: float
+
+
+def evaluate(
+    model,
+    processor,
+    root: str | Path,
+    labels: str,
+    *,
+    modalities: Sequence[str] | None = None,
+    snrs: Sequence[float | None] = (None,),
+    noise: str | Path = "babble",
+    babble_labels: str = "train.csv",
+    num_beams: int = 1,
+    max_frames: int = 1500,
+    seed: int = 0,
+    workers: int = 0,
+    distributed: bool = False,
+    progress: bool = True,
+) -> tuple[list[Row], list[dict]]:
+    """Transcribe every clip of `labels` in every condition, on the model's device.
+
+    Args:
+        modalities: of "audio", "video", "audiovisual"; by default all that the model has.
+        snrs: decibels, None = clean. Lips hear no noise: video is scored once, as clean.
+        noise: "babble" (clips of `babble_labels` talking at once) or a noise file; the same noise for every model.
+        max_frames: video frames in a batch.
+        workers: processes that decode clips ahead; the results do not depend on it.
+        distributed: share the clips out over the processes of `torch.distributed`; all of them must call this, and
+            all get the whole result.
+
+    Returns:
+        The rows, and for each row its transcripts: {"id", "reference", "hypothesis"} by clip.
+
+    Raises:
+        MediaError: a clip that cannot be used, by name; one whose label says that it is too long, before any other.
+    """
+    source = None
+    if any(snr is not None for snr in snrs):
+        source = FolderClips(root, babble_labels).babble if noise == "babble" else NoiseFile(noise)
+    conditions = [
+        (modality, snr)
+        for modality in modalities or supported(model)
+        for snr in (snrs if modality != "video" else (None,))
+    ]
+    rows, transcripts = [], []
+    clips = Lrs3Dataset(root, labels)
+    heard, seen = (any(modality != other for modality, _ in conditions) for other in ("video", "audio"))
+    for clip in clips.clips:  # the longest come last: better now than after hours
+        reason = processor.unfit(
+            samples=clip.n_frames * SAMPLES_PER_FRAME if heard else None, frames=clip.n_frames if seen else None
+        )
+        if reason is not None:
+            raise MediaError(clip.id, reason)
+    rank = dist.get_rank() if distributed else 0
+    shown = progress and rank == 0
+    with tqdm(total=len(conditions) * len(clips), desc="evaluate", unit="clip", disable=not shown) as bar:
+        for modality, snr in conditions:
+            bar.set_postfix_str(f"{modality} {'clean' if snr is None else f'{snr:g} dB'}")
+            added = None if snr is None else Noise(source, (snr,))
+            data = Lrs3Dataset(
+                root,
+                labels,
+                modality,
+                noise=added,
+                seed=seed,
+                longest=processor.audio_window // 2,  # 50 a second
+                unfit=processor.unfit,
+            )
+            texts = transcribe_dataset(
+                model,
+                processor,
+                data,
+                num_beams=num_beams,
+                max_frames=max_frames,
+                workers=workers,
+                distributed=distributed,
+                bar=bar,
+            )
+            references = [clip.text for clip in data.clips]
+            errors = word_errors(references, texts)
+            rows.append(Row(Path(labels).stem, modality, snr, len(data), **asdict(errors), wer=round(errors.wer, 5)))
+            transcripts.append(
+                [
+                    {"id": clip.id, "reference": clip.text, "hypothesis": text}
+                    for clip, text in zip(data.clips, texts, strict=True)
+                ]
+            )
+    return rows, transcripts
+
+
+def supported(model) -> tuple[str, ...]:
+    """The modalities a model can be given."""
+    towers = tuple(model.config.modalities)
+    return MODALITIES if len(towers) == 2 else towers
+
+
+def transcribe_dataset(
+    model,
+    processor,
+    data,
+    *,
+    num_beams: int = 1,
+    max_frames: int = 1500,
+    workers: int = 0,
+    distributed: bool = False,
+    bar=None,
+) -> list[str]:
+    """The model's text for every clip, in the data's order; `workers` and `distributed` as in `evaluate`."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    batches = list(FrameBatchSampler(data.lengths, max_frames, shuffle=False))
+    own = batches[rank::world]  # neighbours are of like length, so the shares are of like size
+    loader = DataLoader(data, batch_sampler=own, collate_fn=list, num_workers=workers)
+    found: dict[int, str] = {}
+    for batch, items in zip(own, loader, strict=True):
+        found |= zip(batch, transcribe_items(model, processor, items, num_beams), strict=True)
+        if bar is not None:
+            bar.update(min(world * len(batch), bar.total - bar.n))
+    if distributed:
+        shares: list[dict[int, str]] = [{}] * world
+        dist.all_gather_object(shares, found)
+        found = {index: text for share in shares for index, text in share.items()}
+    return [found[index] for index in range(len(data))]
+
+
+def transcribe_items(model, processor, items: Sequence[dict], num_beams: int = 1) -> list[str]:
+    """The model's text for transformed clips that share their modality."""
+    streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0].get(name) is not None}
+    return transcribe_batch(model, processor, num_beams=num_beams, **streams)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown, WER in per cent: a line for each label file and modality, a column for each SNR."""
+    snrs = sorted({row.snr for row in rows}, key=lambda snr: (snr is not None, -(snr or 0)))
+    head = ["clean" if snr is None else f"{snr:g} dB" for snr in snrs]
+    lines = ["| labels | modality | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
+    for labels, modality in dict.fromkeys((row.labels, row.modality) for row in rows):
+        found = {row.snr: row.wer for row in rows if (row.labels, row.modality) == (labels, modality)}
+        cells = [per_cent(found[snr]) if snr in found else "" for snr in snrs]
+        lines.append(f"| {labels} | {modality} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

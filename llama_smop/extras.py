@@ -1,0 +1,23 @@
+"""Which optional extra of this package brings a module that is missing."""
+
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
+# Modules whose distribution has another name.
+DISTRIBUTIONS = {"yaml": "pyyaml", "cv2": "opencv-python-headless", "espeakng_loader": "espeakng-loader"}
+
+
+def remedy(module: str) -> str:
+    """One line that says how to get `module`, for an error message."""
+    top = module.partition(".")[0]
+    distribution = DISTRIBUTIONS.get(top, top)
+    try:
+        lines = requires("llama-smop") or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        lines = []
+    for line in lines:
+        found = re.match(r"([\w-]+)[^;]*;\s*extra == ['\"](\w+)['\"]", line)
+        if found and found[1].lower() == distribution:
+            extra = f"llama-smop[{found[2]}]"
+            return f'{distribution} is not installed; the extra [{found[2]}] brings it: pip install "{extra}"'
+    return f"{distribution} is not installed: pip install {distribution}"

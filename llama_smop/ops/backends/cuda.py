@@ -1,0 +1,324 @@
+"""The operators on the CUDA C++ extension `llama_smop._C` (sources and build: csrc/README.md).
+
+Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activation); GEMM2 (+ b2); combine (LayerNorm,
+gate weights, sum over K).
+Backward: combine_bwd (dz, dweights, partial sums of the LayerNorm gradients); their sum; dh = (dz·W2) ⊙ act'; dW2 and
+db2; dW1 and db1 (x gathered); with dx also dh·W1 and its sum over K; router backward.
+No host synchronisation, no float atomics: gradients are bitwise the same from run to run.
+
+bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
+"""
+
+import torch
+from torch import Tensor
+
+from llama_smop.ops.backend import Experts, Saved, Schedule
+from llama_smop.ops.backends.cuda_extension import DTYPES, LN_DTYPES, extension, unsupported
+
+__all__ = [
+    "expert_projection_bwd",
+    "expert_projection_fwd",
+    "grouped_mm",
+    "route_bwd",
+    "route_fwd",
+    "schedule",
+    "unsupported",
+]
+
+GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+class _launches:
+    """Makes the device of a tensor current and holds its stream: `with _launches(x) as stream:`."""
+
+    def __init__(self, tensor: Tensor):
+        self.device = tensor.device
+        self.guard = torch.cuda.device(self.device) if tensor.is_cuda else None
+
+    def __enter__(self) -> int:
+        if self.guard is None:
+            return 0
+        self.guard.__enter__()
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def __exit__(self, *error) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)
+
+
+def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
+    limit = extension().MAX_EXPERTS
+    if not 1 <= num_experts <= limit:
+        raise ValueError(f"the CUDA backend takes 1 to {limit} experts, got {num_experts}")
+    if not 1 <= top_k <= limit:
+        raise ValueError(f"the CUDA backend takes 1 to {limit} choices a token, got {top_k}")
+    if tokens * top_k >= 2**31:
+        raise ValueError(f"tokens × top_k must stay under 2^31, got {tokens} × {top_k}")
+
+
+# ---------------------------------------------------------------------------------------------------------- router
+
+
+def route_fwd(
+    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
+) -> tuple[Tensor, ...]:
+    T, (R, E, _), K, X = x.shape[0], gate_weight.shape, top_k, num_experts
+    _check_sizes(X, K, T)
+    ext = extension()
+    blocks = ext.route_blocks(T)
+    f32, i32 = _like(x, torch.float32), _like(x, torch.int32)
+    logits, weights, experts, counts = f32(T, E), f32(T, K), i32(T, K), i32(R, E)
+    balance, z_loss = f32(), f32()
+    order, inverse, offs = i32(T * K), i32(T, K), i32(X)
+    block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
+    with _launches(x) as stream:
+        ext.route_fwd(
+            **_route_sizes(ext, x, gate_weight, K), experts=X,
+            x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
+            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
+            balance_loss=_ptr(balance), z_loss=_ptr(z_loss), order=_ptr(order), inverse=_ptr(inverse), offs=_ptr(offs),
+            block_counts=_ptr(block_counts), block_probs=_ptr(block_probs), block_z=_ptr(block_z), stream=stream,
+        )  # fmt: skip
+    return logits, weights, experts, counts, balance, z_loss, order, inverse, offs
+
+
+def route_bwd(
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor,
+    dlogits: Tensor | None,
+    dweights: Tensor | None,
+    dbalance: Tensor | None,
+    dz: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
+    ext = extension()
+    total = torch.empty_like(logits)
+    partial = logits.new_empty(ext.gate_splits(T), R, E, D)
+    dgate = torch.empty_like(gate_weight)
+    dx = torch.empty_like(x) if need_dx else None
+    with _launches(x) as stream:
+        ext.route_bwd(
+            **_route_sizes(ext, x, gate_weight, K),
+            x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
+            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
+            dlogits=_ptr(dlogits), dweights=_ptr(dweights), dbalance=_ptr(dbalance), dz=_ptr(dz),
+            dlogits_total=_ptr(total), dgate_partial=_ptr(partial), dgate=_ptr(dgate), dx=_ptr(dx), stream=stream,
+        )  # fmt: skip
+    return dx, dgate
+
+
+def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    T, K = experts.shape
+    _check_sizes(num_experts, K, T)
+    ext = extension()
+    i32 = _like(experts, torch.int32)
+    order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
+    block_counts = i32(ext.route_blocks(T), num_experts)
+    with _launches(experts) as stream:
+        ext.schedule(
+            tokens=T, experts=num_experts, top_k=K, chosen=_ptr(experts), order=_ptr(order), inverse=_ptr(inverse),
+            offs=_ptr(offs), block_counts=_ptr(block_counts), stream=stream,
+        )  # fmt: skip
+    return order, inverse, offs
+
+
+def _route_sizes(ext, x: Tensor, gate_weight: Tensor, top_k: int) -> dict:
+    (T, D), (R, E, _) = x.shape, gate_weight.shape
+    dtype = ext.DTYPES[DTYPES[x.dtype]]
+    return {"dtype": dtype, "tokens": T, "dim": D, "routers": R, "gates": E, "top_k": top_k}
+
+
+def _like(tensor: Tensor, dtype: torch.dtype):
+    return lambda *shape: torch.empty(shape, dtype=dtype, device=tensor.device)
+
+
+# ------------------------------------------------------------------------------------------------ matrix products
+
+
+def _gemm(a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None) -> Tensor:
+    """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
+
+    With `order`, row r of the product takes row order[r] // top_k of `a`.
+    """
+    ext = extension()
+    X, K, N = b.shape
+    k_major = b.stride(1) == 1 or K == 1
+    out = a.new_empty(rows, N)
+    with _launches(a) as stream:
+        ext.grouped_gemm(
+            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+            b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
+            offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
+            aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], stream=stream,
+        )  # fmt: skip
+    return out
+
+
+def _wgrad(a, b, offs, *, order=None, top_k=1, sum_a=False) -> tuple[Tensor, Tensor | None]:
+    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n), and Σ_r a[r], (X, m).
+
+    The columns of a and b have unit strides.
+    """
+    ext = extension()
+    X, m, n = offs.shape[0], a.shape[1], b.shape[1]
+    out = a.new_empty(X, m, n)
+    a_sum = a.new_empty(X, m) if sum_a else None
+    with _launches(a) as stream:
+        ext.grouped_wgrad(
+            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), b=_ptr(b),
+            ldb=b.stride(0), offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X, m=m, n=n, out=_ptr(out),
+            a_sum=_ptr(a_sum), stream=stream,
+        )  # fmt: skip
+    return out, a_sum
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    G = offs.shape[0]
+    if max(a.shape) >= 2**31:
+        raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
+    if b.dim() == 2:
+        # The kernel takes both operands with the summed rows outermost; anything else is copied.
+        return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs)[0], a.new_empty(0)
+    rows, N = a.shape[0], b.shape[2]
+    pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
+    if G == 0:
+        return a.new_zeros(rows, N), torch.zeros_like(pre)
+    out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre)
+    ext = extension()
+    dtype = ext.DTYPES[DTYPES[a.dtype]]
+    with _launches(a) as stream:
+        for t in (out, pre):
+            if t.numel():
+                ext.zero_tail(dtype=dtype, out=_ptr(t), rows=rows, n=N, offs=_ptr(offs), experts=G, stream=stream)
+    return out, pre
+
+
+def _unit_columns(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ expert projection
+
+
+def expert_projection_fwd(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    schedule: Schedule,
+    parameters: Experts,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
+    (T, K), O = weights.shape, w2.shape[1]
+    _check_projection(T, K, parameters)
+    h, pre = _hidden(x, order, offs, K, w1, b1, activation)
+    z = _gemm(h, w2.transpose(1, 2), offs, T * K, bias=b2)
+    y = x.new_empty(T, O)
+    mean = weights.new_empty(T * K if ln_weight is not None else 0)
+    rstd = torch.empty_like(mean)
+    ext = extension()
+    with _launches(x) as stream:
+        ext.combine_fwd(
+            **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
+            inverse=_ptr(inverse), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), eps=eps, y=_ptr(y),
+            mean=_ptr(mean), rstd=_ptr(rstd), stream=stream,
+        )  # fmt: skip
+    return y, h, pre, z, mean, rstd
+
+
+def expert_projection_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    schedule: Schedule,
+    parameters: Experts,
+    saved: Saved,
+    activation: str,
+    eps: float,
+    need_dx: bool,
+    need_dweights: bool,
+    need_dparams: bool,
+) -> tuple[Tensor | None, ...]:
+    (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
+    h, pre, z, mean, rstd = saved
+    (T, K), (X, O, _), D = weights.shape, w2.shape, x.shape[1]
+    _check_projection(T, K, parameters)
+    rows = T * K
+    if h.numel() == 0:
+        h, pre = _hidden(x, order, offs, K, w1, b1, activation)
+    if z.numel() == 0:
+        z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2)
+
+    ext = extension()
+    ln_grads = need_dparams and ln_weight is not None
+    dz = torch.empty_like(z)
+    dweights = torch.zeros_like(weights) if need_dweights else None  # skipped choices keep the zero
+    dln_weight, dln_bias = (torch.empty_like(ln_weight), torch.empty_like(ln_bias)) if ln_grads else (None, None)
+    partial = weights.new_empty(ext.ln_partial_size(rows, X, O)) if ln_grads else None
+    with _launches(x) as stream:
+        ext.combine_bwd(
+            **_combine_sizes(ext, x, weights, w2, ln_weight), experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights),
+            order=_ptr(order), offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean),
+            rstd=_ptr(rstd), dz=_ptr(dz), dweights=_ptr(dweights), ln_partial=_ptr(partial),
+            dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), stream=stream,
+        )  # fmt: skip
+
+    dx = dw1 = db1 = dw2 = db2 = None
+    if need_dx or need_dparams:
+        aux = h if activation == "relu" else pre
+        dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad")
+    if need_dparams:
+        dw2, db2 = _wgrad(dz, h, offs, sum_a=b2 is not None)
+        dw1, db1 = _wgrad(dh, x, offs, order=order, top_k=K, sum_a=b1 is not None)
+    if need_dx:
+        dx_rows = _gemm(dh, w1, offs, rows)
+        dx = torch.empty_like(x)
+        with _launches(x) as stream:
+            ext.gather_sum(
+                dtype=ext.DTYPES[DTYPES[x.dtype]], tokens=T, top_k=K, dim=D, rows=_ptr(dx_rows), inverse=_ptr(inverse),
+                dx=_ptr(dx), stream=stream,
+            )  # fmt: skip
+    return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
+
+
+def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor, Tensor]:
+    """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
+    rows, H = order.shape[0], w1.shape[1]
+    pre = x.new_empty((0,) if activation == "relu" else (rows, H))
+    h = _gemm(x, w1.transpose(1, 2), offs, rows, order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre)
+    return h, pre
+
+
+def _check_projection(tokens: int, top_k: int, parameters: Experts) -> None:
+    w1, *_, ln_weight, ln_bias = parameters
+    _check_sizes(w1.shape[0], top_k, tokens)
+    if ln_weight is not None and not (ln_weight.dtype == ln_bias.dtype in (w1.dtype, torch.float32)):
+        raise TypeError(
+            f"ln_weight and ln_bias must both be {w1.dtype} or both float32 for the CUDA backend, "
+            f"got {ln_weight.dtype} and {ln_bias.dtype}"
+        )
+
+
+def _combine_sizes(ext, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
+    (T, K), O = weights.shape, w2.shape[1]
+    dtype = ext.DTYPES[DTYPES[x.dtype]]
+    ln_dtype = dtype if ln_weight is None else ext.DTYPES[LN_DTYPES[ln_weight.dtype]]
+    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "dim": O}

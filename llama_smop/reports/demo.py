@@ -1,0 +1,145 @@
+"""`llama-smop report`: the page about a folder, made again at any time from the JSON files that were left in it."""
+
+import html
+from pathlib import Path
+
+from llama_smop import files
+from llama_smop.data.media import audio_path, read_audio, read_video
+from llama_smop.reports import plots
+from llama_smop.reports.html import facts as fact_table
+from llama_smop.reports.html import percent, picture, shown, wer_table, write_page
+from llama_smop.reports.training import REPORT, is_run, write_run_report
+
+LABELS = {"test": "unseen sentences", "test_unseen_voice": "unseen sentences, unseen voice"}
+
+
+def write_report(run: str | Path) -> Path:
+    """`run/report.html`, from what a training or `llama-smop demo` left in `run`.
+
+    Raises:
+        ValueError: a result the report needs is not there yet, or a file that holds something else.
+    """
+    run = Path(run)
+    files.check_file(run / REPORT)
+    if is_run(run):
+        return write_run_report(run)
+    facts = {
+        name: _read(run / f"{name}.json") for name in ("demo", "metrics", "evaluation", "transcripts", "projectors")
+    }
+    parts = (
+        ("demo", lambda: _lead(facts["demo"])),
+        ("evaluation", lambda: _result(facts["evaluation"]["rows"])),
+        ("evaluation", lambda: _accuracy(facts["evaluation"])),
+        ("transcripts", lambda: _clips(run, facts["transcripts"])),
+        ("metrics", lambda: _training(facts["metrics"])),
+        ("evaluation", lambda: _experts(facts["evaluation"])),
+        ("projectors", lambda: _projectors(facts["projectors"])),
+        ("demo", lambda: _footer(facts["demo"])),
+    )
+    body = []
+    for name, part in parts:
+        with shown(run / f"{name}.json"):
+            body.append(part())
+    return write_page(run / REPORT, "Llama-SMoP demo", body)
+
+
+def _read(path: Path):
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: not there; run `llama-smop demo --out {path.parent}` (or a training) to its end first"
+        ) from None
+
+
+def _lead(demo: dict) -> str:
+    train_clips, test_clips = (html.escape(str(demo[name])) for name in ("train_clips", "test_clips"))
+    return (
+        "<h1>A Llama-SMoP that listens and reads lips</h1>"
+        f'<p class="lead">Trained from scratch on {train_clips} generated talking-head clips (synthetic: '
+        f"espeak-ng speech, drawn faces), scored on {test_clips} clips of sentences it never saw.</p>"
+    )
+
+
+def _result(rows: list[dict]) -> str:
+    clean, noisy = (_wer(rows, "audiovisual", snr) for snr in (None, 0))
+    audio = _wer(rows, "audio", 0)
+    return (
+        f"<p>Listening and reading lips it gets <b>{percent(clean)}</b> of the words wrong in clean speech and "
+        f"<b>{percent(noisy)}</b> in babble as loud as the speaker (0 dB), where listening alone gets "
+        f"<b>{percent(audio)}</b> wrong.</p>"
+    )
+
+
+def _accuracy(evaluation: dict) -> str:
+    rows, chance, blind = evaluation["rows"], evaluation["guess_per_slot"], evaluation["no_input"]
+    figure = plots.wer_against_snr([r for r in rows if r["labels"] == "test"], chance)
+    return (
+        "<h2>Word error rate</h2>"
+        + picture(figure, "Unseen sentences, voices of the training. Babble is other clips talking at once.")
+        + wer_table(rows, LABELS)
+        + f"<p>For comparison: a random guess in each slot of the grammar gets {percent(chance)} of the words wrong; "
+        f"this model given silence and a blank picture, {percent(blind)}.</p>"
+    )
+
+
+def _clips(run: Path, transcripts: list[dict]) -> str:
+    parts = ["<h2>What it heard</h2>"]
+    for clip in transcripts:
+        path = run / clip["path"]
+        strip = plots.clip_strip(read_video(path), read_audio(audio_path(path)))
+        heard = "".join(
+            f"<tr><td>{html.escape(h['condition'])}</td><td>{_marked(clip['reference'], h['text'])}</td></tr>"
+            for h in clip["hypotheses"]
+        )
+        said = f"<tr><td>said</td><td><b>{html.escape(clip['reference'])}</b></td></tr>"
+        parts.append(f"{picture(strip, clip['id'])}<table>{said}{heard}</table>")
+    return "".join(parts)
+
+
+def _training(log: list[dict]) -> str:
+    return "<h2>Training</h2>" + picture(
+        plots.losses(log),
+        "Each step is a batch of one kind: audio, video or both. Babble begins after the clean start.",
+    )
+
+
+def _experts(evaluation: dict) -> str:
+    activation = evaluation["expert_activation"]
+    if activation is None:
+        return ""
+    return "<h2>Who uses which expert</h2>" + picture(
+        plots.expert_activation(activation["shares"], activation["experts_of"]),
+        f"Test clips with audio and video, sharing {activation['sharing']}; dotted: an even load.",
+    )
+
+
+def _projectors(measured: dict) -> str:
+    figure = plots.projector_bars(measured["rows"])
+    return "<h2>Dense against sparse projector</h2>" + picture(figure, measured["what"])
+
+
+def _footer(demo: dict) -> str:
+    return f"<h2>How it was made</h2>{fact_table(demo['facts'])}<p><small><code>llama-smop demo</code></small></p>"
+
+
+def _wer(rows: list[dict], modality: str, snr: float | None, labels: str = "test") -> float | None:
+    found = [r["wer"] for r in rows if (r["modality"], r["snr"], r["labels"]) == (modality, snr, labels)]
+    return found[0] if found else None
+
+
+def _marked(reference: str, hypothesis: str) -> str:
+    """The hypothesis with the words that the reference does not have at that place underlined."""
+    import jiwer
+
+    words = hypothesis.split()
+    if not words:
+        return '<span class="wrong">(nothing)</span>'
+    right = [False] * len(words)
+    for chunk in jiwer.process_words(reference, hypothesis).alignments[0]:
+        if chunk.type == "equal":
+            for i in range(chunk.hyp_start_idx, chunk.hyp_end_idx):
+                right[i] = True
+    return " ".join(
+        f'<span class="{"good" if ok else "wrong"}">{html.escape(w)}</span>' for w, ok in zip(words, right, strict=True)
+    )

@@ -1,0 +1,129 @@
+"""Whatever goes wrong in a command: one line, a status that is not 0, and what was computed is written."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import typer
+
+from llama_smop import cli
+from llama_smop.cli import main
+from llama_smop.evaluation import run
+from llama_smop.evaluation.run import Row
+from llama_smop.models import model_folder
+
+RUNS = [sys.executable, "-m", "llama_smop.cli"]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`llama-smop configs`, which does what the test says."""
+
+    def does(action) -> None:
+        monkeypatch.setattr("llama_smop.training.compose.shipped", action)
+
+    return does
+
+
+def raising(error: BaseException):
+    def act():
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    (
+        (ValueError("a.yaml: not\n  YAML"), "llama-smop: a.yaml: not YAML"),
+        (KeyError("w1"), "llama-smop: KeyError: 'w1' (in: configs; LLAMA_SMOP_DEBUG=1 shows where)"),
+        (MemoryError(), "llama-smop: MemoryError (in: configs; LLAMA_SMOP_DEBUG=1 shows where)"),
+        (ImportError("no module x"), "llama-smop: ImportError: no module x (in: configs"),
+        (OverflowError("too large"), "llama-smop: OverflowError: too large (in: configs"),
+        (AttributeError("no x"), "llama-smop: AttributeError: no x (in: configs"),
+    ),
+    ids=lambda value: type(value).__name__,
+)
+def test_every_exception_is_one_line(command, error, line, monkeypatch):
+    monkeypatch.delenv("LLAMA_SMOP_DEBUG", raising=False)
+    command(raising(error))
+    with pytest.raises(SystemExit) as stop:
+        main(["configs"])
+    assert str(stop.value.code).startswith(line) and "\n" not in stop.value.code
+    monkeypatch.setenv("LLAMA_SMOP_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["configs"])
+
+
+@pytest.mark.parametrize(("stop", "status"), ((typer.Exit(3), 3), (KeyboardInterrupt(), 130), (typer.Abort(), 1)))
+def test_the_status_of_a_command_that_stops_is_kept(command, stop, status, capsys):
+    command(raising(stop))
+    with pytest.raises(SystemExit) as stopped:
+        main(["configs"])
+    assert stopped.value.code == status
+    assert ("interrupted" in capsys.readouterr().err) == (status == 130)
+
+
+def test_a_command_that_ends_well_returns(capsys):
+    main(["configs"])
+    assert "recipe" in capsys.readouterr().out
+
+
+def test_output_that_cannot_be_written_is_a_failure():
+    if not os.access("/dev/full", os.W_OK):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*RUNS, "configs"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "standard output" in ended.stderr and "No space left on device" in ended.stderr
+
+
+def test_output_that_is_closed_from_the_start_is_none_that_fails():
+    ended = subprocess.run(f"{sys.executable} -m llama_smop.cli configs >&-", shell=True, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_scores_are_written_before_they_are_printed(tmp_path, monkeypatch):
+    """A full disk or a closed pipe behind stdout costs no scoring."""
+    here = SimpleNamespace(device=SimpleNamespace(type="cpu"), use_distributed=False, is_main_process=True)
+    here.destroy_process_group = lambda: None
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: here)
+    monkeypatch.setattr(model_folder, "load", lambda *_: (None, None))
+    row = Row("test", "audio", None, 1, 2, 1, 0, 0, 0.5)
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: ([row], [[{"id": "a"}]]))
+    monkeypatch.setattr(run, "table", lambda rows: raising(BrokenPipeError(32, "Broken pipe"))())
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--model", "m", "--root", "r", "--json", str(tmp_path / "new/scores.json")])
+    assert stop.value.code not in (0, None)
+    (found,) = json.loads((tmp_path / "new/scores.json").read_text())
+    assert found["wer"] == 0.5 and found["transcripts"] == [{"id": "a"}]
+
+
+@pytest.mark.parametrize(
+    "command",
+    (
+        ["train", "--config", "demo", "--out"],
+        ["average", "run", "--to"],
+        ["convert", "a.pt", "--to"],
+        ["evaluate", "--model", "m", "--root", "r", "--json"],
+        ["corpus", "make"],
+        ["train", "--out", "run", "--config"],
+        ["info", "--config", "demo", "--set"],
+    ),
+    ids=lambda command: f"{command[0]} {command[-1]}",
+)
+def test_a_place_whose_name_is_no_text_is_refused(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"caf\\xe9': the name is not UTF-8"):
+        main([*command, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("snr", ("nan", "inf", "-1e400", "loud", "101"))
+def test_a_noise_ratio_that_is_none_is_refused(snr):
+    with pytest.raises(ValueError, match="--snr takes decibels"):
+        cli._snr(snr)
+    assert cli._snr("-5") == -5 and cli._snr("clean") is None

@@ -1,0 +1,87 @@
+"""`llama-smop demo`, whole, with a corpus of seconds and a training of four steps."""
+
+import json
+import re
+
+import pytest
+
+from llama_smop import files
+from llama_smop.data.synthetic.grammar import GRID
+from llama_smop.demo import demo
+from llama_smop.evaluation.wer import guess_per_slot
+from llama_smop.reports import plots
+from llama_smop.reports.demo import write_report
+
+pytestmark = pytest.mark.xdist_group("demo")
+CLIPS, STEPS = 16, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    demo(out, clips=CLIPS, steps=STEPS)
+    return out
+
+
+def test_the_report_stands_alone_and_holds_its_pictures(folder):
+    page = (folder / "report.html").read_text()
+    clips = json.loads((folder / "transcripts.json").read_text())
+    assert page.count('src="data:image/png;base64,') == 4 + len(clips), "WER, losses, experts, projectors; each clip"
+    assert not re.search(r'(?:src|href)="(?!data:)', page), "the report refers to other files"
+    assert clips and all(clip["reference"] in page for clip in clips)
+
+
+def test_every_condition_is_scored(folder):
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    rows = {(r["labels"], r["modality"], r["snr"]) for r in evaluation["rows"]}
+    for labels in ("test", "test_unseen_voice"):
+        assert {(labels, "video", None), (labels, "audio", None), (labels, "audio", 0)} <= rows
+        assert {(labels, "audiovisual", None), (labels, "audiovisual", 0)} <= rows
+    shares = evaluation["expert_activation"]["shares"]
+    assert sum(shares["audio"]) == pytest.approx(1) and sum(shares["audio"][4:]) == 0, "DEDR: audio has its own experts"
+
+
+def test_run_again_it_repeats_nothing(folder, capsys):
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.json") if path.name != "demo.json"}
+    demo(folder, clips=CLIPS, steps=STEPS)
+    assert capsys.readouterr().out.count("done before") == 4
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_another_size_in_the_same_folder_is_refused(folder):
+    with pytest.raises(ValueError, match="another size or seed"):
+        demo(folder, clips=CLIPS + 1, steps=STEPS)
+
+
+def test_what_the_report_shows_is_text(folder, tmp_path):
+    mark = "<script>alert(1)</script>"
+    for name in ("demo", "metrics", "projectors", "evaluation"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        if name == "demo":
+            content |= {"train_clips": mark, "test_clips": mark}
+        if name == "projectors":
+            content["what"] = mark
+        if name == "evaluation":
+            content["expert_activation"]["sharing"] = mark
+        files.write_json(tmp_path / f"{name}.json", content)
+    files.write_json(tmp_path / "transcripts.json", [])
+    page = write_report(tmp_path).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 5
+    files.write_json(tmp_path / "demo.json", {})
+    with pytest.raises(ValueError, match=rf"{tmp_path}/demo\.json: cannot be shown, .*train_clips"):
+        write_report(tmp_path)
+
+
+def test_a_report_without_its_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="to its end first"):
+        write_report(tmp_path)
+
+
+def test_a_guess_per_slot_is_what_the_grammar_gives():
+    assert guess_per_slot(GRID) == pytest.approx(1 - (4 / 4 + 1 / 12 + 1 / 10) / 6)
+
+
+def test_joint_experts_are_drawn_side_by_side():
+    shares = {"audio": [0.5, 0.25, 0.25, 0], "video": [0, 0.25, 0.25, 0.5]}
+    bars = plots.expert_activation(shares, {m: range(4) for m in shares}).axes[0].patches
+    assert len(bars) == 8 and len({round(b.get_x(), 6) for b in bars}) == 8, "bars of two modalities overlap"
