@@ -40,8 +40,8 @@ class Span:
 class SileroVoiceActivity(nn.Module):
     """Silero VAD v6 for 16 kHz: the magnitude of a Fourier transform, four convolutions, an LSTM.
 
-    Call it with the steps of a recording in order, float32 (N, 64 + 512), each with the end of the step before; it returns
-    N probabilities and keeps the LSTM's state.
+    Call it with the steps of a recording in order, float32 (N, 64 + 512), each begun by the end of the step before. It
+    returns N probabilities and keeps the LSTM's state.
     """
 
     def __init__(self):
@@ -100,7 +100,7 @@ class EnergyVoiceActivity:
 
 
 def speech_probabilities(sound: Iterable[np.ndarray], model=None) -> Iterator[float]:
-    """The probability of speech in each 512 samples of a recording that comes in blocks of any size, float32 at 16 kHz."""
+    """The probability of speech in each 512 samples of a recording; it comes in blocks of any size, float32 at 16 kHz."""
     model = model or SileroVoiceActivity.installed() or EnergyVoiceActivity()
     kept = np.zeros(CONTEXT, np.float32)  # the context, then what is not yet a whole step
     for block in sound:
@@ -121,8 +121,8 @@ def _run(model, samples: np.ndarray, steps: int) -> list[float]:
 def speech_pieces(probabilities: Iterable[float], longest: float) -> Iterator[Span]:
     """Pieces of at most `longest` seconds that hold all the speech; what is silent for long is in none.
 
-    A piece ends in silence where there is one. Speech that goes on for longer than `longest` is cut where the probability
-    is lowest in the second half of the piece; if that is speech too, the next piece begins `OVERLAP_S` earlier.
+    A piece ends in silence where there is one. Speech that goes on for longer is cut where the probability is lowest in
+    the second half of the piece; if that is speech too, the next piece begins `OVERLAP_S` earlier.
     """
     second = RATE / STEP
     pad = min(PAD_S, longest / 8)
