@@ -28,7 +28,7 @@ class Cue:
 
 
 def cues(pieces: Iterable[tuple[float, float, str, Sequence[Word] | None]]) -> list[Cue]:
-    """Cues of (start, end, text, words or None) in order of time; without words a piece's time is shared out by length."""
+    """Cues of (start, end, text, words or None) in order; without words a piece's time is shared out."""
     found: list[Cue] = []
     for start, end, text, words in pieces:
         lines = textwrap.wrap(" ".join(text.split()), LINE)

@@ -100,7 +100,7 @@ class EnergyVoiceActivity:
 
 
 def speech_probabilities(sound: Iterable[np.ndarray], model=None) -> Iterator[float]:
-    """The probability of speech in each 512 samples of a recording; it comes in blocks of any size, float32 at 16 kHz."""
+    """The probability of speech in each 512 samples of a recording that comes in blocks, float32 at 16 kHz."""
     model = model or SileroVoiceActivity.installed() or EnergyVoiceActivity()
     kept = np.zeros(CONTEXT, np.float32)  # the context, then what is not yet a whole step
     for block in sound:
