@@ -26,11 +26,13 @@ class Track:
     first: its first frame.
     points: for every frame (len(KEPT), 2) in pixels, or None where the face was not found.
     boxes: for every frame left, top, right, bottom, or None.
+    brightness: mean grey value of the face, 0 to 255, of each frame in which it was found.
     """
 
     first: int
     points: list[np.ndarray | None] = field(default_factory=list)
     boxes: list[np.ndarray | None] = field(default_factory=list)
+    brightness: list[float] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -126,7 +128,7 @@ class _OpenTrack:
         """Add `frame`: found by the mesh from the frame before, or missing."""
         self.track.points.append(None)
         self.track.boxes.append(None)
-        if self._region is not None and self._take(*mesh(frame, self._region)):
+        if self._region is not None and self._take(frame, *mesh(frame, self._region)):
             return True
         self._region = None
         self.missing += 1
@@ -134,14 +136,18 @@ class _OpenTrack:
 
     def find(self, frame: np.ndarray, detection: Detection, mesh: FaceMesh) -> bool:
         """Fill in the frame that was added last, from a detection in it."""
-        return self._take(*mesh(frame, Region.of_detection(detection)))
+        return self._take(frame, *mesh(frame, Region.of_detection(detection)))
 
-    def _take(self, points: np.ndarray, score: float) -> bool:
+    def _take(self, frame: np.ndarray, points: np.ndarray, score: float) -> bool:
         if score <= MIN_MESH_SCORE:
             return False
         self.box, self.missing, self._region = box_of(points), 0, Region.of_points(points)
         self.track.points[-1] = points[list(KEPT)]
         self.track.boxes[-1] = self.box
+        left, top, right, bottom = np.clip(self.box, 0, None).astype(int)
+        face = frame[top:bottom:4, left:right:4]
+        if face.size:
+            self.track.brightness.append(float(face.mean()))
         return True
 
 
