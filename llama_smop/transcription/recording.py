@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -123,9 +123,7 @@ class Recording:
                 picture = bool(plan.tracks)
         if sound is None or options.modality == "video":
             spans = self._by_sight(plan)
-        elif plan.prepared and self.seconds <= self.longest:
-            spans = [Span(0.0, self.seconds)]
-        elif self.seconds <= self.longest and spans:  # short enough to be heard whole
+        elif (plan.prepared and self.seconds <= self.longest) or (self.seconds <= self.longest and spans):
             spans = [Span(0.0, self.seconds)]
         plan.spans = spans or []
         plan.chosen = [self._who(plan, span, envelope) for span in plan.spans]
@@ -224,7 +222,7 @@ class Recording:
         for first, end in shown:
             parts = max(1, math.ceil((end - first) / (self.longest * VIDEO_RATE)))
             edges = np.linspace(first, end, parts + 1).round() / VIDEO_RATE
-            spans += [Span(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            spans += [Span(a, b) for a, b in pairwise(edges)]
         return spans
 
     def _who(self, plan: _Plan, span: Span, envelope: np.ndarray | None) -> int | None:
