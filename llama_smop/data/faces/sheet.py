@@ -16,7 +16,7 @@ COLOURS = ((46, 134, 171), (209, 73, 91), (58, 125, 68), (237, 174, 73), (102, 4
 
 
 def write_sheet(path: str | os.PathLike, faces: Faces, chosen: int | None, out: str | os.PathLike) -> Path:
-    """Write a PNG: evenly spaced frames of the video at `path`, every face in its colour, the crops of `chosen` below."""
+    """Write a PNG: evenly spaced frames, every face in its colour, the crops of `chosen` below."""
     wanted = np.linspace(0, faces.frames - 1, min(COLUMNS, faces.frames)).round().astype(int).tolist()
     height = max(1, round(faces.size[0] * WIDTH / faces.size[1]))
     frames = []
