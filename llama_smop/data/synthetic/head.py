@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llama_smop.data.mouth import Face
+from llama_smop.data.synthetic.mouth import Face
 
 SIZE = 288  # of the square that the head is drawn in
 MOUTH = (144.0, 186.0)  # where the middle of the mouth crop is
