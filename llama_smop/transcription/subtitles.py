@@ -1,21 +1,12 @@
 """Transcripts as subtitles: SRT and WebVTT, cues of at most two lines of 42 characters, in order, never overlapping."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LINE = 42  # characters
 LINES = 2
 SHORTEST_S = 0.2  # of a cue
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word and its times in seconds."""
-
-    text: str
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -27,33 +18,21 @@ class Cue:
     lines: tuple[str, ...]
 
 
-def cues(pieces: Iterable[tuple[float, float, str, Sequence[Word] | None]]) -> list[Cue]:
-    """Cues of (start, end, text, words or None) in order; without words a piece's time is shared out."""
+def cues(pieces: Iterable[tuple[float, float, str]]) -> list[Cue]:
+    """Cues of (start, end, text) in order; a piece's time is shared out by letters."""
     found: list[Cue] = []
-    for start, end, text, words in pieces:
+    for start, end, text in pieces:
         lines = textwrap.wrap(" ".join(text.split()), LINE)
-        blocks = [lines[i : i + LINES] for i in range(0, len(lines), LINES)]
-        spoken = list(words or ())
-        if len(spoken) != len(text.split()):
-            spoken = _spread(text.split(), start, end)
-        for block in blocks:
-            count = sum(len(line.split()) for line in block)
-            said, spoken = spoken[:count], spoken[count:]
-            earliest = found[-1].end if found else 0.0
-            first = max(said[0].start, earliest)
-            found.append(Cue(first, max(said[-1].end, first + SHORTEST_S), tuple(block)))
+        letters = sum(map(len, lines))
+        said = 0
+        for first in range(0, len(lines), LINES):
+            block = tuple(lines[first : first + LINES])
+            begin = start + (end - start) * said / letters
+            said += sum(map(len, block))
+            begin = max(begin, found[-1].end if found else 0.0)
+            until = max(start + (end - start) * said / letters, begin + SHORTEST_S)
+            found.append(Cue(begin, until, block))
     return found
-
-
-def _spread(words: Sequence[str], start: float, end: float) -> list[Word]:
-    """Words in equal measure a letter."""
-    letters = sum(len(word) + 1 for word in words)
-    at, spread = start, []
-    for word in words:
-        until = at + (end - start) * (len(word) + 1) / letters
-        spread.append(Word(word, at, until))
-        at = until
-    return spread
 
 
 def srt(cues: Iterable[Cue]) -> str:

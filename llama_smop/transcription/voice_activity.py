@@ -85,9 +85,10 @@ class EnergyVoiceActivity:
 
     MEMORY = 30 * RATE // STEP
     RISE_DB = 12.0  # above the floor, where the probability is one half
+    QUIET_DB = -60.0  # what a recording is taken to begin with, for a second: it may begin with speech
 
     def __init__(self):
-        self._levels: list[float] = []
+        self._levels = [self.QUIET_DB] * (RATE // STEP)
 
     def __call__(self, steps: Tensor) -> Tensor:
         levels = 10 * torch.log10(steps[:, CONTEXT:].square().mean(dim=1) + 1e-10)

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from llama_smop.data.faces.geometry import PLACE, crop_matrices, warp
+from llama_smop.data.faces.geometry import PLACE, SMOOTHING, crop_matrices, warp
 from llama_smop.data.faces.tracker import Track, Tracker
-from llama_smop.data.media import stream_video
+from llama_smop.data.media import audio_path, stream_video
 
 SMALL_MOUTH = 22  # pixels from corner to corner; a crop of less is mostly invention
 DARK = 40.0  # mean grey value of a face
@@ -38,6 +39,11 @@ class Selection:
     track: Track
 
 
+def frames_beside_sound(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """The frames of a video from where its sound begins: its own, or the .wav's beside it."""
+    return stream_video(path, with_sound=audio_path(path) == Path(path))
+
+
 def find_faces(
     path: str | os.PathLike, tracker: Tracker | None = None, progress: Callable[[int], None] | None = None
 ) -> Faces:
@@ -51,7 +57,7 @@ def find_faces(
     """
     tracker = tracker or Tracker()
     frames, size = 0, (0, 0)
-    for frame in stream_video(path, with_sound=True):
+    for frame in frames_beside_sound(path):
         tracker.step(frame)
         frames, size = frames + 1, frame.shape[:2]
         if progress is not None:
@@ -67,12 +73,12 @@ def crop_mouths(path: str | os.PathLike, selections: Sequence[Selection]) -> Ite
     Args:
         selections: in order of `first`; frames before or after the selected track's own show its first or last place.
     """
-    waiting = [(s, _matrices(s)) for s in selections]
+    waiting = list(selections)
     open_: list[tuple[Selection, np.ndarray, list[np.ndarray]]] = []
-    for number, frame in enumerate(stream_video(path, with_sound=True)):
-        while waiting and waiting[0][0].first <= number:
-            selection, matrices = waiting.pop(0)
-            open_.append((selection, matrices, []))
+    for number, frame in enumerate(frames_beside_sound(path)):
+        while waiting and waiting[0].first <= number:
+            selection = waiting.pop(0)
+            open_.append((selection, _matrices(selection), []))
         for selection, matrices, crops in open_:
             if number < selection.end:
                 crops.append(warp(frame, matrices[number - selection.first]))
@@ -105,5 +111,7 @@ def warnings(track: Track) -> list[str]:
 def _matrices(selection: Selection) -> np.ndarray:
     """(end − first, 2, 3): the track's maps, its ends held."""
     track = selection.track
-    frames = np.arange(selection.first, selection.end) - track.first
-    return crop_matrices(track.filled_points())[np.clip(frames, 0, len(track.points) - 1)]
+    frames = np.clip(np.arange(selection.first, selection.end), track.first, track.end - 1)
+    # The smoothing looks at its neighbours, so a part of a track has the maps of the whole one.
+    low, high = max(track.first, frames[0] - SMOOTHING), min(track.end, frames[-1] + 1 + SMOOTHING)
+    return crop_matrices(track.filled_points(low, high))[frames - low]

@@ -5,7 +5,6 @@ mean face in a 256×256 frame and cuts 96×96 round the mean of the twenty point
 stand in for dlib's points.
 """
 
-import cv2
 import numpy as np
 
 CROP = 96
@@ -70,4 +69,6 @@ def crop_matrices(points: np.ndarray) -> np.ndarray:
 
 def warp(frame: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """The crop of a picture: uint8 (96, 96, 3), black outside of it."""
+    import cv2
+
     return cv2.warpAffine(frame, matrix, (CROP, CROP), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)

@@ -7,8 +7,7 @@ import cv2
 import numpy as np
 
 from llama_smop import files
-from llama_smop.data.faces.crop import Faces, Selection, crop_mouths
-from llama_smop.data.media import stream_video
+from llama_smop.data.faces.crop import Faces, Selection, crop_mouths, frames_beside_sound
 
 COLUMNS = 8
 WIDTH = 240  # pixels of a column
@@ -20,25 +19,26 @@ def write_sheet(path: str | os.PathLike, faces: Faces, chosen: int | None, out: 
     wanted = np.linspace(0, faces.frames - 1, min(COLUMNS, faces.frames)).round().astype(int).tolist()
     height = max(1, round(faces.size[0] * WIDTH / faces.size[1]))
     frames = []
-    for number, frame in enumerate(stream_video(path, with_sound=True)):
+    for number, frame in enumerate(frames_beside_sound(path)):
         if number in wanted:
             picture = frame.copy()
             for index, track in enumerate(faces.tracks):
                 if track.first <= number < track.end:
-                    _mark(picture, track.filled_boxes()[number - track.first], index, index == chosen)
+                    _mark(picture, track.filled_boxes(number, number + 1)[0], index, index == chosen)
             frames.append(cv2.resize(picture, (WIDTH, height), interpolation=cv2.INTER_AREA))
     rows = [np.hstack(frames)]
     if chosen is not None:
         track = faces.tracks[chosen]
-        crops = next(crop_mouths(path, [Selection(track.first, track.end, track)]))
+        shown = [number for number in wanted if track.first <= number < track.end]
+        crops = crop_mouths(path, [Selection(number, number + 1, track) for number in shown])
         below = np.zeros((96, rows[0].shape[1], 3), np.uint8)
         for column, number in enumerate(wanted):
-            if track.first <= number < track.end:
+            if number in shown:
                 left = column * WIDTH + (WIDTH - 96) // 2
-                below[:, left : left + 96] = crops[number - track.first]
+                below[:, left : left + 96] = next(crops)[0]
         rows.append(below)
     encoded = cv2.imencode(".png", cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))[1]
-    return files.write_aside(out, lambda aside: aside.write_bytes(encoded.tobytes()))
+    return files.write_bytes(out, encoded.tobytes())
 
 
 def _mark(picture: np.ndarray, box: np.ndarray, index: int, chosen: bool) -> None:

@@ -1,9 +1,14 @@
 """Who speaks: the face whose mouth opens with the sound."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from llama_smop.data.faces.geometry import PLACE
-from llama_smop.data.faces.tracker import Track
+
+if TYPE_CHECKING:  # the tracker needs OpenCV, and who only listens does without
+    from llama_smop.data.faces.tracker import Track
 
 RATE = 25
 LAGS = 8  # frames that sound and picture may be apart
@@ -52,7 +57,7 @@ def speaking_score(opening: np.ndarray, envelope: np.ndarray | None) -> float:
 
 
 def choose(
-    tracks: list[Track], first: int, end: int, envelope: np.ndarray | None, which: str | int = "auto"
+    tracks: Sequence["Track"], first: int, end: int, envelope: np.ndarray | None, which: str | int = "auto"
 ) -> int | None:
     """The index of the track to read lips of in the frames from `first` to `end`; None where there is none.
 
@@ -78,15 +83,15 @@ def choose(
 
     def score(i: int) -> tuple[float, float]:
         a, b = inside[i]
-        opening = mouth_opening(tracks[i].filled_points()[a - tracks[i].first : b - tracks[i].first])
+        opening = mouth_opening(tracks[i].filled_points(a, b))
         heard = None if envelope is None else envelope[a:b]
         return speaking_score(opening, heard) * (b - a) / (end - first), _size(tracks[i], a, b)
 
     return max(inside, key=score)
 
 
-def _size(track: Track, first: int, end: int) -> float:
-    boxes = track.filled_boxes()[first - track.first : end - track.first]
+def _size(track: "Track", first: int, end: int) -> float:
+    boxes = track.filled_boxes(first, end)
     return float(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).mean()) * (end - first)
 
 

@@ -44,13 +44,27 @@ class Track:
         """The share of its frames in which the face was found."""
         return sum(p is not None for p in self.points) / max(1, len(self.points))
 
-    def filled_points(self) -> np.ndarray:
-        """(T, len(KEPT), 2): missing frames interpolated linearly, the ends held."""
-        return _fill(self.points)
+    def filled_points(self, first: int | None = None, end: int | None = None) -> np.ndarray:
+        """(T, len(KEPT), 2): missing frames interpolated linearly, the ends held.
 
-    def filled_boxes(self) -> np.ndarray:
+        first, end: frames of the video, within the track; by default all of its own.
+        """
+        return self._fill(self.points, first, end)
+
+    def filled_boxes(self, first: int | None = None, end: int | None = None) -> np.ndarray:
         """(T, 4), likewise."""
-        return _fill(self.boxes)
+        return self._fill(self.boxes, first, end)
+
+    def _fill(self, values: list[np.ndarray | None], first: int | None, end: int | None) -> np.ndarray:
+        """A part costs what it is long, not what the track is long."""
+        begin = 0 if first is None else first - self.first
+        stop = len(values) if end is None else end - self.first
+        low, high = begin, stop - 1
+        while low > 0 and values[low] is None:
+            low -= 1
+        while high < len(values) - 1 and values[high] is None:
+            high += 1
+        return _interpolated(values[low : high + 1])[begin - low : stop - low]
 
     def trim(self) -> None:
         """Drop the missing frames at its end."""
@@ -159,7 +173,7 @@ def track_faces(frames: Iterable[np.ndarray]) -> list[Track]:
     return tracker.finish()
 
 
-def _fill(values: list[np.ndarray | None]) -> np.ndarray:
+def _interpolated(values: list[np.ndarray | None]) -> np.ndarray:
     known = [i for i, value in enumerate(values) if value is not None]
     rows = np.stack([values[i] for i in known]).astype(np.float64)
     wanted = np.arange(len(values))
