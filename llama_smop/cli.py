@@ -1,5 +1,5 @@
-"""The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | convert |
-info | report`.
+"""The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | crop |
+convert | info | report`.
 
 Commands import what they need when they run, so that `--help` is quick. Whatever goes wrong ends in one line on
 stderr and exit status 1 (2: a wrong option); LLAMA_SMOP_DEBUG=1 shows where it came from. Ctrl-C ends with 130; a
@@ -248,18 +248,58 @@ def _snr(text: str) -> float | None:
     return snr
 
 
+Face = Annotated[str, typer.Option(help="auto (who speaks), largest, or a number: --sheet of `crop` shows them.")]
+
+
+def _face(text: str) -> str | int:
+    if text in ("auto", "largest"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--face takes auto, largest or a number, got {text!r}")
+    return int(text)
+
+
 @app.command()
 def transcribe(
-    clips: Annotated[list[Path], typer.Argument(help="mp4 or sound files.")],
+    clips: Annotated[list[Path], typer.Argument(help="Videos or sound files of any length.")],
     model: Model,
     modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all there is.")] = None,
     beams: Beams = 1,
+    face: Face = "auto",
+    prepared: Annotated[
+        bool | None, typer.Option(help="The picture is a mouth crop; default: where it is 96 pixels wide and high.")
+    ] = None,
+    srt: Annotated[Path | None, typer.Option(help="Write SubRip subtitles here.", callback=_utf8)] = None,
+    vtt: Annotated[Path | None, typer.Option(help="Write WebVTT subtitles here.", callback=_utf8)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write pieces, times and warnings here.", callback=_utf8)] = None,
 ) -> None:
-    """Print what is said in each clip."""
-    from llama_smop.transcription.run import transcribe as run
+    """Print what is said in each file. With several, --srt, --vtt and --json name folders."""
+    from llama_smop.transcription import run
+    from llama_smop.transcription.recording import Options
 
-    for path, text in run(clips, model, modality=modality, num_beams=beams):
-        print(f"{path}\t{text}" if len(clips) > 1 else text, flush=True)
+    options = Options(modality=modality, face=_face(face), prepared=prepared, num_beams=beams)
+    outputs = run.Outputs(clips, srt=srt, vtt=vtt, json=json)
+    for transcript in run.transcripts(clips, model, options, progress=True):
+        outputs.write(transcript)
+        print(f"{transcript.path}\t{transcript.text}" if len(clips) > 1 else transcript.text, flush=True)
+
+
+@app.command()
+def crop(
+    video: Path,
+    out: Annotated[Path, typer.Option(help="mp4 to write.", callback=_utf8)],
+    sheet: Annotated[Path | None, typer.Option(help="Picture (PNG) of the faces and crops.", callback=_utf8)] = None,
+    face: Face = "auto",
+) -> None:
+    """Cut the mouth out of a video, 96×96 and with its sound, as the models are trained on."""
+    from llama_smop import files
+    from llama_smop.data.faces.export import crop_video
+
+    which = _face(face)
+    for target in (out, sheet):
+        if target is not None:
+            files.check_file(target)
+    print(crop_video(video, out, sheet=sheet, face=which))
 
 
 @app.command()

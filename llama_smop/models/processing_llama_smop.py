@@ -167,7 +167,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         if samples > self.audio_window * SAMPLES_PER_FRAME:
             raise ValueError(
                 f"a clip of {samples / SAMPLING_RATE:.2f} s is longer than the audio window of "
-                f"{self.audio_window / 50:.2f} s; cut it, as llama_smop.models.decoding.cut_at_silences does"
+                f"{self.audio_window / 50:.2f} s; cut it, as `llama-smop transcribe` does"
             )
         frames = samples * 50 // SAMPLING_RATE
         if self.published_audio_count:

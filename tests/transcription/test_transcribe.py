@@ -11,7 +11,8 @@ from llama_smop.cli import main
 from llama_smop.data.media import MediaError, write_audio
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
-from llama_smop.transcription.run import _richest, transcribe
+from llama_smop.transcription.recording import usable
+from llama_smop.transcription.run import transcribe
 from tests.data.recordings import numbered, record, tone
 
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16, "max_seconds": 3.0}
@@ -74,19 +75,22 @@ def with_cover(path, sound):
         *((f"voice.{suffix}", "audio") for suffix in ("m4a", "mp4", "opus", "webm", "oga", "mp3", "wav")),
     ),
 )
-def test_the_richest_modality_is_that_of_what_is_in_the_file(recordings, tmp_path, name, modality):
+def test_what_is_used_is_what_is_in_the_file(recordings, tmp_path, name, modality):
     path = recordings / name
     if name.startswith("voice"):  # away from the .wav beside it
         path = shutil.copy(path, tmp_path / name)
-    assert _richest(path, ("audio", "video", "audiovisual")) == modality
-    assert _richest(path, (modality,)) == modality
+    sound = None if modality == "video" else path.with_suffix(".wav") if name == "beside.mkv" else path
+    assert usable(path, ("audio", "video", "audiovisual")) == (sound, modality != "audio")
+    assert usable(path, (modality,)) == (sound, modality != "audio")
 
 
 def test_what_a_model_cannot_take_is_said(recordings):
     with pytest.raises(MediaError, match=r"mute\.mp4: has no sound, and the model takes audio only"):
-        _richest(recordings / "mute.mp4", ("audio",))
+        usable(recordings / "mute.mp4", ("audio",))
     with pytest.raises(MediaError, match=r"cover\.m4a: has no picture, and the model takes video only"):
-        _richest(recordings / "cover.m4a", ("video",))
+        usable(recordings / "cover.m4a", ("video",))
+    with pytest.raises(MediaError, match=r"mute\.mp4: has no sound, and audiovisual was asked for"):
+        usable(recordings / "mute.mp4", ("audio", "video", "audiovisual"), "audiovisual")
 
 
 def test_every_file_gets_its_text_or_its_line_and_the_end_counts(recordings, model, capsys, caplog):

@@ -1,0 +1,95 @@
+"""Subtitles, read back strictly: in order, never overlapping, at most two lines of 42 characters."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_smop.transcription.subtitles import cues, srt, vtt
+
+PIECES = [
+    (0.5, 4.0, "place blue in y two now"),
+    (4.5, 4.6, "yes"),
+    (4.55, 20.0, " ".join(["somewhat longer words"] * 12)),
+    (3700.25, 3701.0, "a <b> & c"),
+    (3701.0, 3702.0, ""),
+]
+SRT_TIME = r"(\d\d):(\d\d):(\d\d),(\d{3})"
+VTT_TIME = r"(\d\d):(\d\d):(\d\d)\.(\d{3})"
+
+
+def seconds(*parts: str) -> float:
+    hours, minutes, whole, thousandths = map(int, parts)
+    assert minutes < 60 and whole < 60
+    return hours * 3600 + minutes * 60 + whole + thousandths / 1000
+
+
+def read(text: str, time: str, numbered: bool) -> list[tuple[float, float, list[str]]]:
+    """A strict reader: every line has its place."""
+    found = []
+    for number, block in enumerate(re.split(r"\n\n", text.removesuffix("\n")), 1):
+        lines = block.split("\n")
+        if numbered:
+            assert lines.pop(0) == str(number)
+        match = re.fullmatch(f"{time} --> {time}", lines.pop(0))
+        assert match
+        assert lines and all(lines)
+        found.append((seconds(*match.groups()[:4]), seconds(*match.groups()[4:]), lines))
+    return found
+
+
+def assert_readable(shown, texts) -> None:
+    end = 0.0
+    for start, stop, lines in shown:
+        assert end <= start < stop, "in order, and one at a time"
+        assert len(lines) <= 2 and all(len(line) <= 42 for line in lines)
+        end = stop
+    assert " ".join(word for _, _, lines in shown for word in lines) == " ".join(" ".join(texts).split())
+
+
+def test_srt_is_read_back():
+    shown = read(srt(cues(PIECES)), SRT_TIME, numbered=True)
+    assert_readable(shown, [text for _, _, text in PIECES])
+    assert shown[0] == (0.5, 4.0, ["place blue in y two now"])
+    assert shown[-1] == (3700.25, 3701.0, ["a <b> & c"])
+    assert len(shown) == 2 + 4 + 1
+
+
+def test_vtt_is_read_back_with_its_header_and_escapes():
+    head, _, body = vtt(cues(PIECES)).partition("\n\n")
+    assert head == "WEBVTT"
+    shown = read(body, VTT_TIME, numbered=False)
+    assert_readable(shown[:-1], [text for _, _, text in PIECES[:3]])
+    assert shown[-1] == (3700.25, 3701.0, ["a &lt;b&gt; &amp; c"])
+
+
+def test_other_peoples_readers_agree():
+    pysubs2 = pytest.importorskip("pysubs2")
+    for form, text in (("srt", srt(cues(PIECES))), ("vtt", vtt(cues(PIECES)))):
+        events = pysubs2.SSAFile.from_string(text, format_=form).events
+        assert [(e.start, e.end) for e in events] == [
+            (round(cue.start * 1000), round(cue.end * 1000)) for cue in cues(PIECES)
+        ]
+
+
+def test_nothing_said_is_an_empty_file_of_its_kind():
+    assert srt(cues([(0, 1, "")])) == ""
+    assert vtt([]) == "WEBVTT\n"
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 8), st.lists(st.text("abcdefgh", min_size=1, max_size=42), max_size=40)), max_size=8
+    )
+)
+def test_any_pieces_give_readable_cues(pieces):
+    at, spoken = 0.0, []
+    for length, words in pieces:
+        spoken.append((at, at + length, " ".join(words)))
+        at += length
+    shown = cues(spoken)
+    assert_readable([(c.start, c.end, list(c.lines)) for c in shown], [text for *_, text in spoken])
+    if shown:
+        read(srt(shown), SRT_TIME, numbered=True)
