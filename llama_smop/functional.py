@@ -15,10 +15,9 @@ from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
 from llama_smop.ops import route as _route
 from llama_smop.ops.backend import Experts, Schedule
+from llama_smop.ops.checks import layout
 from llama_smop.ops.operator import autocast_dtype
 from llama_smop.ops.route import Routing
-
-SHARINGS = ("JEJR", "JEDR", "DEDR")
 
 
 class SMoPOutput(NamedTuple):
@@ -31,13 +30,6 @@ class SMoPOutput(NamedTuple):
     load_balancing_loss: Tensor  # ()
     router_z_loss: Tensor  # ()
     expert_counts: Tensor | None  # (X,) int32, choices of each expert
-
-
-def layout(sharing: str, num_experts: int) -> tuple[int, int]:
-    """(routers R, experts in all X) of a sharing: joint or disjoint experts (JE, DE) and routers (JR, DR)."""
-    if sharing not in SHARINGS:
-        raise ValueError(f"sharing must be one of {SHARINGS}, got {sharing!r}")
-    return (1 if sharing == "JEJR" else 2), (2 * num_experts if sharing == "DEDR" else num_experts)
 
 
 def route(

@@ -65,7 +65,7 @@ class SMoPProjector(nn.Module):
             raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k}")
         checks.options(activation, recompute)
         dispatch.check_backend(backend)
-        R, X = functional.layout(sharing, num_experts)
+        R, X = checks.layout(sharing, num_experts)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
         self.activation, self.backend, self.eps, self.recompute = activation, backend, eps, recompute

@@ -1,7 +1,14 @@
-"""What a machine cannot run is skipped, with the reason: tests of a GPU without one, slow tests unless asked for."""
+"""What a machine cannot run is skipped, with the reason: tests of a GPU without one, slow tests unless asked for.
+
+No test but those of `trust` checks a backend at its first use, or writes the user's cache.
+"""
+
+import os
 
 import pytest
 import torch
+
+os.environ["LLAMA_SMOP_CHECK"] = "0"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 RECOMPUTE = ("none", "h", "z", "hz")
+SHARINGS = ("JEJR", "JEDR", "DEDR")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -77,6 +78,13 @@ def token_ids(modality: Tensor | None, mask: Tensor | None) -> None:
         integer("modality", modality)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True = real token, got {mask.dtype}")
+
+
+def layout(sharing: str, num_experts: int) -> tuple[int, int]:
+    """(routers R, experts in all X) of a sharing: joint or disjoint experts (JE, DE) and routers (JR, DR)."""
+    if sharing not in SHARINGS:
+        raise ValueError(f"sharing must be one of {SHARINGS}, got {sharing!r}")
+    return (1 if sharing == "JEJR" else 2), (2 * num_experts if sharing == "DEDR" else num_experts)
 
 
 def options(activation: str, recompute: str) -> None:

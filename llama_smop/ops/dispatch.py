@@ -1,7 +1,8 @@
 """Which backend computes an operator.
 
-`"auto"` asks, on a GPU, for the CUDA extension (once it has been verified on hardware), then Triton, then PyTorch; on
-a CPU it is always PyTorch. An explicit choice that cannot run is an error that says why, never a silent fallback.
+`"auto"` asks, on a GPU, for the CUDA extension (where a doctor has found it right and not slower), then Triton (where
+its first use was right), then PyTorch: see `trust`. On a CPU it is always PyTorch. An explicit choice that cannot run
+is an error that says why, never a silent fallback.
 """
 
 import logging
@@ -11,8 +12,8 @@ from typing import cast
 
 import torch
 
+from llama_smop.ops import trust
 from llama_smop.ops.backend import Backend
-from llama_smop.ops.backends import cuda_extension
 
 MODULES = {
     "torch": "llama_smop.ops.backends.torch",
@@ -20,6 +21,7 @@ MODULES = {
     "cuda": "llama_smop.ops.backends.cuda",
 }
 BACKENDS = tuple(MODULES)
+BACKENDS_BY_SPEED = "cuda", "triton", "torch"
 logger = logging.getLogger(__name__)
 
 
@@ -46,10 +48,7 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device, top_k: int,
 def _auto_candidates(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("torch",)
-    names: tuple[str, ...] = ("cuda", "triton", "torch") if cuda_extension.VERIFIED_ON_GPU else ("triton", "torch")
-    if device.type == "cuda" and _triton_fails(device):
-        names = tuple(name for name in names if name != "triton")
-    return names
+    return ("cuda", "torch") if device.type == "cuda" and _triton_fails(device) else BACKENDS_BY_SPEED
 
 
 @cache  # asked once: a driver that fails takes its time to
@@ -59,6 +58,14 @@ def _triton_fails(device: torch.device) -> bool:
     if reason is not None:
         logger.warning('backend="auto" does without Triton on %s: %s', device, reason)
     return reason is not None
+
+
+def _first_use(name: str, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> bool:
+    if name == "cuda":  # before it is imported: it may not be built
+        return trust.approved_by_doctor(name, dtype, device)
+    if unsupported(name, dtype, device, top_k, num_experts) is not None:
+        return False
+    return trust.checked(name, module(name), dtype, device)
 
 
 @torch.compiler.assume_constant_result  # under torch.compile the choice is made once, while tracing
@@ -71,7 +78,10 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int =
     """
     if backend == "auto":
         for name in _auto_candidates(device):
-            if unsupported(name, dtype, device, top_k, num_experts) is None:
+            trusted = name == "torch" or trust.known.get((name, dtype, device))
+            if trusted is None:
+                trusted = _first_use(name, dtype, device, top_k, num_experts)
+            if trusted and unsupported(name, dtype, device, top_k, num_experts) is None:
                 return name
         raise RuntimeError(f"no backend can serve dtype {dtype} on device {device}")
     if backend not in BACKENDS:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from llama_smop.ops import dispatch
+from llama_smop.ops import dispatch, trust
 from llama_smop.ops.backend import Experts, Schedule
 from llama_smop.ops.backends import cuda as cuda_backend
 from llama_smop.ops.backends import cuda_extension
@@ -80,10 +80,13 @@ def test_without_the_extension_an_explicit_choice_names_the_remedy(monkeypatch):
     cuda_extension.extension.cache_clear()
 
 
-def test_auto_leaves_it_alone_until_it_has_passed_on_a_gpu(monkeypatch):
-    assert cuda_extension.build_info()["verified_on_gpu"] is cuda_extension.VERIFIED_ON_GPU
-    served = {"cuda": None, "triton": None, "torch": None}
-    monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: served[name])
-    for verified, chosen in ((False, "triton"), (True, "cuda")):
-        monkeypatch.setattr(cuda_extension, "VERIFIED_ON_GPU", verified)
-        assert dispatch.resolve("auto", bf16, torch.device("cuda")) == chosen
+def test_auto_leaves_it_alone_until_a_doctor_has_found_it_right_and_quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
+    gpu = torch.device("cuda")
+    assert dispatch.resolve("auto", bf16, gpu) == "triton"
+    for right, not_slower, chosen in ((False, True, "triton"), (True, False, "triton"), (True, True, "cuda")):
+        trust.store_doctors(gpu, {("cuda", bf16): {"right": right, "not_slower": not_slower}})
+        assert dispatch.resolve("auto", bf16, gpu) == chosen
+    assert dispatch.resolve("auto", torch.float16, gpu) == "triton", "the verdict is one dtype's"
+    trust.known.clear()

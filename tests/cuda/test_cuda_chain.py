@@ -4,9 +4,9 @@ in different orders with the same bits, and no error above twice PyTorch's in th
 import pytest
 import torch
 
+from llama_smop.ops.self_check import Model, make, through_backend
 from tests.cuda import runners
 from tests.cuda.runners import CudaPtx, cases
-from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.runners import poisoned_memory
 from tests.kernels.test_chain import check
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from llama_smop import functional
 from llama_smop.ops import naive
 from llama_smop.ops.backends import torch as torch_backend
+from llama_smop.ops.self_check import error
 from tests.cuda import runners
 from tests.cuda.runners import CudaPtx, params
-from tests.kernels.cases import error
 from tests.kernels.runners import poisoned_memory
 from tests.rounding import assert_same_sums
 

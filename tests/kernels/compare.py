@@ -9,7 +9,7 @@ import torch
 
 from llama_smop.ops.backends import cpu_products
 from llama_smop.ops.backends import torch as torch_backend
-from tests.kernels.cases import Model, error, through_backend, through_naive
+from llama_smop.ops.self_check import Model, error, through_backend, through_naive
 from tests.kernels.runners import Runner, poisoned_memory
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_smop.ops.backends import torch as torch_backend
-from tests.kernels.cases import make, through_backend
+from llama_smop.ops.self_check import make, through_backend
 from tests.kernels.compare import MODELS, check, fp16, skip_unless_served
 from tests.kernels.runners import poisoned_memory, triton_params
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kernels.cases import make
+from llama_smop.ops.self_check import make
 from tests.kernels.compare import MODELS, check, skip_unless_served
 from tests.kernels.runners import triton_params
 

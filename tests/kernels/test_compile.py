@@ -7,11 +7,11 @@ run. `pytest -m slow tests/kernels/test_compile.py -s` does all of it and prints
 import pytest
 import torch
 
+from llama_smop.ops.self_check import Model, make, through_backend
 from llama_smop.triton_kernels import projection
 from llama_smop.triton_kernels.launch import Launch, recording
 from llama_smop.triton_kernels.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
 from tests.kernels import resources
-from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import compiling_for
 
 ARCHS = (80, 90, 100)

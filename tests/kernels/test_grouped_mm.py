@@ -6,7 +6,7 @@ import torch
 from llama_smop import functional
 from llama_smop.ops import checks, naive
 from llama_smop.ops.backends import torch as torch_backend
-from tests.kernels.cases import error
+from llama_smop.ops.self_check import error
 from tests.kernels.runners import poisoned_memory, triton_params
 from tests.rounding import two_orders
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llama_smop
+from llama_smop.ops import dispatch, trust
 from llama_smop.projector import SMoPProjector
 from llama_smop.triton_kernels.launch import Launch, recording
 from tests.kernels.targets import CompileOnly, driven_by
@@ -37,9 +38,13 @@ def calls_before_the_first_launch(function, *args) -> list[str]:
     return calls
 
 
+@pytest.mark.parametrize("backend", ("triton", "auto"))
 @pytest.mark.parametrize("gradients", (True, False))
-def test_few_calls_before_the_first_launch(gradients):
-    projector = SMoPProjector(48, 64, 40, num_experts=4, top_k=2, sharing="DEDR", backend="triton")
+def test_few_calls_before_the_first_launch(gradients, backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(trust, "known", {})
+    monkeypatch.setattr(dispatch, "_auto_candidates", lambda device: dispatch.BACKENDS_BY_SPEED)  # as on a GPU
+    projector = SMoPProjector(48, 64, 40, num_experts=4, top_k=2, sharing="DEDR", backend=backend)
     tokens = torch.randn(100, 48), torch.zeros(100, dtype=torch.int32), torch.ones(100, dtype=torch.bool)
     with driven_by(CpuAsGpu(90)), recording(execute=False), torch.set_grad_enabled(gradients):
         projector(*tokens)  # the first call also asks the driver

@@ -12,9 +12,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from llama_smop.ops import dispatch
+from llama_smop.ops.self_check import Model, make, through_backend
 from llama_smop.triton_kernels import configs, projection, tiles
 from llama_smop.triton_kernels.launch import recording
-from tests.kernels.cases import Model, make, through_backend
 from tests.kernels.targets import CompileOnly, compiling_for, driven_by
 
 ROUTE, FORWARD = 2, 3

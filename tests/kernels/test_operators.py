@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from llama_smop.ops.self_check import Model, error, make, through_backend
 from llama_smop.projector import SMoPProjector
-from tests.kernels.cases import Model, error, make, through_backend
 from tests.kernels.runners import poisoned_memory, triton_params
 from tests.rounding import assert_same_sums
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_smop.functional import layout
+from llama_smop.ops.checks import layout
 
 PARAMETERS = ("w1", "b1", "w2", "b2", "ln_weight", "ln_bias")
 

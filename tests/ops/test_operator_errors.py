@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from llama_smop import DenseProjector, SMoPProjector, functional
-from llama_smop.ops import checks, dispatch, route
-from llama_smop.ops.backends import cuda_extension
+from llama_smop.ops import checks, dispatch, route, trust
 from llama_smop.ops.backends import torch as torch_backend
 
 T, D, H, O, E, K = 5, 6, 9, 7, 4, 2
@@ -265,7 +264,10 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch):
         dispatch.resolve("cuda", torch.float32, torch.device("cpu"))
 
 
-def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
+def test_auto_takes_the_first_backend_that_can_serve(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(trust, "known", {})
+
     class Fake:
         def __init__(self, why_not):
             self.why_not = why_not
@@ -276,8 +278,8 @@ def test_auto_takes_the_first_backend_that_can_serve(monkeypatch):
     modules = {"cuda": Fake(None), "triton": Fake(None), "torch": Fake(None)}
     monkeypatch.setattr(dispatch, "module", modules.get)
     gpu = torch.device("cuda", 0)
-    assert dispatch.resolve("auto", torch.bfloat16, gpu) == "triton", "the CUDA extension waits for its verification"
-    monkeypatch.setattr(cuda_extension, "VERIFIED_ON_GPU", True)
+    assert dispatch.resolve("auto", torch.bfloat16, gpu) == "triton", "the CUDA extension waits for a doctor"
+    trust.known["cuda", torch.bfloat16, gpu] = True
     assert dispatch.resolve("auto", torch.bfloat16, gpu) == "cuda"
     modules["cuda"].why_not = modules["triton"].why_not = "not this dtype"
     assert dispatch.resolve("auto", torch.float64, gpu) == "torch"

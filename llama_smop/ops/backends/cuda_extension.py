@@ -6,9 +6,6 @@ from types import ModuleType
 
 import torch
 
-# Not yet run on a GPU: `backend="auto"` leaves this backend alone until it has passed the GPU tests and this says so.
-VERIFIED_ON_GPU = False
-
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 LN_DTYPES = {**DTYPES, torch.float32: "float32"}
 
@@ -23,11 +20,6 @@ def extension() -> ModuleType:
             f"the CUDA extension cannot be imported ({error}); to build it, reinstall with nvcc on PATH and "
             "LLAMA_SMOP_BUILD_CUDA=1"
         ) from error
-
-
-def build_info() -> dict:
-    """Architectures, compilers and versions of the extension, and whether its kernels have passed on a GPU."""
-    return {**extension().build_info(), "verified_on_gpu": VERIFIED_ON_GPU}
 
 
 def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:

@@ -1,13 +1,17 @@
-"""Problems for the kernels, and the chain route → projection → loss → gradients through a backend or `naive`."""
+"""Is a backend right? The chain route → projection → loss → gradients through it, through `naive`, and compared.
 
+The first use of a backend on a GPU, `llama-smop doctor` and the tests of the kernels share it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from llama_smop.functional import layout
 from llama_smop.ops import naive
 from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
+from llama_smop.ops.checks import layout
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,34 @@ def _grads(loss: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(t) for name, t in wanted.items()}
     grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, retain_graph=True)
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(wanted.items(), grads, strict=True)}
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Backends launch on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def faults(got: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> list[str]:
+    """One line for each result of `through_backend` that is wrong.
+
+    exact: the same chain in float64. plain: by PyTorch in the dtype that is checked; twice its error is allowed, and a
+    rounding of that dtype, since on few elements PyTorch may be lucky.
+    """
+    found = []
+    for name in ("experts", "counts", "inverse", "offs"):
+        if name in exact and not torch.equal(got[name].cpu().long(), exact[name].cpu().long()):
+            found.append(f"{name} differs from the definition's")
+    for name, truth in exact.items():
+        if not truth.is_floating_point():
+            continue
+        if got[name].shape != truth.shape:
+            found.append(f"{name} has shape {tuple(got[name].shape)}, not {tuple(truth.shape)}")
+            continue
+        rounding = torch.finfo(got[name].dtype).eps * error(truth, torch.zeros_like(truth))
+        off, allowed = error(got[name], truth), 2 * error(plain[name], truth) + 1e-5 + rounding
+        if off > allowed:
+            found.append(f"{name} is off by {off:.1e}, allowed {allowed:.1e}")
+    return found
 
 
 def error(result: Tensor, exact: Tensor) -> float:
