@@ -7,8 +7,7 @@ import triton.language as tl
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        # not maximum(): a NaN is to stay one, as in PyTorch
-        return tl.where(x < 0.0, 0.0, x)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN stays one, as in PyTorch
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "silu":

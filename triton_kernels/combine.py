@@ -129,7 +129,7 @@ def combine_bwd_kernel(
         z = tl.load(z_ptr + z_offset, mask=o_mask, other=0.0).to(tl.float32)
         if gamma_ptr is not None:
             rstd = tl.load(rstd_ptr + row)
-            normed = tl.where(o_mask, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+            normed = (z - tl.load(mean_ptr + row)) * rstd  # past O it meets dy = 0 in every sum
             dnormed = dy * gamma
             sum_d, sum_dn, shift = tl.reduce((dnormed, dnormed * normed, dy * beta), 0, add_three)
             dweight = sum_dn + shift

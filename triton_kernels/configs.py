@@ -66,11 +66,10 @@ def cost(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedS
     return config.cost(op, shape, dtype, MACHINES[table_arch(arch)], kind(dtype, precision))
 
 
-def router_config(columns: int, width: int, itemsize: int) -> RouterConfig:
-    """Slices of D, all of them in flight at once where 72 KiB hold them: a block does little else than wait for x."""
-    block_d = max(32, min(128, 4096 // columns))
-    slice_bytes = (ROUTER_TOKENS + columns) * block_d * itemsize
-    return RouterConfig(ROUTER_TOKENS, block_d, 4, max(2, min(1 - -width // block_d, 73_728 // slice_bytes)))
+def router_config(columns: int, itemsize: int) -> RouterConfig:
+    """As wide a slice of D as 64 KiB hold, loaded at once: all of 1024 features of 16 bits for up to 16 columns."""
+    width = 65_536 // ((ROUTER_TOKENS + columns) * itemsize)
+    return RouterConfig(ROUTER_TOKENS, 1 << (width.bit_length() - 1), num_warps=4, num_stages=1)
 
 
 def router_bwd_config(columns: int) -> RouterConfig:

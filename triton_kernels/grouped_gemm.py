@@ -41,6 +41,7 @@ def grouped_gemm_kernel(
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,8 +68,8 @@ def grouped_gemm_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if expert == num_experts:
         if ZERO_TAIL:
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            epilogue(zeros, 0.0, m, n, expert, end, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
+            zeros, mask = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tile_mask(m, n, end, N, EVEN_N)
+            epilogue(zeros, None, mask, m, n, expert, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
@@ -85,7 +86,7 @@ def grouped_gemm_kernel(
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs, mask=n_mask, other=0.0)
+            b = tl.load(b_ptrs) if EVEN_N else tl.load(b_ptrs, mask=n_mask, other=0.0)
         else:
             a = tl.load(a_ptrs, mask=(k < K - k0)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(k < K - k0)[:, None] & n_mask, other=0.0)
@@ -95,35 +96,40 @@ def grouped_gemm_kernel(
 
     # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
     if BLOCK_N <= 128:
-        saved = load_saved(pre_ptr, m, n, end, N, GRADIENT)
-        epilogue(acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        mask = tile_mask(m, n, end, N, EVEN_N)
+        saved = load_saved(pre_ptr, mask, m, n, N, GRADIENT)
+        epilogue(acc, saved, mask, m, n, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         n0 = tile_n * BLOCK_N + tl.arange(0, HALF)
         n1 = n0 + HALF
-        s0 = load_saved(pre_ptr, m, n0, end, N, GRADIENT)
+        mask0, mask1 = tile_mask(m, n0, end, N, EVEN_N), tile_mask(m, n1, end, N, EVEN_N)
+        s0, s1 = load_saved(pre_ptr, mask0, m, n0, N, GRADIENT), load_saved(pre_ptr, mask1, m, n1, N, GRADIENT)
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        s1 = load_saved(pre_ptr, m, n1, end, N, GRADIENT)
-        epilogue(left, s0, m, n0, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
-        epilogue(right, s1, m, n1, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(left, s0, mask0, m, n0, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+        epilogue(right, s1, mask1, m, n1, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
 
 
 @triton.jit
-def load_saved(pre_ptr, m, n, end, N, GRADIENT: tl.constexpr):
+def tile_mask(m, n, end, N, EVEN_N: tl.constexpr):
+    """Which of (m, n) are the tile's own: all columns where tiles divide them, as masks for columns take registers."""
+    return (m < end)[:, None] if EVEN_N else (m < end)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def load_saved(pre_ptr, mask, m, n, N, GRADIENT: tl.constexpr):
     saved = None
     if GRADIENT:
-        mask = (m < end)[:, None] & (n < N)[None, :]
         saved = tl.load(pre_ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
     return saved
 
 
 @triton.jit
 def epilogue(
-    acc, saved, m, n, expert, end, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
+    acc, saved, mask, m, n, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Bias and activation, or the activation's derivative; rows m < end and columns n < N are stored, and summed."""
-    mask = (m < end)[:, None] & (n < N)[None, :]
+    """Bias and activation, or the activation's derivative; what `mask` shows is stored, and summed over rows."""
     offset = m.to(tl.int64)[:, None] * N + n[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -133,10 +139,9 @@ def epilogue(
         if pre_ptr is not None:
             tl.store(pre_ptr + offset, acc, mask=mask)
         acc = activate(acc, ACTIVATION)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, out, mask=mask)
-    if sums_ptr is not None:  # of the rounded values, which take half the registers
-        sums = tl.sum(tl.where((m < end)[:, None], out.to(tl.float32), 0.0), 0)
+    tl.store(out_ptr + offset, acc, mask=mask)
+    if sums_ptr is not None:
+        sums = tl.sum(tl.where(mask, acc, 0.0), 0)
         tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
 
 
@@ -181,6 +186,7 @@ def grouped_gemm(
             "ACTIVATION": activation,
             "GRADIENT": gradient,
             "PRECISION": dot_precision(a.dtype),
+            "EVEN_N": N % cfg.block_n == 0,
             "EVEN_K": K % cfg.block_k == 0,
             "BLOCK_X": block_of(X + 1),
             "BLOCK_M": cfg.block_m,

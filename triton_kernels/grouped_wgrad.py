@@ -31,6 +31,7 @@ def grouped_wgrad_kernel(
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # M and N are multiples of the tile: no masks for columns, which take registers
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -51,16 +52,16 @@ def grouped_wgrad_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_cols = a_ptr + m.to(tl.int64) * stride_am
     b_cols = b_ptr + n.to(tl.int64)[None, :] * stride_bn
-    m_mask, n_mask = (m < M)[:, None], (n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r = begin + tl.arange(0, BLOCK_R)
     b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
     r_mask = r < end
     for _ in range(begin, end, BLOCK_R):
-        a_mask = m_mask & r_mask[None, :]
+        a_mask = r_mask[None, :] if EVEN else r_mask[None, :] & (m < M)[:, None]
+        b_mask = r_mask[:, None] if EVEN else r_mask[:, None] & (n < N)[None, :]
         a = tl.load(a_cols[:, None] + r.to(tl.int64)[None, :] * stride_ar, mask=a_mask, other=0.0)
-        b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=r_mask[:, None] & n_mask, other=0.0)
+        b = tl.load(b_cols + b_row.to(tl.int64)[:, None] * stride_br, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r += BLOCK_R
         # One block ahead: were what a copy waits for loaded where it starts, copies would be pipelined half as deep.
@@ -68,7 +69,7 @@ def grouped_wgrad_kernel(
         r_mask = r < end
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out_ptr + out_offset, acc, mask=m_mask & n_mask)
+    tl.store(out_ptr + out_offset, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -107,6 +108,7 @@ def grouped_wgrad(
             "TOP_K": top_k,
             "GATHER": gather,
             "PRECISION": dot_precision(a.dtype),
+            "EVEN": M % cfg.block_m == 0 and N % cfg.block_n == 0,
             "BLOCK_M": cfg.block_m,
             "BLOCK_N": cfg.block_n,
             "BLOCK_R": cfg.block_k,

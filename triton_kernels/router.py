@@ -251,7 +251,7 @@ def router_fwd(
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
     columns = block_of(R * E)
-    cfg = router_config(columns, D, x.element_size())
+    cfg = router_config(columns, x.element_size())
     return Launch(
         router_fwd_kernel,
         (hist.shape[0],),

@@ -50,7 +50,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8  # row tiles that go through all columns together, so that they share weights in L2
-    blocks: int = 1  # resident on a multiprocessor: registers are limited so that so many fit
+    blocks: int = 1  # resident on a multiprocessor of the table's architecture: registers are limited so that they fit
 
     def shared_memory(self, dtype: torch.dtype) -> int:
         """Bytes of the pipelined operand tiles; the epilogue's layout change reuses them."""
@@ -69,7 +69,7 @@ class TileConfig:
 
     def supports(self, shape: GroupedShape, dtype: torch.dtype, arch: int) -> bool:
         """Whether this tile fits the device, without spills, and does not mostly compute padding."""
-        fits = self.blocks * self.shared_memory(dtype) <= SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
+        fits = self.shared_memory(dtype) <= SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
         # Above 128 accumulators a thread, operands and addresses spill; wgmma needs 64 rows for its warp group.
         registers = self.accumulators() <= 128
         wgmma = arch != 90 or self.block_m >= 64

@@ -43,6 +43,14 @@ def test_many_rows_an_expert(runner, name):
         check(runner, model, make(model, 1100, seed=3, masked=0.01))
 
 
+@pytest.mark.parametrize(("runner", "absent"), triton_params((("b1", "ln_weight", "ln_bias"), 90), (("b2",), 80)))
+def test_each_bias_and_layer_norm_may_be_absent(runner, absent):
+    model = MODELS["dedr-relu"]
+    skip_unless_served(runner, model)
+    with runner.running():
+        check(runner, model, replace(make(model, 70, seed=9, masked=0.1), **dict.fromkeys(absent)))
+
+
 @pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90)))
 @pytest.mark.parametrize("recompute", ["h", "hz"])
 def test_recompute_gives_the_same_bits(runner, name, recompute):

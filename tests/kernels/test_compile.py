@@ -79,9 +79,11 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: 
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "tokens"), [(80, "bf16", 16384), (90, "bf16", 4096), (100, "fp16", 16384)])
-def test_large_tiles(arch, dtype, tokens, capsys):
-    check(arch, dtype, (tokens,), capsys, kernels=() if arch == 90 else GEMMS)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "tokens"), [(80, "bf16", 16384), (90, "bf16", 4096), (90, "bf16", 1024), (100, "fp16", 16384)]
+)
+def test_tiles(arch, dtype, tokens, capsys):
+    check(arch, dtype, (tokens,), capsys, kernels=() if tokens == 4096 else GEMMS)
 
 
 @pytest.mark.parametrize("arch", [80])
@@ -96,6 +98,24 @@ def test_the_router_of_128_experts_fits_the_smallest_shared_memory(arch):
             if launch.name.startswith(("router", "schedule", "combine")):
                 used = resources.of(launch.compile())
                 assert used.shared <= SMALLEST_SHARED_MEMORY and not used.spills, f"{launch.name}: {used.shared} bytes"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_waits_for_the_launch_before_it(arch):
+    """From sm_90 on, and before it touches memory or leaves; older devices have no such instruction."""
+    model = Model(64, 64, 64, E=4, K=2)
+    with torch.device("meta"):
+        inputs = make(model, 200)
+    with compiling_for(arch), recording(execute=False) as recorder:
+        through_backend(projection, model, inputs)
+        compiled = {one.name: one.compile() for one in recorder.launches}
+    for name, kernel in compiled.items():
+        ptx = kernel.asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == (arch >= 90), f"{name} for sm_{arch}"
+        if arch >= 90:
+            before = ptx.split("griddepcontrol.wait")[0]
+            early = [i for i in ("ld.global", "st.global", "cp.async", "ret;", " exit;") if i in before]
+            assert not early, f"{name} has {early} before it waits"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from llama_smop import functional
 from llama_smop.ops import checks, naive
 from llama_smop.ops.backends import torch as torch_backend
 from llama_smop.ops.self_check import error
+from llama_smop.triton_kernels.grouped_gemm import grouped_gemm
 from tests.kernels.runners import poisoned_memory, triton_params
 from tests.rounding import two_orders
 
@@ -52,6 +53,28 @@ def test_rows_times_matrices(runner, dtype):
             assert (out[offs[-1] :] == 0).all(), "rows past the last offset are not zero"
             transposed = b.transpose(1, 2).contiguous().transpose(1, 2)  # K-major, as weights (G, N, K) come
             check(runner, a, transposed, offs)
+
+
+@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp16", 80)))
+def test_matrices_inside_a_larger_tensor(runner, dtype):
+    """Experts' weights packed with others, either way round; what lies between them may be anything."""
+    dtype = DTYPES[dtype]
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{dtype} is not for this runner")
+    g = torch.Generator().manual_seed(4)
+    a, offs = torch.randn(ROWS, 40, generator=g).to(dtype), offsets("empty")
+    packed = torch.randn(len(offs), 2, 72, 56, generator=g).to(dtype)
+    weights = packed[:, 1, :56, :40]  # (G, N, K) of a (G, 2, N', K')
+    exact = naive.grouped_mm(a.double(), weights.transpose(1, 2).double(), offs, None, None)
+    plain = torch_backend.grouped_mm(a, weights.transpose(1, 2), offs, None, None)[0]
+    for rows_first in (False, True):
+        store = packed.new_full((len(offs), 2, *((56, 72) if rows_first else (72, 56))), float("nan"))
+        inside = store[:, 1, :40, :56] if rows_first else store[:, 1, :56, :40].transpose(1, 2)
+        inside.copy_(weights.transpose(1, 2))
+        with runner.running():
+            out = torch.empty(ROWS, 56, dtype=dtype, device=runner.device)
+            grouped_gemm(a.to(runner.device), inside.to(runner.device), offs.to(runner.device), out).run()
+        assert error(out.cpu(), exact) <= 2 * error(plain, exact) + 1e-5
 
 
 @pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 80), ("fp16", 90)))

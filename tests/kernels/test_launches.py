@@ -46,6 +46,36 @@ def test_dx_costs_two_launches_more_and_recompute_one_a_tensor():
     assert len(names(model, 200, need_dx=False, recompute="hz")) == plain + 2
 
 
+def test_all_launches_of_an_operator_but_the_first_are_dependent_ones():
+    """The weights may have been written by whatever came before an operator: its first launch waits for all of it."""
+    with torch.device("meta"):
+        inputs = make(Model(64, 64, 64, E=4, K=2), 200)
+    for recompute, backward in (("", "combine_bwd_kernel"), ("z", "grouped_gemm_kernel")):
+        with compiling_for(90), recording(execute=False) as recorder:
+            through_backend(projection, Model(64, 64, 64, E=4, K=2), inputs, recompute=recompute)
+        first = [one.name for one in recorder.launches if not one.dependent]
+        assert first == ["router_fwd_kernel", "grouped_gemm_kernel", backward, "router_bwd_kernel"]
+
+
+def test_the_cheapest_tile_counts_waves_and_steps():
+    """On 132 multiprocessors: small tiles for few rows; wide ones for many, unless a last wave stays nearly empty."""
+    small, middle, wide = (
+        tiles.TileConfig(64, 128, 64, num_warps=4, num_stages=4, blocks=2),
+        tiles.TileConfig(128, 128, 64, num_warps=8, num_stages=3, blocks=2),
+        tiles.TileConfig(128, 256, 64, num_warps=8, num_stages=4),
+    )
+
+    def cheapest(rows: int, groups: int) -> tiles.TileConfig:
+        shape = configs.gemm_shape(rows, groups, 2048, 2048)
+        cost = {t: configs.cost("gemm", 90, torch.bfloat16, "tf32", shape, t) for t in (small, middle, wide)}
+        return min(cost, key=cost.get)
+
+    assert cheapest(128, 4) == small
+    assert cheapest(512, 4) == middle
+    assert cheapest(2048, 4) == middle  # 128x256 makes 144 tiles: 12 more than multiprocessors
+    assert cheapest(3000, 8) == wide and cheapest(8192, 4) == wide
+
+
 def test_the_backend_says_why_it_cannot_run():
     cpu = torch.device("cpu")
     assert "float64" in projection.unsupported(torch.float64, cpu, 2, 4)
