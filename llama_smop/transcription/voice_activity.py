@@ -167,7 +167,7 @@ def _regions(probabilities: Iterable[float], limit: float) -> Iterator[tuple[int
             continue
         if len(heard) >= most:
             half = len(heard) // 2
-            cut = half + int(np.argmin(heard[half:]))
+            cut = len(heard) - 1 - int(np.argmin(heard[: half - 1 : -1]))  # the latest of equals
             quiet = heard[cut] < SILENCE
             yield first, first + cut + (0 if quiet else 1), overlap
             back = 0 if quiet else min(overlap_steps, cut)
