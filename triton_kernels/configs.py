@@ -67,7 +67,12 @@ def cost(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedS
 
 
 def router_config(columns: int, itemsize: int) -> RouterConfig:
-    """As wide a slice of D as 64 KiB hold, loaded at once: all of 1024 features of 16 bits for up to 16 columns."""
+    """As wide a slice of D as 64 KiB hold, loaded at once: all of 1024 features of 16 bits for up to 16 columns.
+
+    Many columns leave no registers for that: narrow slices then, three of them in flight.
+    """
+    if columns > 32:
+        return RouterConfig(ROUTER_TOKENS, max(32, 4096 // columns), num_warps=4, num_stages=3)
     width = 65_536 // ((ROUTER_TOKENS + columns) * itemsize)
     return RouterConfig(ROUTER_TOKENS, 1 << (width.bit_length() - 1), num_warps=4, num_stages=1)
 
