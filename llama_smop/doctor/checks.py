@@ -174,12 +174,12 @@ def _differences(got: dict[str, Tensor], expected: dict[str, Tensor], how: str) 
     return found
 
 
-def captured(run: Callable) -> tuple[Callable[[], None], dict[str, Tensor]]:
+def captured(run: Callable, warm_ups: int = 2) -> tuple[Callable[[], None], dict[str, Tensor]]:
     """`run` as a CUDA graph: its replay, and the tensors that each replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(warm_ups):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
