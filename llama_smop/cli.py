@@ -1,5 +1,5 @@
 """The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | crop |
-convert | info | report`.
+convert | info | report | env | doctor`.
 
 Commands import what they need when they run, so that `--help` is quick. Whatever goes wrong ends in one line on
 stderr and exit status 1 (2: a wrong option); LLAMA_SMOP_DEBUG=1 shows where it came from. Ctrl-C ends with 130; a
@@ -357,6 +357,33 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a training, a dem
     from llama_smop.reports.demo import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, and which backends can serve, or why not: for bug reports."""
+    from llama_smop.doctor.environment import environment, text
+
+    print(text(environment()))
+
+
+@app.command()
+def doctor(
+    json: Annotated[Path | None, typer.Option(help="Write everything here too.", callback=_utf8)] = None,
+) -> None:
+    """Check the backends against the float64 definition and time them, in under a minute; status 1 if one is wrong."""
+    from llama_smop import files
+    from llama_smop.doctor import run
+    from llama_smop.doctor.environment import text
+
+    if json is not None:
+        files.check_file(json)
+    found = run.examine()
+    if json is not None:
+        files.write_json(json, found)
+    print(f"{text(found['environment'])}\n{run.table(found)}\n{found['verdict']}")
+    if not found["right"]:
+        raise typer.Exit(1)
 
 
 def main(arguments: list[str] | None = None) -> None:

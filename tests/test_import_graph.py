@@ -17,6 +17,7 @@ LAYERS = (
     "ops",
     "functional",
     "projector",
+    "doctor",
     "integrations",
     "models",
     "data",

@@ -41,7 +41,7 @@ def approved_by_doctor(name: str, dtype: torch.dtype, device: torch.device) -> b
 
 def checked(name: str, backend: Backend | ModuleType, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the backend is right for this dtype on this device. One that is not is named in a warning, once."""
-    if os.environ.get("LLAMA_SMOP_CHECK", "1") == "0":
+    if not enabled():
         known[name, dtype, device] = True
         return True
     with _lock:
@@ -62,6 +62,10 @@ def checked(name: str, backend: Backend | ModuleType, dtype: torch.dtype, device
             name, dtype, device_name(device), "; ".join(verdict.get("faults", [])) or "no reason is recorded",
         )  # fmt: skip
     return verdict["right"]
+
+
+def enabled() -> bool:
+    return os.environ.get("LLAMA_SMOP_CHECK", "1") != "0"
 
 
 # --------------------------------------------------------------------------------------------------------- the check
