@@ -1,7 +1,9 @@
-"""Writes the README's demo section from a finished demo: what it printed, and pictures drawn from its results.
+"""Writes the README's demo section from a finished demo: its output, and pictures of its results.
 
-Run: python docs/demo_section.py [RUN] — with RUN, a demo's folder whose output was kept as RUN/output.txt, its small
-result files are copied to docs/demo first; without, the section is made again from docs/demo.
+Usage: python docs/demo_section.py [RUN]
+
+RUN is the folder of a demo; its printed output must be in RUN/output.txt. The script first copies its small result
+files to docs/demo. Without RUN it writes the section from docs/demo.
 """
 
 import shutil
@@ -13,6 +15,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report.readme import update  # noqa: E402
 from llama_smop import files  # noqa: E402
 from llama_smop.data.media import audio_path, read_audio, read_video  # noqa: E402
 from llama_smop.reports import plots  # noqa: E402
@@ -23,7 +26,7 @@ BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def keep(run: Path) -> None:
-    """Copy a demo's results, and draw its first clip while its frames are at hand."""
+    """Copy a demo's results and draw its first clip."""
     for name in RESULTS:
         shutil.copyfile(run / name, KEPT / name)
     clip = run / files.read_json(run / "transcripts.json")[0]["path"]
@@ -64,13 +67,6 @@ The demo also wrote a report with pictures; here are two. Word error rate in bab
 """
 
 
-def update(readme: Path) -> None:
-    """Put the section between the README's markers."""
-    head, rest = readme.read_text().split(BEGIN)
-    _, tail = rest.split(END)
-    files.write_text(readme, f"{head}{BEGIN}\n{section().rstrip()}\n{END}{tail}")
-
-
 def _save(figure, name: str) -> None:
     figure.savefig(KEPT / name, dpi=110)
     plt.close(figure)
@@ -80,4 +76,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         keep(Path(sys.argv[1]))
     draw()
-    update(ROOT / "README.md")
+    if not update(ROOT / "README.md", section(), BEGIN, END):
+        sys.exit(f"README.md: expected the markers {BEGIN} and {END}, once each")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables, pictures, one page and the README section, from the JSON files."""
+"""`python -m benchmarks report`: writes tables, pictures, a page and the README section from the JSON files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,4 +32,4 @@ def run(
     say(f"wrote {folder / 'README.md'} and {folder / 'index.html'}")
     if readme is not None:
         changed = front.update(readme, front.section(drawn, readme.parent))
-        say(f"updated {readme.name}" if changed else f"{readme.name} has no {front.BEGIN} … {front.END}: left alone")
+        say(f"updated {readme.name}" if changed else f"{readme.name} has no {front.BEGIN} … {front.END}: not changed")
