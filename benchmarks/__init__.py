@@ -1,9 +1,9 @@
-"""Speed, memory and correctness of the projector against its peers and against the roofline.
+"""Benchmarks: speed, memory and correctness of the projector against its peers and the roofline.
 
-`python -m benchmarks --help` lists what can be run; `benchmarks/results/` holds what was measured, one JSON a device.
+`python -m benchmarks --help` lists the commands; `benchmarks/results/` holds the results, one JSON file per device.
 """
 
 
 def say(line: str) -> None:
-    """Progress, seen at once even in a pipe."""
+    """Print progress unbuffered, so that it shows at once in a pipe."""
     print(line, flush=True)

@@ -1,6 +1,6 @@
 """`python -m benchmarks`: cpu, gpu, data, memory, kernels, tune, report.
 
-argparse, because a GPU machine may have nothing beyond torch, triton, numpy and pytest.
+It uses argparse, because a GPU machine may have only torch, triton, numpy and pytest.
 """
 
 import argparse
@@ -15,22 +15,22 @@ def parser() -> argparse.ArgumentParser:
     cpu = commands.add_parser("cpu", help="the CPU suite, under five minutes on two cores")
     cpu.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
     cpu.add_argument("--compiled", action="store_true", help="torch.compile of the eager loop too, two minutes more")
-    cpu.add_argument("--quick", action="store_true", help="tiny shapes: shows that all of it runs (needs --out)")
+    cpu.add_argument("--quick", action="store_true", help="tiny shapes, a smoke test (needs --out)")
 
-    gpu = commands.add_parser("gpu", help="one command for a machine with one NVIDIA GPU: stages in order of worth")
-    gpu.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="stop by itself within this time")
-    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="at most 8 small files are left here")
-    gpu.add_argument("--resume", action="store_true", help="go on with what DIR holds")
+    gpu = commands.add_parser("gpu", help="all GPU stages on one NVIDIA GPU, most important first")
+    gpu.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="time limit")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for at most 8 small files")
+    gpu.add_argument("--resume", action="store_true", help="resume the run in DIR")
     gpu.add_argument("--dry-run", action="store_true", help="the same stages on the CPU with tiny shapes")
     gpu.add_argument("--stages", help="only these, separated by commas")
 
-    data = commands.add_parser("data", help="clips a second from tar shards, beside decoding alone")
+    data = commands.add_parser("data", help="clips per second from tar shards, against decoding only")
     data.add_argument("--out", type=Path, help="JSON file; by default the device's under benchmarks/results/")
-    data.add_argument("--quick", action="store_true", help="few clips: shows that all of it runs (needs --out)")
+    data.add_argument("--quick", action="store_true", help="few clips, a smoke test (needs --out)")
 
     memory = commands.add_parser("memory", help="peak resident memory of a training step on this CPU, two minutes")
     memory.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/training_memory/")
-    memory.add_argument("--quick", action="store_true", help="small sizes: shows that all of it runs (needs --out)")
+    memory.add_argument("--quick", action="store_true", help="small sizes, a smoke test (needs --out)")
 
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _keep_apart(options) -> None:
     if options.quick and options.out is None:
-        raise ValueError("--quick measures nothing worth keeping: give --out a file outside benchmarks/results/")
+        raise ValueError("--quick gives no meaningful numbers: give --out a file outside benchmarks/results/")
 
 
 def _cpu(options, _) -> int:
@@ -82,7 +82,7 @@ def _gpu(options, _) -> int:
     from benchmarks import gpu
 
     if not options.dry_run and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here; --dry-run walks the stages on the CPU")
+        raise ValueError("torch sees no CUDA device here; --dry-run runs the stages on the CPU")
     only = options.stages.split(",") if options.stages else None
     gpu.run(options.out, options.budget, options.resume, options.dry_run, only)
     return 0

@@ -1,4 +1,4 @@
-"""One workload, all rivals: build, check against float64, time interleaved. What `cpu` and `gpu` are made of."""
+"""Builds all rivals of one workload, checks them against float64 and times them interleaved, for `cpu` and `gpu`."""
 
 import gc
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from benchmarks.workloads import Problem, Workload, make
 
 @dataclass
 class Comparison:
-    """What one workload gave; every list holds plain JSON objects."""
+    """The results of one workload; every list holds plain JSON objects."""
 
     timings: list[dict] = field(default_factory=list)
     memory: list[dict] = field(default_factory=list)
@@ -26,12 +26,12 @@ class Comparison:
 
 
 class Contest:
-    """The rivals of one workload that run here and compute what they should, built on one problem.
+    """The rivals of one workload that run on this device and pass the check, built on one problem.
 
     Args:
         names: which rivals; all by default. modes: of those each rival has.
-        excluded: rivals ("ours_triton") or one of their modes ("ours_triton graph") not to touch, with the reason.
-        check: whether to compare the rivals that should compute the same with float64 first.
+        excluded: rivals ("ours_triton") or modes of them ("ours_triton graph") to skip, each with its reason.
+        check: whether to compare exact rivals with float64 first.
         starting: called with a rival's name before it runs for the first time.
     """
 
@@ -74,7 +74,7 @@ class Contest:
         try:
             layer = rival.build(self.problem)
             if mode == "compiled":
-                torch._dynamo.reset()  # many workloads share one forward: its recompilations have a limit
+                torch._dynamo.reset()  # workloads share one forward, whose recompilations are limited
                 layer.forward = torch.compile(layer.forward, dynamic=False)
             if rival.exact and known is not None:
                 self.checked[rival.name] = max(
@@ -99,7 +99,7 @@ class Contest:
             self.starting(f"{name} {mode} {which}")
             try:
                 if mode == "graph" and which == "backward":
-                    continue  # forward and backward are captured together: the pass "both"
+                    continue  # the pass "both" captures forward and backward together
                 run = measure.Passes(layer, self.problem)[which]
                 runs[name, mode] = measure.captured(run) if mode == "graph" else run
             except Exception as error:
@@ -155,7 +155,7 @@ class Contest:
                 raise_if_device_is_lost(self.device, error)
 
     def close(self) -> None:
-        """Let go of all tensors."""
+        """Free all tensors."""
         self.layers.clear()
         del self.problem
         if self.device.type == "cuda":
@@ -164,13 +164,13 @@ class Contest:
 
 
 def describe(error: Exception) -> str:
-    """One line; a mismatch speaks for itself."""
+    """One line; a mismatch without its type."""
     line = (str(error).strip().splitlines() or [""])[0][:200]
     return line if isinstance(error, Mismatch) else f"{type(error).__name__}: {line}"
 
 
 class DeviceLost(RuntimeError):
-    """The CUDA context no longer works (an illegal access, say): only a new process can go on."""
+    """The CUDA context no longer works, for example after an illegal access. Only a new process can use the device."""
 
 
 def raise_if_device_is_lost(device: torch.device, cause: Exception) -> None:

@@ -13,11 +13,11 @@ from benchmarks.floors import measure_ceilings
 from benchmarks.workloads import PASSES, TRAINING_TOKENS, UTTERANCE_TOKENS, Workload
 
 DTYPES = ("float32", "bfloat16")
-LIMIT_S = 290  # a case that could not end by then, the machine being busy, is left out
+LIMIT_S = 290  # a case that would end later on a busy machine is left out
 MODEL_S = 20
 COMPILE_S = 120
 NOT_COMPILED = {
-    f"{r.name} compiled": "torch.compile takes half a minute a rival here: the eager loop's alone is measured"
+    f"{r.name} compiled": "torch.compile takes half a minute per rival here, so only the eager loop is compiled"
     for r in rivals.ALL
     if "compiled" in r.modes and r.name != "eager"
 }
@@ -33,7 +33,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Most telling first."""
+    """Most important first."""
     listed = []
     for dtype, scale in zip(DTYPES, (1.0, 0.7), strict=True):
         budgets = {64: 7, UTTERANCE_TOKENS: 9, 512: 14, TRAINING_TOKENS: 26}
@@ -53,13 +53,13 @@ def cases() -> list[Case]:
 
 
 def with_compiled(listed: list[Case]) -> list[Case]:
-    """The utterance in float32 with torch.compile of the eager loop beside the rest."""
+    """The cases, with torch.compile of the eager loop for the utterance in float32."""
     utterance = Workload(UTTERANCE_TOKENS, "float32").key
     return [replace(c, modes=("eager", "compiled")) if c.workload.key == utterance else c for c in listed]
 
 
 def quick_cases() -> list[Case]:
-    """Every kind of case once, small: shows that all of it runs, measures nothing worth keeping."""
+    """Every kind of case once at small sizes: a smoke test without meaningful numbers."""
     base = Workload(48, "float32", in_features=64, hidden_features=128, out_features=96)
     return [
         Case(base, 0.2, PASSES, memory=True),
@@ -115,7 +115,7 @@ def run(
         from benchmarks import model_level
 
         results.add(found, {"model": model_level.tiny(device, quick)})
-    status = f"left out for want of time: {', '.join(left_out)}" if left_out else "done"
+    status = f"left out for lack of time: {', '.join(left_out)}" if left_out else "done"
     found["stages"]["cpu"] = {"status": status, "seconds": round(time.perf_counter() - began, 1)}
     found["environment"]["load_average_after"] = environment.describe(device)["load_average"]
     results.save(found, path)

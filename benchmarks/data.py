@@ -1,10 +1,10 @@
-"""`python -m benchmarks data`: what one data worker delivers from shards, beside what decoding alone would.
+"""`python -m benchmarks data`: the throughput of one data worker that reads shards, against decoding only.
 
-The same clips, once each a round, by one worker and in three ways:
+Each round processes the same clips once with one worker, in several ways:
 
-- decoder: a plain loop over the encoded clips in memory; nothing but decoding sound and picture;
-- decoder and transforms: the same loop, and what a training does to the clips: transforms, babble, batches of features;
-- from shards: a training's own loader with one worker process; once delivering decoded clips, once the batches.
+- decoder: a plain loop over the encoded clips in memory that only decodes sound and video;
+- decoder and transforms: the same loop with a training's processing: transforms, babble, batches of features;
+- from shards: a training's own loader with one worker process, once for decoded clips, once for the batches.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from llama_smop.data.shards.read import ShardClips, read_shard
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.data.training_plan import Draw
-from llama_smop.training.build import Collator, build, training_clips, training_plan
+from llama_smop.training.build import Collator, build_model, training_clips, training_plan
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.setbacks import ReplacedClips
 
@@ -55,7 +55,7 @@ def compare(shards: Path, budget_s: float, min_rounds: int) -> list[dict]:
         optimizer={"epochs": 1},
     )
     drawn = training_clips(config)
-    _, processor = build(config, drawn.source.texts)
+    _, processor = build_model(config, drawn.source.texts)
     epoch = Epoch(config, drawn, Collator(processor))
     ways = {
         "decoder": epoch.decode,
@@ -81,7 +81,7 @@ def compare(shards: Path, budget_s: float, min_rounds: int) -> list[dict]:
 
 
 class Epoch:
-    """The ways of going once through the clips."""
+    """The ways of processing every clip once."""
 
     def __init__(self, config: TrainConfig, drawn, collate: Collator):
         self.drawn, self.collate = drawn, collate
@@ -110,12 +110,12 @@ class Epoch:
             pass
 
     def _loader(self, dataset, collate) -> DataLoader:
-        """Its worker outlives an epoch, so that starting it does not count."""
+        """A loader with a persistent worker, so that starting it does not count."""
         return DataLoader(dataset, batch_sampler=self.plan, collate_fn=collate, num_workers=1, persistent_workers=True)
 
 
 class InMemory(ShardClips):
-    """All shards read before the clock starts."""
+    """A source that holds all shards in memory before the clock starts."""
 
     def __init__(self, source: ShardClips):
         super().__init__(source.index)
@@ -126,7 +126,7 @@ class InMemory(ShardClips):
 
 
 class Decoded(torch.utils.data.Dataset):
-    """A source's clips as they are decoded."""
+    """A source's decoded clips, untransformed."""
 
     def __init__(self, source: ShardClips):
         self.source = source

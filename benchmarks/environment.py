@@ -1,4 +1,4 @@
-"""Where a measurement was made: device, versions, commit, load. No host names and no paths."""
+"""The environment of a measurement: device, versions, commit, load; no host names and no paths."""
 
 import datetime
 import os
@@ -15,7 +15,7 @@ SOURCES = ("llama_smop", "triton_kernels", "csrc", "benchmarks", ":!benchmarks/r
 
 
 def describe(device: torch.device) -> dict:
-    """Everything a reader needs to judge the numbers."""
+    """Facts about the environment that a reader needs to judge the numbers."""
     return {
         "device": device_name(device),
         **(_gpu(device) if device.type == "cuda" else {"threads": torch.get_num_threads()}),

@@ -1,10 +1,10 @@
-"""The roofline: the least time a workload can take, from its operations, its bytes and two measured ceilings.
+"""The roofline floor: the least time of a workload, from its operations, its bytes and two measured ceilings.
 
     floor = max(FLOPs / matrix-product rate, bytes / copy bandwidth)
 
-Operations are the useful ones: what a token's K experts must compute. Bytes are the fewest: every input read once,
-every result written once, nothing between two fused steps; backward without a gradient for x (the encoders are
-frozen), from h and z as forward left them.
+Only useful operations count: those of a token's K experts. The bytes are a minimum: every input is read once, every
+result is written once, and fused steps exchange nothing through memory. Backward has no gradient for x, because the
+encoders are frozen, and reads h and z from forward.
 """
 
 import time
@@ -36,7 +36,7 @@ class Ceilings:
     flops: dict[str, float]
 
     def floor_us(self, work: Work, dtype: str) -> float | None:
-        """None where no matrix product of this dtype was measured."""
+        """Microseconds; None if no matrix product of this dtype was measured."""
         if dtype not in self.flops:
             return None
         return 1e6 * max(work.flops / self.flops[dtype], work.bytes / self.bytes_per_s)
@@ -76,7 +76,7 @@ def dense_work(w: Workload, hidden: int, which: str) -> Work:
 
 
 def _experts_used(w: Workload) -> int:
-    """Experts that get tokens; for random routing the most that can."""
+    """The number of experts with tokens; for random routing its upper bound."""
     if w.routing == "one":
         return w.top_k * (2 if w.sharing == "DEDR" else 1)
     return w.tokens * w.top_k
@@ -86,9 +86,9 @@ def _experts_used(w: Workload) -> int:
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[str, ...], quick: bool = False) -> Ceilings:
-    """A large copy (bytes read plus bytes written) and a large matrix product of each dtype: best of several.
+    """Measure a large copy (bytes read plus written) and a large matrix product of each dtype, best of several.
 
-    The best, because a ceiling is what the device can do, not what it did while something else ran.
+    The best, because a ceiling is what the device can do without other load.
     """
     cuda = device.type == "cuda"
     size = (1 << 24) if quick else (1 << 30 if cuda else 1 << 28)

@@ -1,8 +1,8 @@
 """`python -m benchmarks gpu --budget SECONDS --out DIR`: one command for a machine with one NVIDIA GPU.
 
-Everything that touches the GPU happens in a child process (benchmarks/worker.py). When that dies, hangs or loses the
-device, the rival at work is noted, left out, and a new child goes on with the same case; after every case the results
-are saved. Files in DIR: results.json, log.txt, summary.md, pytest.txt, tuned.json.
+Everything that uses the GPU runs in a child process (benchmarks/worker.py). If the child dies, hangs or loses the
+device, the rival that was running is recorded and excluded, and a new child retries the case. The results are saved
+after every case. Files in DIR: results.json, log.txt, summary.md, pytest.txt, tuned.json.
 """
 
 import contextlib
@@ -19,16 +19,17 @@ from pathlib import Path
 from benchmarks import results, say
 from benchmarks.gpu_stages import Stage, stages
 from benchmarks.rivals import BY_NAME
+from llama_smop import files
 
 MODES = ("eager", "graph", "compiled")
-MAX_ATTEMPTS = 3  # children a case may cost
-BAN_AFTER = 2  # cases a rival may bring down before it is left out of all others
-SILENCE_S = 150  # without an event the child hangs (the longest silence is a compilation)
+MAX_ATTEMPTS = 3  # of a case, each in a new child
+BAN_AFTER = 2  # failed cases after which a rival is excluded from all others
+SILENCE_S = 150  # without an event: the child hangs (the longest silence is a compilation)
 
 
 @dataclass
 class Progress:
-    """What has been done, and what a child must leave alone."""
+    """What has been done, and what the next child must not run."""
 
     found: dict
     excluded: dict[str, dict[str, str]] = field(default_factory=dict)  # case ("*": all) → rival[ mode] → reason
@@ -38,7 +39,7 @@ class Progress:
     stage: str | None = None
     case: str | None = None
     running: str | None = None
-    patience_s: float = 0.0  # silence beyond the usual that what is running has asked for
+    patience_s: float = 0.0  # longer silence that the running case has announced
 
     def state(self, stage: str) -> dict:
         return self.found["stages"].setdefault(stage, {"status": "open", "seconds": 0.0, "finished": [], "failed": {}})
@@ -85,7 +86,7 @@ class Progress:
         self.case = self.running = None
 
     def blame(self, reason: str) -> None:
-        """The child ended in the middle of a case: leave out the rival at work, or else the case."""
+        """The child ended during a case: exclude the rival that was running, or else the case."""
         if self.case is None:
             return
         rival, mode, *_ = [*(self.running or "").split(" "), "", ""]
@@ -145,7 +146,7 @@ def run(
                 progress, todo, deadline, budget_s, dry, device, Path(out), command, log, silence_s, path, say
             )
             if reason is None or time.time() >= deadline:
-                break  # done; or out of time, which is nobody's fault
+                break  # done, or out of time
             if progress.case is not None:
                 say(f"  {reason} during {progress.running or 'the start'} of {progress.case}")
                 progress.blame(reason)
@@ -171,7 +172,7 @@ def _plan(only: Iterable[str] | None) -> list[Stage]:
 
 
 def _open(progress: Progress, stage: Stage, dry: bool) -> bool:
-    """Whether cases are left and the stage's time in this run is not up."""
+    """Whether the stage has cases left and time left in this run."""
     state = progress.found["stages"].get(stage.name)
     if stage.name in progress.cut:
         return False
@@ -179,7 +180,7 @@ def _open(progress: Progress, stage: Stage, dry: bool) -> bool:
 
 
 def _position(progress: Progress) -> tuple:
-    """Changes whenever a child gets anywhere."""
+    """Changes whenever a child makes progress."""
     finished = tuple(len(state["finished"]) for state in progress.found["stages"].values())
     return finished, dict(progress.attempts), frozenset(progress.cut)
 
@@ -224,7 +225,7 @@ def _child(progress, todo, deadline, budget_s, dry, device, out, command, log, s
 
 
 def _follow(progress: Progress, reading: int, deadline: float, silence_s: float, path: Path, say) -> str | None:
-    """Apply the child's events until it closes the pipe; what is wrong when it should be killed instead."""
+    """Apply the child's events until it closes the pipe. Returns the reason if the child must be killed instead."""
     selector = selectors.DefaultSelector()
     selector.register(reading, selectors.EVENT_READ)
     rest = b""
@@ -245,7 +246,7 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
 
 
 def _kill(child: subprocess.Popen) -> None:
-    """The worker and what it started."""
+    """Kill the worker and its own children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, 9)
     child.wait()
@@ -254,4 +255,4 @@ def _kill(child: subprocess.Popen) -> None:
 def _summary(found: dict, path: Path) -> None:
     from benchmarks.report import tables
 
-    path.write_text(tables.document([found]))
+    files.write_text(path, tables.document([found]))

@@ -1,6 +1,6 @@
-"""The stages of `python -m benchmarks gpu`, in order of worth; each is a list of cases, and a case returns records.
+"""The stages of `python -m benchmarks gpu`, most important first. A stage is a list of cases; a case returns records.
 
-The same stages walk over tiny shapes on a CPU in a dry run, which proves the path and measures nothing.
+A dry run executes the same stages with tiny shapes on a CPU; its numbers mean nothing.
 """
 
 import importlib.util
@@ -25,15 +25,15 @@ GPU_TESTS = ("tests/kernels", "tests/cuda")
 
 @dataclass
 class Context:
-    """What a case may look at: the device, the results so far, where to leave files, seconds it should take."""
+    """What a case gets: the device, the results so far, the folder for its files, its time budget."""
 
     device: torch.device
     dry: bool
     results: dict
     out: Path
     budget_s: float
-    excluded: dict[str, str]  # rival, or rival and mode → why not to touch it in this case
-    starting: Callable[..., None]  # told what runs next, so that a crash has a name; and how long it may be silent
+    excluded: dict[str, str]  # rival, or rival and mode → why this case must not run it
+    starting: Callable[..., None]  # call it with what runs next, to attribute a crash, and how long that may be silent
 
     @property
     def ceilings(self) -> Ceilings:
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Stage:
-    """share: of the budget, at most; what a stage leaves over goes to those after it."""
+    """share: of the budget, at most; later stages get the time that is left."""
 
     name: str
     share: float
@@ -80,7 +80,7 @@ def stages() -> list[Stage]:
 
 
 def _sizes(declared: list[Workload], dry: bool) -> list[Workload]:
-    """In a dry run the first three, tiny."""
+    """All, or in a dry run the first three at tiny sizes."""
     return list(dict.fromkeys(workloads.tiny(w) for w in declared[:3])) if dry else declared
 
 
@@ -107,7 +107,7 @@ def _build(dry: bool) -> list[Case]:
 
 
 def _build_extension(c: Context) -> dict:
-    """In a process of its own: setup.py's recipe, the module beside the package's sources."""
+    """Run setup.py's build in a child process; the module goes beside the package's sources."""
     built = "import llama_smop._C as ext; print(ext.build_info())"
     run = {"cwd": environment.ROOT, "capture_output": True, "text": True}
     there = subprocess.run([sys.executable, "-c", built], **run)
@@ -149,7 +149,7 @@ def correctness_workloads() -> list[Workload]:
 
 
 def _correctness(dry: bool) -> list[Case]:
-    """Backend by backend, so that one that brings the device down takes only its own cases along."""
+    """A case for each backend, so that a backend that loses the device fails only its own cases."""
     return [
         Case(f"{backend}: {w.key}", lambda c, w=w, backend=backend: check_backend(w, backend, c), w)
         for w in _sizes(correctness_workloads(), dry)
@@ -196,7 +196,7 @@ def _timed(
 
 
 def _compiled() -> list[Case]:
-    """torch.compile of what it can compile, last: each compilation takes long."""
+    """The rivals under torch.compile; last, because each compilation takes long."""
 
     def run(c: Context, w: Workload) -> dict:
         names = [r.name for r in rivals.ALL if "compiled" in r.modes]
@@ -213,7 +213,7 @@ def _memory(dry: bool) -> list[Case]:
     def run(c: Context, w: Workload) -> dict:
         found: dict[str, list] = {"memory": [], "skipped": []}
         failed = {s["rival"]: s["reason"] for s in c.results["skipped"] if s["workload"] == w.key}
-        for name in rivals.BY_NAME:  # one at a time: the peak is that of the only layer there
+        for name in rivals.BY_NAME:  # one at a time, so that the peak is that of one layer
             contest = Contest(w, c.device, [name], ("eager",), failed | c.excluded, c.starting, check=False)
             contest.measure_memory()
             contest.close()
@@ -229,7 +229,7 @@ def _memory(dry: bool) -> list[Case]:
 
 
 def furthest_from_floor(results: dict, backend: str = "triton", count: int = 2) -> list[Workload]:
-    """The headline workloads whose training pass on `backend` keeps the smallest share of the floor."""
+    """The headline workloads whose training pass on `backend` is furthest from its floor."""
     best: dict[str, float] = {}
     for t in results["timings"]:
         if t["rival"] == f"ours_{backend}" and t["pass"] == "both" and t["share_of_floor"]:
@@ -256,7 +256,7 @@ def _tests(dry: bool) -> list[Case]:
             return {"note": "a dry run starts no tests"}
         log = c.out / "pytest.txt"
         command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--continue-on-collection-errors", *GPU_TESTS]
-        if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling kernels, on the CPU
+        if importlib.util.find_spec("xdist") is not None:  # compiling kernels on the CPU takes most of the time
             command += ["-n", str(min(8, os.cpu_count() or 1))]
         c.starting("pytest -m gpu", patience_s=c.budget_s)
         with log.open("w") as stream:

@@ -1,4 +1,4 @@
-"""Single operators against PyTorch's own way: `python -m benchmarks kernels`, `pytest benchmarks --benchmark-only`."""
+"""Single operators against plain PyTorch: `python -m benchmarks kernels`, `pytest benchmarks --benchmark-only`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ Runs = dict[str, Callable[[], object]]
 
 
 def workloads(device: torch.device) -> list[Workload]:
-    """What the micro-benchmarks run on: small and large on a GPU, small on a CPU."""
+    """The workloads of the micro-benchmarks: small and large on a GPU, small on a CPU."""
     tokens = (256, 4096) if device.type == "cuda" else (150,)
     return [Workload(T, "bfloat16" if device.type == "cuda" else "float32") for T in tokens]
 
@@ -30,7 +30,7 @@ def backends(w: Workload, device: torch.device) -> list[str]:
 
 
 def groups(w: Workload, device: torch.device) -> dict[str, Runs]:
-    """Operators by name; for each the implementations of the same step, ready to run."""
+    """{operator: {implementation: callable without arguments}}."""
     p = make(w, device)
     routed = functional.route(p.x, p.gate_weight, top_k=w.top_k, num_experts=w.total_experts, backend="torch")
     order = routed.order.long()
@@ -59,7 +59,7 @@ def groups(w: Workload, device: torch.device) -> dict[str, Runs]:
 
 
 def _plain_route(p: Problem) -> tuple:
-    """What `functional.route` returns, from the formulas: choices, both losses and the rows in expert order."""
+    """The results of `functional.route` in plain PyTorch: weights, auxiliary losses, rows in expert order."""
     logits, weights, experts = router(p.x, p.gate_weight[0], p.workload.top_k)
     return weights, router_losses(logits, experts), expert_order(experts, p.workload.total_experts)
 
@@ -81,7 +81,7 @@ def _experts(p: Problem, routed, backend: str) -> Tensor:
 
 
 def measured(w: Workload, device: torch.device, budget_s: float) -> list[dict]:
-    """One record for every operator and implementation; `budget_s` for each operator."""
+    """One record for each operator and implementation; `budget_s`: seconds for each operator."""
     found = []
     with torch.no_grad():
         for operator, runs in groups(w, device).items():
@@ -93,7 +93,7 @@ def measured(w: Workload, device: torch.device, budget_s: float) -> list[dict]:
 
 
 def run(path: Path | None = None, budget_s: float = 4.0, say: Callable[[str], None] = say) -> dict:
-    """Time every operator on this machine's device; saved when `path` is given."""
+    """Time every operator on this machine's device; save the results if `path` is given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = results.new("gpu" if device.type == "cuda" else "cpu")
     found["environment"] = environment.describe(device)

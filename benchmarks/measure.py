@@ -1,8 +1,8 @@
 """Timing, memory, launches and host synchronisations of one callable, on a CPU or a CUDA device.
 
-Several callables are timed interleaved, round by round in a shuffled order, so that whatever else the machine does
-falls on all of them; one of them is timed twice under two names, and the difference of its two medians is the noise:
-whoever differs by less is a tie.
+Several callables are timed interleaved, round by round in a shuffled order, so that other load on the machine affects
+all of them alike. One of them is timed twice; the difference of its two medians is the noise. Callables that differ by
+less are a tie.
 """
 
 import random
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.rivals.base import Layer, roots_and_grads
 from benchmarks.workloads import Problem
+from llama_smop.reports.saved_tensors import SavedStorages
 
 MIN_SAMPLE_S = 2e-3  # CPU calls shorter than this are repeated within a sample
 L2_FLUSH_BYTES = 256 << 20  # more than any L2 today
@@ -48,7 +49,7 @@ class Timing:
 
 
 def noise(first: Timing, again: Timing) -> float:
-    """Relative difference that means nothing: the same thing timed twice, or its medians' uncertainty if larger."""
+    """Relative difference that is not significant: of the same callable timed twice, or its medians' uncertainty."""
     apart = abs(first.median_us - again.median_us) / min(first.median_us, again.median_us)
     return max(apart, first.median_error, again.median_error)
 
@@ -61,7 +62,7 @@ def tie(a_us: float, b_us: float, noise_level: float) -> bool:
 
 
 class Passes:
-    """A layer's passes over a problem as callables without arguments: what is timed."""
+    """A layer's passes over a problem, as the callables without arguments that are timed."""
 
     def __init__(self, layer: Layer, problem: Problem):
         self.layer, self.problem = layer, problem
@@ -100,7 +101,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = run()  # the graph's outputs live as long as its replay does
+        held = run()  # keeps the graph's outputs alive as long as its replay
 
     def replay():
         graph.replay()
@@ -113,7 +114,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 class CpuClock:
-    """Wall time; short calls are repeated so that a sample is not mostly clock."""
+    """Wall time; a sample repeats short calls, so that the clock's resolution does not matter."""
 
     def __init__(self):
         self._repeats: dict[int, int] = {}
@@ -132,10 +133,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device time between two events, from an idle device, so that launches count.
+    """Device time between two events, starting from an idle device, so that launch overhead counts.
 
-    cold: the L2 is read full of other data before each sample (read, not written: no dirty lines to write back inside
-    the sample). Otherwise the sample finds what the call before it left there.
+    cold: before each sample the L2 is filled with other data by reading it; writing would leave dirty lines that are
+    written back during the sample. Otherwise the L2 is as the call before left it.
     """
 
     def __init__(self, cold: bool):
@@ -171,7 +172,7 @@ def interleaved(
 ) -> tuple[dict[str, Timing], float]:
     """Time each of `runs`, and the first of them twice, within about `budget_s`.
 
-    There are at least `min_rounds`, or three where those would take four times the budget (the machine is busy).
+    There are at least `min_rounds`, or three if those would take four times the budget on a busy machine.
 
     Returns the timings by name and the noise.
     """
@@ -199,26 +200,17 @@ def interleaved(
 
 def kept_bytes(layer: Layer, problem: Problem) -> int:
     """Bytes alive between forward and backward: tensors saved for backward and y, without parameters and x."""
-    outside = {t.untyped_storage().data_ptr() for t in (problem.x, *layer.parameters(), *layer.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in outside:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved = SavedStorages((problem.x, *layer.parameters(), *layer.buffers()))
+    with saved:
         y, loss = layer(problem.x, True)
-    pack(y)
-    # Storages must stay alive until they are summed, or an address could be counted for two.
-    total = sum(kept.values())
+    saved.add(y)
+    total = saved.bytes
     del y, loss
     return total
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Device memory `run` needs beyond what was allocated before it; None on a CPU, which does not tell."""
+    """Device memory `run` needs beyond what was allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
     run()
@@ -231,7 +223,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def launches(run: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills `run` puts on the device; None on a CPU, and where the profiler sees nothing."""
+    """Kernels, copies and fills `run` puts on the device; None on a CPU, or if the profiler reports nothing."""
     if device.type != "cuda":
         return None
     run()

@@ -1,7 +1,7 @@
 """A whole Llama-SMoP: training step and generation with our projector, the eager loop, and a dense one.
 
-All models are copies of one, with the projector exchanged; weights are random, inputs synthetic. Sizes: the tiny model
-(CPU) and the published shape (Whisper medium, AV-HuBERT Large, Llama 3.2-1B with LoRA; GPU).
+All models are copies of one model with different projectors; weights are random, inputs synthetic. Sizes: the tiny
+model (CPU) and the published one (Whisper medium, AV-HuBERT Large, Llama 3.2-1B with LoRA; GPU).
 """
 
 import copy
@@ -46,7 +46,7 @@ def tiny(device: torch.device, quick: bool = False) -> list[dict]:
 
 
 def llama_1b(device: torch.device, quick: bool = False) -> list[dict]:
-    """The published shape with random weights, bfloat16, LoRA on q and v; a batch of 1500 video frames."""
+    """The published size with random weights, bfloat16, LoRA on q and v; a batch of 1500 video frames."""
     lora = {"r": 64, "alpha": 8, "targets": ["q_proj", "v_proj"]}
     config = LlamaSmopConfig(lora={"language_model": lora})
     before = torch.get_default_dtype()
@@ -75,7 +75,7 @@ def exchange(model: LlamaSmopForConditionalGeneration, kind: str) -> LlamaSmopFo
 
 
 def compare(model: LlamaSmopForConditionalGeneration, setting: Setting, device: torch.device) -> list[dict]:
-    """One record a projector. Steps and generations are interleaved over the projectors."""
+    """One record per projector. Steps and generations are interleaved over the projectors."""
     inputs = batch(model.config, setting, device, next(model.multi_modal_projector.parameters()).dtype)
     prompt = {k: v for k, v in inputs.items() if k != "labels"}
     cut = inputs["input_ids"].shape[1] - setting.text
@@ -167,7 +167,7 @@ def _step(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
 
 
 def _projector_alone(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
-    """Forward and backward of the projector on what the model gives it."""
+    """Forward and backward of the projector on the inputs that it gets in the model."""
     caught = []
     hook = model.multi_modal_projector.register_forward_pre_hook(lambda module, args: caught.append(args))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The JSON a run leaves: one file a device.
+"""The JSON file of a run, one per device.
 
 schema, kind ("cpu", "gpu", "peers", "data"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
 correctness [], timings [], memory [], kernels [], model [], skipped [], data []? (kind "data" alone)
@@ -24,7 +24,7 @@ def new(kind: str) -> dict:
 
 
 def add(results: dict, found: dict, workload: Workload | None = None) -> None:
-    """Append what a case found to the results' lists."""
+    """Append the records of a case to the results' lists."""
     for name in LISTS:
         results[name].extend(found.get(name, ()))
     if workload is not None:
@@ -32,7 +32,7 @@ def add(results: dict, found: dict, workload: Workload | None = None) -> None:
 
 
 def load(path: Path) -> dict:
-    """Raises ValueError when the file is of another schema."""
+    """Raises ValueError: the file has another schema."""
     results = json.loads(Path(path).read_text())
     if results.get("schema") != SCHEMA:
         raise ValueError(f"{Path(path).name} has schema {results.get('schema')}, expected {SCHEMA}; measure again")
@@ -40,12 +40,12 @@ def load(path: Path) -> dict:
 
 
 def save(results: dict, path: Path) -> None:
-    """Written aside, then renamed: a reader never sees half a file."""
+    """Write atomically: a reader never sees half a file."""
     files.write_text(path, _dump(results) + "\n")
 
 
 def _dump(results: dict) -> str:
-    """Indented, but one line for each record of a list: small, and a diff shows records."""
+    """Indented JSON with one line for each record of a list, so that a diff shows records."""
     parts = []
     for key, value in results.items():
         if isinstance(value, list) and value:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks memory`: the peak resident memory of a training step, by what is done to save it.
+"""`python -m benchmarks memory`: the peak resident memory of a training step with each memory-saving option.
 
-A Llama with the published vocabulary and LoRA, scaled down in every other size; the towers are small and frozen. Each
-case runs in a fresh process: two steps forward and backward, then the most that was resident above what the model
-itself takes. The estimate of `llama-smop info` stands beside it.
+The model is a Llama with the published vocabulary and LoRA, scaled down in all other sizes, with small frozen towers.
+Each case runs two steps, forward and backward, in a fresh process and records the peak resident memory above that of
+the model, beside the estimate of `llama-smop info`.
 """
 
 import json
@@ -23,7 +23,7 @@ from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGenerat
 FOLDER = results.FOLDER / "training_memory"
 WORKLOAD = estimate.Workload(clips=4, seconds=6.0, text_tokens=100)
 ONE_CHUNK = 10**9
-# Name, and what differs from the default: fused_loss, gradient_checkpointing, recompute of the projector, chunk.
+# Name and differences from the default: fused_loss, gradient_checkpointing, recompute of the projector, chunk.
 CASES = (
     ("logits of all positions", {"fused_loss": "plain"}),
     ("logits of labelled positions", {"chunk": ONE_CHUNK}),
@@ -65,7 +65,7 @@ def scaled(recompute: str = "none", vocabulary: int = LLAMA_3_2_1B["vocab_size"]
 def run(path: Path | None = None, quick: bool = False, say: Callable[[str], None] = say) -> dict:
     """Measure every case and save; `path` defaults to the device's file under benchmarks/results/training_memory/."""
     if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("peak resident memory is read from /proc, which this system does not have")
+        raise ValueError("peak resident memory is read from /proc/self/clear_refs, which this system does not have")
     found = {"schema": results.SCHEMA, "environment": environment.describe(torch.device("cpu"))}
     config = _config(quick)
     workload = _workload(quick)
@@ -98,7 +98,7 @@ def _workload(quick: bool) -> estimate.Workload:
 
 
 def estimated(options: dict, quick: bool) -> int:
-    """Bytes of the step as `llama-smop info` computes them."""
+    """Bytes of the step, as `llama-smop info` computes them."""
     config = _config(quick, recompute=options.get("recompute", "none"))
     chosen = {k: options[k] for k in ("fused_loss", "gradient_checkpointing") if k in options}
     rows, lm_loss.CHUNK = lm_loss.CHUNK, options.get("chunk", lm_loss.CHUNK)
@@ -121,7 +121,7 @@ def _in_a_child(options: dict, quick: bool) -> dict:
 
 
 def child(options: dict, quick: bool) -> dict:
-    """What the process holds with the model alone, and the most that it held above that in two steps."""
+    """Resident bytes of the process with the model, and the peak above them over two steps."""
     torch.manual_seed(0)
     lm_loss.CHUNK = options.get("chunk", lm_loss.CHUNK)
     config = _config(quick, recompute=options.get("recompute", "none"))
@@ -130,7 +130,7 @@ def child(options: dict, quick: bool) -> dict:
     if options.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = estimate.batch(config, _workload(quick), torch.float32)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _resident("VmRSS")
     for _ in range(2):
         model.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def child(options: dict, quick: bool) -> dict:
 
 
 def _resident(field: str) -> int:
-    """VmRSS, now, or VmHWM, the most so far, in bytes."""
+    """Bytes of VmRSS, the present resident memory, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

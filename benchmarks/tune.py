@@ -1,4 +1,4 @@
-"""`python -m benchmarks tune`: search Triton tile configurations on this GPU and write the shipped table anew.
+"""`python -m benchmarks tune`: search Triton tile configurations on this GPU and rewrite the shipped table.
 
 For each workload the five grouped products of a training step are timed with the table's tile; then, greedily, with its
 neighbours (one field changed) until none is quicker or time is up. A tile enters the table only where it wins by more
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.measure import CudaClock
 from benchmarks.workloads import Workload, headline, make
+from llama_smop import files
 from llama_smop.triton_kernels import configs, projection, tables
 from llama_smop.triton_kernels.grouped_gemm import grouped_gemm
 from llama_smop.triton_kernels.grouped_wgrad import grouped_wgrad
@@ -24,7 +25,7 @@ from llama_smop.triton_kernels.launch import Launch, dot_precision, target_arch
 from llama_smop.triton_kernels.tiles import GroupedShape, TileConfig
 
 SAMPLES = 15
-NOISE = 0.02  # of the time: what a smaller gain is taken for
+NOISE = 0.02  # of the time: a smaller gain counts as none
 CHOICES = {
     "block_m": (16, 32, 64, 128, 256),
     "block_n": (32, 64, 128, 256),
@@ -96,7 +97,7 @@ def products(workload: Workload, device: str = "cuda") -> list[Product]:
 
 
 def neighbours(config: TileConfig) -> Iterator[TileConfig]:
-    """Tiles that differ in one field, by one step."""
+    """Tiles that differ by one step in one field."""
     for field, choices in CHOICES.items():
         at = choices.index(getattr(config, field))
         for i in (at - 1, at + 1):
@@ -105,7 +106,7 @@ def neighbours(config: TileConfig) -> Iterator[TileConfig]:
 
 
 def search(start: TileConfig, cost: Callable[[TileConfig], float], deadline: float) -> tuple[TileConfig, dict]:
-    """The quickest tile found by steps to quicker neighbours, and the cost of each that was tried."""
+    """The quickest tile of a greedy search from `start`, and the cost of each tile that was tried."""
     costs = {start: cost(start)}
     best, moved = start, True
     while moved and time.monotonic() < deadline:
@@ -135,7 +136,7 @@ def tune_workload(workload: Workload, deadline: float) -> list[Finding]:
                 return float("inf")
             try:
                 return sum(statistics.median(clock(p.build(config).run) for _ in range(SAMPLES)) for p in mine)
-            except Exception as error:  # what Triton raises when a tile cannot be compiled or launched is not one type
+            except Exception as error:  # Triton raises many types if a tile cannot be compiled or launched
                 print(f"  {config}: {type(error).__name__}")
                 return float("inf")
 
@@ -180,21 +181,19 @@ def render(table: dict, note: str) -> str:
 
 
 def tune(workloads: list[Workload], out: Path | None, budget_s: float) -> list[Finding]:
-    """Search for each workload in turn, its share of the budget each; save the findings after every one."""
+    """Search for each workload in turn, with equal shares of the budget; save the findings after each."""
     began, findings = time.monotonic(), []
     for i, workload in enumerate(workloads):
         findings += tune_workload(workload, began + budget_s * (i + 1) / len(workloads))
         for f in findings[-2:]:
             print(f"{f.workload} {f.op}: {f.shipped_us:.1f} → {f.best_us:.1f} µs with {f.best} ({f.tried} tried)")
         if out is not None:
-            aside = out.with_name(out.name + ".part")
-            aside.write_text(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
-            aside.replace(out)
+            files.write_text(out, json.dumps([asdict(f) for f in findings], indent=1) + "\n")
     return findings
 
 
 def stage(workloads: list[Workload], out: Path, budget_s: float, dry: bool) -> str:
-    """A stage of `python -m benchmarks gpu`: the findings go to `out`, the shipped table is left alone."""
+    """A stage of `python -m benchmarks gpu`: the findings go to `out`; the shipped table does not change."""
     if dry:
         return "a dry run tunes nothing: there is no GPU to time"
     findings = tune(workloads or headline()[-2:], out, budget_s)
@@ -216,5 +215,5 @@ def main(arguments: list[str]) -> int:
             f"Tuned by `python -m benchmarks tune` on {torch.cuda.get_device_name()}; the entries it could not\n"
             "beat, and those of other architectures, are chosen by compile-time evidence and tile arithmetic."
         )
-        Path(tables.__file__).write_text(render(improved(tables.TABLE, findings), note))
+        files.write_text(tables.__file__, render(improved(tables.TABLE, findings), note))
     return 0

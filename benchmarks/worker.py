@@ -1,7 +1,7 @@
-"""The process that touches the GPU: runs the cases it is given and says what it does, one JSON line an event.
+"""The child process that uses the GPU: runs its cases and reports events, one JSON line each.
 
-`python -m benchmarks.worker EVENTS_FD`, the job as JSON on stdin. It ends with status 3 when the device is lost to it;
-whatever else happens to it, the parent (benchmarks/gpu.py) knows which case and which rival was at work.
+`python -m benchmarks.worker EVENTS_FD`, with the job as JSON on stdin. It exits with status 3 if the device is lost. If
+it crashes, its parent (benchmarks/gpu.py) knows from the events which case and which rival were running.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(events_fd: int) -> int:
             continue
         cases = [c for c in stage.cases(job["dry"]) if c.key not in job["finished"].get(stage.name, ())]
         tell("stage", stage=stage.name, cases=len(cases))
-        end = min(job["deadline"], end + job["stages"][stage.name])  # what earlier stages left over is this one's too
+        end = min(job["deadline"], end + job["stages"][stage.name])  # includes the time that earlier stages did not use
         for position, case in enumerate(cases):
             left = end - time.time()
             if left <= 0:
@@ -85,7 +85,7 @@ def workload_json(case: Case) -> list | None:
 
 
 def merge(found: dict, record: dict, case: Case) -> None:
-    """The worker's own copy of the results: later cases look at earlier ones."""
+    """Add to the worker's own copy of the results, which later cases read."""
     results.add(found, record, case.workload)
     for name in ("environment", "ceilings"):
         found[name].update(record.get(name, {}))

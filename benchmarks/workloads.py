@@ -1,4 +1,4 @@
-"""What is measured, declared once; and the inputs of a workload.
+"""Declares the workloads and makes their inputs.
 
 Sizes are the paper's: D 1024, H 2048, O 2048 / 3072 / 4096 for Llama 3.2-1B / 3.2-3B / 3.1-8B, E 4, K 2.
 """
@@ -24,8 +24,8 @@ HEADLINE_TOKENS = (64, 256, 1024, 4096, 16384)
 class Workload:
     """One layer, one batch.
 
-    expert: "projector" is the paper's (biases, ReLU, LayerNorm); "mlp" is Linear, ReLU, Linear without biases and
-    "swiglu" a gated one: what libraries for language models can compute, at O = D.
+    expert: "projector" is the paper's (biases, ReLU, LayerNorm). "mlp" (Linear, ReLU, Linear without biases) and
+    "swiglu" (gated) are what libraries for language models can compute, at O = D.
     sharing: with two routers the first half of the tokens is audio, the rest video.
     """
 
@@ -112,11 +112,11 @@ class Problem:
 
 
 def make(workload: Workload, device: torch.device | str, seed: int = 0) -> Problem:
-    """Random inputs of unit scale whose routing is the workload's.
+    """Random inputs of unit scale with the workload's routing.
 
-    Tokens are noise with their component along the gate's rows replaced, so that a token's logits are drawn freely:
-    the chosen experts lie at least 1 above the others, and no rounding changes the choice. So every dtype and every
-    implementation routes alike and outputs can be compared.
+    Tokens are noise whose component along the gate's rows is replaced, so that their logits are given: those of the
+    chosen experts are at least 1 above the others, and rounding cannot change the choice. So all dtypes and
+    implementations route alike, and their outputs can be compared.
     """
     w, device = workload, torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -171,7 +171,7 @@ def _choices(w: Workload, tokens: int, generator: torch.Generator, device: torch
 
 
 def headline(dtype: str = "bfloat16") -> list[Workload]:
-    """The shapes the project is judged by: the 1B projector, E 4, K 2, balanced, T 64 to 16384."""
+    """The main shapes: the 1B projector, E 4, K 2, balanced, T 64 to 16384."""
     return [Workload(T, dtype) for T in HEADLINE_TOKENS]
 
 
@@ -181,7 +181,7 @@ def real_counts(dtype: str = "bfloat16") -> list[Workload]:
 
 
 def variations(dtype: str = "bfloat16") -> list[Workload]:
-    """One thing changed at a time, round T 4096."""
+    """One axis changed at a time, around T 4096."""
     base = Workload(4096, dtype)
     return [
         *(replace(base, out_features=o) for o in LLAMA_WIDTHS.values() if o != base.out_features),
@@ -196,12 +196,12 @@ def variations(dtype: str = "bfloat16") -> list[Workload]:
 
 
 def library_shapes(dtype: str = "bfloat16") -> list[Workload]:
-    """What libraries for language models can compute too: O = D, no biases, no LayerNorm, plain and gated."""
+    """Shapes that libraries for language models also compute: O = D, no biases, no LayerNorm, plain and gated."""
     return [Workload(T, dtype, out_features=1024, expert=kind) for kind in ("mlp", "swiglu") for T in (256, 4096)]
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same workload at a size a dry run can walk through."""
+    """The same workload at a size for dry runs."""
     w = workload
     return replace(
         w,

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report.performance import update  # noqa: E402
 from llama_smop import files  # noqa: E402
 from llama_smop.data.media import audio_path, read_audio, read_video  # noqa: E402
 from llama_smop.reports import plots  # noqa: E402
@@ -23,7 +24,7 @@ BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def keep(run: Path) -> None:
-    """Copy a demo's results, and draw its first clip while its frames are at hand."""
+    """Copy a demo's results and draw its first clip."""
     for name in RESULTS:
         shutil.copyfile(run / name, KEPT / name)
     clip = run / files.read_json(run / "transcripts.json")[0]["path"]
@@ -90,14 +91,6 @@ The demo also writes a report with pictures; here are two. Word error rate in ba
 """
 
 
-def update(readme: Path) -> None:
-    """Put the short section between the README's markers, and write the whole document."""
-    head, rest = readme.read_text().split(BEGIN)
-    _, tail = rest.split(END)
-    files.write_text(readme, f"{head}{BEGIN}\n{short().rstrip()}\n{END}{tail}")
-    files.write_text(KEPT / "README.md", whole())
-
-
 def _save(figure, name: str) -> None:
     figure.savefig(KEPT / name, dpi=110)
     plt.close(figure)
@@ -107,4 +100,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         keep(Path(sys.argv[1]))
     draw()
-    update(ROOT / "README.md")
+    if not update(ROOT / "README.md", short(), BEGIN, END):
+        sys.exit(f"README.md: expected the markers {BEGIN} and {END}, once each")
+    files.write_text(KEPT / "README.md", whole())

@@ -1,6 +1,6 @@
 """Llama-SMoP: speech recognition that listens and reads lips, with a fast sparse mixture of projectors.
 
-The projector and the operators need torch alone; the model, which needs transformers, is imported when asked for.
+The projector and the operators need only torch and numpy. The model, which needs transformers, is imported lazily.
 """
 
 import sys

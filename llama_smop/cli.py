@@ -1,9 +1,9 @@
 """The command line: `llama-smop demo | corpus | configs | train | average | ablate | evaluate | transcribe | crop |
 convert | info | report | env | doctor`.
 
-Commands import what they need when they run, so that `--help` is quick. Whatever goes wrong ends in one line on
-stderr and exit status 1 (2: a wrong option); LLAMA_SMOP_DEBUG=1 shows where it came from. Ctrl-C ends with 130; a
-training that SIGTERM or SIGHUP tells to end saves first, and ends with 143 or 129.
+Commands import what they need when they run, so that `--help` is quick. An error is one line on stderr with exit status
+1, or 2 for a wrong option; LLAMA_SMOP_DEBUG=1 shows the traceback. Ctrl-C exits with 130. A training that receives
+SIGTERM or SIGHUP saves a checkpoint and exits with 143 or 129.
 """
 
 import io
@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError:
     sys.exit(f"llama-smop: the command line needs more than the base install: {remedy('typer')}")
 
-INTERRUPTED = 130  # by Ctrl-C: a shell's status of SIGINT
+INTERRUPTED = 130  # a shell's status of SIGINT
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +34,7 @@ app.add_typer(corpus_app, name="corpus")
 
 
 def _utf8(given):
-    """Raises ValueError: a name or a setting that is not text. It is written down, and not every library takes it."""
+    """Raises ValueError: a name or setting that is not UTF-8, which records and some libraries cannot store."""
     for value in given if isinstance(given, list | tuple) else [given]:
         try:
             str(value).encode()
@@ -64,7 +64,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     seed: int = 0,
 ) -> None:
-    """Make a corpus, train a small Llama-SMoP on it, score it, transcribe, write a report. Resumes when run again."""
+    """Make a corpus, train and score a small Llama-SMoP, transcribe clips, write a report. Resumes when run again."""
     from llama_smop import demo as module
 
     module.demo(out, clips=clips or module.CLIPS, steps=steps, seed=seed)
@@ -75,10 +75,10 @@ def corpus_make(
     out: Annotated[Path, typer.Argument(callback=_utf8)],
     clips: Annotated[int, typer.Option(min=8)] = 600,
     seed: int = 0,
-    grammar: Annotated[Path | None, typer.Option(help="YAML word lists; default: GRID's, with twelve letters.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="YAML word lists; default: GRID's with twelve letters.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per core.")] = None,
 ) -> None:
-    """Write a corpus of synthetic talking faces into OUT; one seed, one set of bytes. Resumes when run again."""
+    """Write a corpus of synthetic talking faces into OUT; a seed determines every byte. Resumes when run again."""
     from llama_smop.data.synthetic.corpus import make_corpus
     from llama_smop.data.synthetic.grammar import GRID, Grammar
 
@@ -102,14 +102,14 @@ def corpus_show(
 
 @corpus_app.command("labels")
 def corpus_labels(
-    root: Annotated[Path, typer.Argument(help="What auto_avsr's preparation wrote: labels/, lrs3/.")],
+    root: Annotated[Path, typer.Argument(help="Folder that auto_avsr's preparation wrote, with labels/ and lrs3/.")],
     prepared: Annotated[list[str], typer.Option("--from", help="Its label file, under root/labels; may be repeated.")],
     to: Annotated[str, typer.Option(help="Label file to write, under root/labels.")],
     min_seconds: Annotated[float, typer.Option(min=0, help="Leave out shorter clips.")] = 0.2,
-    max_seconds: Annotated[float, typer.Option(help="Leave out longer clips; Whisper takes 30.")] = 30.0,
+    max_seconds: Annotated[float, typer.Option(help="Leave out longer clips; Whisper's limit is 30.")] = 30.0,
     keep_case: Annotated[bool, typer.Option("--keep-case", help="Do not lower-case the texts.")] = False,
 ) -> None:
-    """Write a label file with texts for clips that auto_avsr's preparation cropped of LRS2, LRS3 or VoxCeleb2."""
+    """Write a label file with texts for clips that auto_avsr's preparation cropped from LRS2, LRS3 or VoxCeleb2."""
     from llama_smop.data.auto_avsr import write_labels
 
     print(write_labels(root, prepared, to, min_seconds=min_seconds, max_seconds=max_seconds, lower=not keep_case))
@@ -121,9 +121,9 @@ def corpus_shard(
     out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=_utf8)],
     labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "train.csv",
     clips_per_shard: Annotated[int, typer.Option(min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="Draws the order of the clips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the clips' order.")] = 0,
 ) -> None:
-    """Write a corpus as webdataset tar shards, which a training reads as `data.shards`. Resumes when run again."""
+    """Write a corpus as webdataset tar shards, for a training's `data.shards`. Resumes when run again."""
     from llama_smop.data.shards.write import write_shards
 
     shards = write_shards(root, labels, out, clips_per_shard=clips_per_shard, seed=seed)
@@ -144,9 +144,9 @@ def train(
     config: Configs,
     out: Out,
     settings: Settings = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint in OUT.")] = True,
+    resume: Annotated[bool, typer.Option(help="Resume at the newest whole checkpoint in OUT.")] = True,
 ) -> None:
-    """Train a model as the CONFIGs say. Run again after an interruption, it goes on where it was."""
+    """Train a model with the CONFIGs. The same command resumes an interrupted training."""
     from llama_smop.training.config import read_config
     from llama_smop.training.run import train as run
 
@@ -157,9 +157,9 @@ def train(
 def ablate(
     config: Annotated[Path, typer.Option(help="Grid file (YAML) or a shipped one's name, such as ablation/sharing.")],
     out: Out,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: the grid's.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Number of concurrent cells; default: the grid's.")] = None,
 ) -> None:
-    """Train and score every cell of a grid, then write one table and pictures. Goes on when run again."""
+    """Train and score every cell of a grid, then write a table and pictures. Resumes when run again."""
     from llama_smop.ablation import ablate as run
 
     print(run(config, out, jobs=jobs))
@@ -169,7 +169,7 @@ def ablate(
 def average(
     run: Annotated[Path, typer.Argument(help="Folder of a training.")],
     to: Annotated[Path, typer.Option(help="Model folder to make.", callback=_utf8)],
-    last: Annotated[int, typer.Option(min=1, help="How many of its newest checkpoints.")] = 5,
+    last: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints.")] = 5,
 ) -> None:
     """Write the mean of a training's last whole checkpoints as a model."""
     from llama_smop.models import seal
@@ -191,14 +191,14 @@ def evaluate(
     modality: Annotated[list[str] | None, typer.Option(help="audio, video, audiovisual; may be repeated.")] = None,
     snr: Annotated[list[str] | None, typer.Option(help='Decibels or "clean"; may be repeated.')] = None,
     noise: Annotated[str, typer.Option(help='"babble" or a sound file.')] = "babble",
-    babble_labels: Annotated[str, typer.Option(help="Label file of the clips that babble is mixed of.")] = "train.csv",
+    babble_labels: Annotated[str, typer.Option(help="Label file of the clips for the babble.")] = "train.csv",
     beams: Beams = 1,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode clips; default: 4 on a GPU.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write rows and transcripts here too.", callback=_utf8)] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=_utf8)] = None,
 ) -> None:
-    """Word error rate by modality and SNR, as a table. Under torchrun the clips are shared out over the processes."""
+    """Print a table of word error rates by modality and SNR. Under torchrun the processes share the clips."""
     from dataclasses import asdict
 
     import torch
@@ -212,7 +212,7 @@ def evaluate(
     if unknown:
         raise ValueError(f"--modality takes {', '.join(module.MODALITIES)}, got {', '.join(sorted(unknown))}")
     snrs = [_snr(text) for text in snr or ["clean"]]
-    here = PartialState(cpu=not torch.cuda.is_available())  # one process, or one of torchrun's with its own GPU
+    here = PartialState(cpu=not torch.cuda.is_available())  # one process, or a rank of torchrun with its own GPU
     if json is not None and here.is_main_process:
         files.check_file(json)
     loaded, processor = model_folder.load(model, here.device)
@@ -263,7 +263,7 @@ def _face(text: str) -> str | int:
 def transcribe(
     clips: Annotated[list[Path], typer.Argument(help="Videos or sound files of any length.")],
     model: Model,
-    modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all there is.")] = None,
+    modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all available.")] = None,
     beams: Beams = 1,
     face: Face = "auto",
     prepared: Annotated[
@@ -314,10 +314,10 @@ def convert(
     compression: str = "pool",
     top_k: Annotated[int, typer.Option(min=1)] = 2,
     lora_scale: Annotated[float, typer.Option(help="The authors' alpha / rank.")] = 0.125,
-    key_map: Annotated[Path | None, typer.Option(help="YAML rules that go before the built-in ones.")] = None,
+    key_map: Annotated[Path | None, typer.Option(help="YAML rules that precede the built-in ones.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept missing and unexpected keys.")] = False,
 ) -> None:
-    """Make a model folder of other people's checkpoints; every key is accounted for."""
+    """Convert a published checkpoint to a model folder; every key is accounted for."""
     from llama_smop.convert import convert as run
 
     report = run(
@@ -339,7 +339,7 @@ def convert(
 
 @app.command()
 def info(config: Configs, settings: Settings = None) -> None:
-    """Memory and arithmetic that a training file asks for, beside the published sizes."""
+    """Estimate memory and arithmetic of a training file, beside those of the published sizes."""
     from llama_smop.estimate import info as describe
     from llama_smop.training.config import read_config
 
@@ -348,7 +348,7 @@ def info(config: Configs, settings: Settings = None) -> None:
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Folder of a training, a demo or an ablation.")]) -> None:
-    """Write the page about a training, running or ended, an ablation or a finished demo again."""
+    """Write the report of a training, running or finished, of an ablation or of a finished demo again."""
     if (run / "results.json").exists():
         from llama_smop.reports.ablation.page import write_page
 
@@ -387,12 +387,12 @@ def doctor(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; `arguments` default to the command line's. Returns, or exits with a status other than 0."""
+    """Run a command; `arguments` default to those of the command line. Exits unless the status is 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for developers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its messages are for developers
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # names of files are bytes, not always UTF-8
+            stream.reconfigure(errors="surrogateescape")  # file names are bytes, not always UTF-8
     try:
         status = app(arguments, standalone_mode=False)
         _flush()
@@ -404,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
         from llama_smop.ops.checks import debug
 
         usage = getattr(error, "exit_code", None)
-        if usage is not None:  # typer's own: a wrong option or argument
+        if usage is not None:  # typer's own error: a wrong option or argument
             error.show()
             sys.exit(usage)
         if debug():
@@ -417,12 +417,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _line(error: Exception, arguments: list[str]) -> str:
-    """What is wrong; of an error that nobody foresaw also its kind, and of which files the command was."""
+    """The error in one line; an unexpected error with its type and the command's arguments."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("llama_smop"):
         return remedy(error.name)
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno and error.filename is None:  # what is written to files names them
-        return f"writing failed, to standard output most likely: {error.strerror} (in: {shlex.join(arguments)})"
+    if isinstance(error, OSError) and error.errno and error.filename is None:  # `files` names its files
+        return f"writing failed, probably to standard output: {error.strerror} (in: {shlex.join(arguments)})"
     if text and isinstance(error, ValueError | OSError | RuntimeError):
         return text
     kind = type(error).__name__
@@ -430,8 +430,8 @@ def _line(error: Exception, arguments: list[str]) -> str:
 
 
 def _flush() -> None:
-    """Raises OSError: what was printed did not get out. The interpreter, which would try again, is spared it."""
-    if sys.stdout is None:  # closed before it began
+    """Flush standard output. Raises OSError: it failed; stdout is then /dev/null, for the interpreter's own flush."""
+    if sys.stdout is None:  # closed before the start
         return
     try:
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""The whole of it on one machine: make a corpus, train, score, transcribe, measure, report.
+"""The demo: make a corpus, train, score, transcribe, measure projectors, write a report, on one machine.
 
-Every stage leaves its result in the folder; run again after an interruption, the demo goes on where it was.
+Every stage writes its result into the folder. An interrupted demo resumes at the first stage without a result.
 """
 
 import os
@@ -21,38 +21,38 @@ from llama_smop.data.sources import FolderClips
 from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
-from llama_smop.evaluation.wer import guess_per_slot, word_errors
+from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
 from llama_smop.models import model_folder
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
 from llama_smop.training.config import TrainConfig, read_config
-from llama_smop.training.lock import LOCK, alone
+from llama_smop.training.lock import LOCK, folder_lock
 from llama_smop.training.run import train
 
 CLIPS = 1400
-ASKED = "asked.json"
+REQUEST = "asked.json"  # clips and configuration of the demo in a folder
 SNRS = (None, 5, 0, -5)
 
 
 def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: int = 0) -> Path:
-    """Run every stage that `out` does not hold yet and return the report's path.
+    """Run every stage without a result in `out` and return the report's path.
 
-    clips, steps: a smaller corpus or a shorter training than the demo's own, for a first look; the word error rate is
-    then worse.
+    clips, steps: size of the corpus and length of the training. Smaller numbers give a quick look with a higher word
+    error rate.
 
     Raises:
-        ValueError: `out` holds a demo of another size or seed, or something else; another demo runs in it.
+        ValueError: `out` holds a demo of another size or seed, or other files; another demo runs in it.
     """
     out = Path(out)
     config = demo_config(out, steps, seed)
-    if out.is_dir() and not (out / ASKED).exists() and set(os.listdir(out)) - {LOCK}:
+    if out.is_dir() and not (out / REQUEST).exists() and set(os.listdir(out)) - {LOCK}:
         raise ValueError(f"{out}: is not empty and holds no demo; choose another --out")
-    with alone(out, "another demo"):
-        return _demo(out, config, clips, seed)
+    with folder_lock(out, "another demo"):
+        files.claim(out / REQUEST, _request(clips, config), "demo", ignored={LOCK}, upgrade=_upgrade_request)
+        return _run_stages(out, config, clips, seed)
 
 
-def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
-    _claim(out, config, clips)
+def _run_stages(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     corpus, run = out / "corpus", out / "run"
 
     _stage(1, "a talking corpus", lambda: make_corpus(corpus, clips=clips, seed=seed))
@@ -76,14 +76,14 @@ def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConf
     return read_config(resources("llama_smop") / "configs" / "demo.yaml", overrides)
 
 
-def _claim(out: Path, config: TrainConfig, clips: int) -> None:
-    asked = {"clips": clips, "config": config.model_dump(mode="json", exclude={"data": {"root"}})}
-    note = out / ASKED
-    if note.exists():
-        if files.read_json(note) != asked:
-            raise ValueError(f"{out} holds a demo of another size or seed; choose another --out or delete it")
-        return
-    files.write_json(note, asked)
+def _request(clips: int, config: TrainConfig) -> dict:
+    return {"clips": clips, "config": config.model_dump(mode="json", exclude={"data": {"root"}})}
+
+
+def _upgrade_request(noted: dict) -> dict:
+    """Fields of the configuration that are newer than the note get their defaults."""
+    config = noted["config"]
+    return _request(noted["clips"], TrainConfig.model_validate(config | {"data": config["data"] | {"root": "corpus"}}))
 
 
 def _stage(number: int, name: str, work: Callable[[], object], done: Path | None = None) -> None:
@@ -121,7 +121,7 @@ def _score(out: Path, model, processor, seed: int) -> None:
 
 
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
-    """Word error rate when every clip is silence and a blank picture of its own length."""
+    """Word error rate for silence and a blank picture of each clip's length."""
     texts = []
     for index in range(len(test)):
         item = test[index]
@@ -180,7 +180,7 @@ def _facts(out: Path, config: TrainConfig, clips: int) -> None:
     manifest = files.read_json(out / "corpus" / "manifest.json")
     counts = manifest["counts"]
     projector, noise = config.model.projector, config.data.noise
-    snrs = ", ".join(dict.fromkeys("clean" if s is None else f"{s:g} dB" for s in noise.snrs))
+    snrs = ", ".join(dict.fromkeys(map(snr_label, noise.snrs)))
     minutes = sum(c["seconds"] for c in counts.values()) / 60
     facts = {
         "corpus": f"{clips} synthetic clips, {minutes:.0f} minutes, seed {config.run.seed}",

@@ -1,8 +1,7 @@
-"""How much memory and arithmetic a model takes, before anybody owns the machine.
+"""Estimates the memory and arithmetic of a configuration without running it.
 
-One step is run on fake tensors: every operator reports the shapes and dtypes it would make, and nothing is computed or
-allocated. The live bytes at every moment then give the peak. What a GPU adds to it (CUDA context, workspaces, the
-allocator's rounding) is not in it.
+One step runs on fake tensors: operators report shapes and dtypes, and nothing is computed or allocated. The peak is the
+largest number of live bytes. A GPU's context, workspaces and allocator rounding are not included.
 """
 
 import math
@@ -49,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one step at its peak, and its floating-point operations (a multiply-add counts as two)."""
+    """Peak bytes of one step and its floating-point operations; a multiply-add counts as two."""
 
     name: str
     mode: str
@@ -66,7 +65,7 @@ class Estimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made under it while they live. `known` ones are left out."""
+    """Counts the bytes of the live storages that are created under it. Those of `known` tensors do not count."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
@@ -101,12 +100,12 @@ def training(
     fused_loss: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> Estimate:
-    """Forward, backward and AdamW of one batch; what the config freezes has neither gradients nor optimizer states.
+    """Forward, backward and AdamW of one batch; frozen parameters have neither gradients nor optimizer states.
 
-    dtype: what is trained keeps float32 values all the same, as in `train`, and autocast lowers them for the products.
-    fused_loss: as in a training file; "liger" is taken for "chunked". gradient_checkpointing: layers that learn are
-    run again in the backward; what is left is then so little that SiLU's backward, which fake tensors take in several
-    operators, shows: up to a quarter too much. The CTC heads, which only models from scratch have, are left out.
+    dtype: of frozen parameters and products; trained parameters are float32, as in `train`. fused_loss: as in a
+    training file; "liger" counts as "chunked". gradient_checkpointing: recompute trained layers in backward. The
+    estimate is then up to a quarter too high, because fake tensors split SiLU's backward into several operators. The
+    CTC heads, which only models from scratch have, are not included.
     """
 
     def step(model):
@@ -114,7 +113,7 @@ def training(
         skip_logits = resolve(model.fused_loss, model.language_model) != "plain"
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            model.train()  # the layers themselves only: dropout and layer drop would draw numbers
+            model.train()  # only the checkpointed layers: dropout and layer drop would draw numbers
             for module in model.modules():
                 module.training = module.training and isinstance(module, GradientCheckpointingLayer)
         model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
@@ -130,7 +129,7 @@ def inference(
     dtype: torch.dtype = torch.bfloat16,
     num_beams: int = 1,
 ) -> Estimate:
-    """Towers, projector, and the language model over prompt and `text_tokens` new ones, `num_beams` a clip."""
+    """Towers, projector, and the language model over prompt and `text_tokens` new tokens, with `num_beams` per clip."""
 
     @torch.no_grad()
     def step(model):
@@ -151,7 +150,7 @@ def inference(
 
 
 def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of the workload's shapes, as the processor would make them; the values mean nothing."""
+    """Inputs with the workload's shapes, as the processor makes them; the values are arbitrary."""
     B = workload.clips
     ids = [config.bos_token_id or 0]
     inputs = {}
@@ -170,7 +169,7 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
     prompt, text = len(ids) + PROMPT_TOKENS, workload.text_tokens + 1
     ids = torch.tensor(ids + [0] * (PROMPT_TOKENS + text)).repeat(B, 1)
     labels = torch.cat([torch.full((B, prompt), IGNORED_LABEL), ids[:, prompt:]], 1)
-    # Their number is known here, and could not be read from fake tensors.
+    # Computed here, because fake tensors have no values to read them from.
     positions = (torch.arange(B)[:, None] * ids.shape[1] + torch.arange(prompt - 1, ids.shape[1] - 1)).flatten()
     text_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return inputs | text_inputs | {"target_positions": positions}
@@ -181,7 +180,7 @@ def _estimate(
 ) -> Estimate:
     config = LlamaSmopConfig(**config.to_dict() | {"ctc_weight": 0.0})
     with torch.device("meta"):
-        # In eval mode: the published parts have no dropout, and layer drop would need a number drawn.
+        # In eval mode: the published parts have no dropout, and layer drop would draw random numbers.
         model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -206,7 +205,7 @@ def _estimate(
 
 
 def _put_on_fake_cpu(model: nn.Module) -> None:
-    """From the meta device, where attention is another operator than on real ones; tied weights stay tied."""
+    """Move from the meta device, where attention is a different operator, to a fake CPU; tied weights stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for store, is_parameter in ((module._parameters, True), (module._buffers, False)):
@@ -233,7 +232,7 @@ def _experts_forward(x, weights, experts, order, inverse, offs, w1, b1, w2, *arg
 
 
 def _experts_backward(dy, x, weights, experts, order, inverse, offs, w1, b1, w2, *args, **kwargs) -> int:
-    """dh and dW2, dW1; the towers are frozen, so dx is rarely asked for and left out."""
+    """dh and dW2, dW1; the towers are frozen, so dx is rarely needed and not counted."""
     return 2 * math.prod(weights) * (math.prod(w1[1:]) + 2 * math.prod(w2[1:]))
 
 
@@ -245,7 +244,7 @@ def _attention_backward(grad_out, query, key, value, *args, **kwargs) -> int:
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# Operators that torch's counter does not know.
+# Operators that torch's counter does not count.
 _FLOPS = {
     torch.ops.smop.expert_projection: _experts_forward,
     torch.ops.smop.expert_projection_bwd: _experts_backward,
@@ -255,10 +254,10 @@ _FLOPS = {
 
 
 def info(config: TrainConfig) -> str:
-    """What `llama-smop info` prints: the model of a training file, and the three published sizes.
+    """The output of `llama-smop info`: the model of a training file and the three published sizes.
 
     Raises:
-        ValueError: a part that can neither be read nor is one of the recipe's.
+        ValueError: a part that cannot be read and is not one of the recipe's.
     """
     model, remark = model_config(config)
     dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
@@ -294,16 +293,9 @@ def info(config: TrainConfig) -> str:
 
 
 def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
-    """The model of a training file without its weights, and a remark where the recipe stood in for absent files."""
+    """The configuration of a training file's model, and a remark if the recipe's sizes replace absent files."""
     section = config.model
-    common = {
-        "modalities": section.modalities,
-        "rate_audio": section.rate_audio,
-        "rate_video": section.rate_video,
-        "compression": section.compression,
-        "load_balancing_coef": section.load_balancing_coef,
-        "router_z_coef": section.router_z_coef,
-    }
+    common = section.common()
     if section.tiny is not None:
         with torch.device("meta"):
             words = [f"word{i}" for i in range(50)]
@@ -319,17 +311,17 @@ def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
         if size not in PUBLISHED:
             raise
         lora = section.lora if isinstance(section.lora, dict) or section.lora is None else lora_settings(section.lora)
-        standing_in = LlamaSmopConfig(
+        assumed = LlamaSmopConfig(
             text_config=published(size).text_config,
             projector_config=section.projector.model_dump(),
             lora={} if lora is None else lora if "r" not in lora else {"language_model": lora},
             **common,
         )
-        return standing_in, f"Sizes of {size}, Whisper medium and AV-HuBERT Large assumed: {error}."
+        return assumed, f"Sizes of {size}, Whisper medium and AV-HuBERT Large assumed: {error}."
 
 
 def table(estimates: Sequence[Estimate], *, tflops: float = 300.0) -> str:
-    """Markdown: parameters, memory and arithmetic of each estimate; seconds at a sustained `tflops`."""
+    """Markdown table of parameters, memory, arithmetic, and seconds at a sustained `tflops`."""
     lines = [
         "| model | step | parameters | trained | weights GiB | optimizer GiB | activations, gradients GiB | total GiB "
         f"| TFLOP | s at {tflops:g} TFLOP/s |",

@@ -1,19 +1,19 @@
-"""Which optional extra of this package brings a module that is missing."""
+"""Names the optional extra of this package that installs a missing module."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
 
-# Modules whose distribution has another name.
+# Modules whose distribution has a different name.
 DISTRIBUTIONS = {"yaml": "pyyaml", "cv2": "opencv-python-headless", "espeakng_loader": "espeakng-loader"}
 
 
 def remedy(module: str) -> str:
-    """One line that says how to get `module`, for an error message."""
+    """One line for an error message: how to install `module`."""
     top = module.partition(".")[0]
     distribution = DISTRIBUTIONS.get(top, top)
     try:
         lines = requires("llama-smop") or []
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # a checkout that is not installed
         lines = []
     for line in lines:
         found = re.match(r"([\w-]+)[^;]*;\s*extra == ['\"](\w+)['\"]", line)

@@ -1,4 +1,4 @@
-"""Files and folders that are never half-written: made aside, then put in place. What is not ours is never removed."""
+"""Atomic writes of files and folders: written beside the target, then renamed. Files of others are never removed."""
 
 import errno
 import json
@@ -12,17 +12,17 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What a rename answers where it cannot work: a mount point, another disk, a folder of somebody else's.
+# Errors of a rename that cannot work: a mount point, another disk, a folder of another user.
 NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def check_file(target: str | Path) -> Path:
-    """The path that writing `target` will write, links followed; its folder is made.
+    """The path that a write to `target` changes, links followed. Makes its folder.
 
     Raises:
-        OSError: it is a folder, or cannot be written.
+        OSError: `target` is a folder, or cannot be written.
     """
     real = Path(os.path.realpath(target))
     if real.is_dir():
@@ -35,16 +35,16 @@ def check_file(target: str | Path) -> Path:
 
 
 def write_file(target: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` make a file beside `target`, then put it in `target`'s place. A link stays, what it names is written;
-    a device or a pipe is written as it is.
+    """Let `write` make a file beside `target`, then rename it to `target`. Links are followed; devices and pipes are
+    written directly.
 
     Raises:
-        OSError: `target` is a folder; the disk is full or not writable, and what was there before still is.
+        OSError: `target` is a folder; or the disk is full or read-only, and the old content is still there.
     """
     try:
         return _write_file(Path(target), check_file(target), write)
     except OSError as error:
-        if error.errno and error.filename is None:  # a full disk does not say whose it is
+        if error.errno and error.filename is None:  # the error of a full disk has no file name
             error.filename = str(target)
         raise
 
@@ -61,7 +61,7 @@ def _write_file(target: Path, real: Path, write: Callable[[Path], object]) -> Pa
         except OSError as error:
             if error.errno not in NO_RENAME or not real.is_file():
                 raise
-            shutil.copyfile(aside, real)  # a file that is mounted by itself
+            shutil.copyfile(aside, real)  # a single file that is a mount point
     finally:
         remove(aside)
     return target
@@ -80,7 +80,7 @@ def write_json(target: str | Path, content) -> Path:
 
 
 def read_json(path: str | Path):
-    """Raises ValueError: no JSON in the file, which is named."""
+    """Raises ValueError: the file, which the message names, is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -88,40 +88,73 @@ def read_json(path: str | Path):
 
 
 def read_record(path: Path, default, check: Callable[[Any], bool] = lambda content: True):
-    """What a side record holds, `default` where there is none. One that is damaged, of another type than `default` or
-    refused by `check` is set aside, which a warning says: it is not worth a training."""
+    """The content of an auxiliary JSON file, or `default` if it does not exist.
+
+    A file that is damaged, has another type than `default` or fails `check` is renamed with a warning and counts as
+    missing: it must not end a training.
+    """
     if not path.exists():
         return default
     try:
         content = read_json(path)
         if isinstance(content, type(default)) and check(content):
             return content
-        reason = f"{path}: damaged, not what is written there"
+        reason = f"{path}: damaged, other content than expected"
     except ValueError as error:
         reason = str(error)
     aside = path.with_name(f"damaged-{path.name}")
     os.replace(path, aside)
-    logger.warning("%s; set aside as %s", reason, aside.name)
+    logger.warning("%s; renamed to %s", reason, aside.name)
     return default
+
+
+def claim(
+    note: Path,
+    settings: dict,
+    what: str,
+    ignored: Iterable[str] = (),
+    upgrade: Callable[[dict], dict] = lambda noted: noted,
+) -> None:
+    """Reserve the folder of `note` for the result with these settings, which are noted as JSON; a resumed run passes.
+
+    what: the kind of result, for messages. ignored: names that an empty folder may hold. upgrade: brings the note of an
+    earlier version into the present form.
+
+    Raises:
+        ValueError: the folder holds a result of other settings, or other files.
+    """
+    folder = note.parent
+    if note.exists():
+        noted = upgrade(read_json(note))
+        differing = [key for key in settings if noted.get(key) != settings[key]]
+        if differing:
+            raise ValueError(
+                f"{folder}: holds a {what} with other settings ({', '.join(differing)}); choose another folder or "
+                "delete it"
+            )
+    elif folder.is_dir() and set(os.listdir(folder)) - set(ignored):
+        raise ValueError(f"{folder}: is not empty and holds no {what}; choose another folder")
+    else:
+        write_json(note, settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
 def check_folder(target: str | Path, owned: Callable[[Path], set[str] | None]) -> Path:
-    """The path that writing the folder `target` will write, links followed.
+    """The path that a write to the folder `target` changes, links followed.
 
-    owned: of a folder, the files in it (relative names) that may be replaced; None where it is none of ours.
+    owned: returns the files of a folder (relative names) that may be replaced; None if the folder is not ours.
 
     Raises:
-        OSError: it is a file, is not empty and none of ours, or cannot be written.
+        OSError: `target` is a file, is not empty and not ours, or cannot be written.
     """
     real = Path(os.path.realpath(target))
     if real.exists() and not real.is_dir():
         raise NotADirectoryError(f"{target}: is a file; name a folder to write")
     if real.is_dir() and set(os.listdir(real)) - {"lost+found"} and owned(real) is None:
         raise FileExistsError(
-            f"{target}: is not empty, and none of the folders that this command may replace; name a new or empty one"
+            f"{target}: is not empty, and not a folder that this command may replace; name a new or empty one"
         )
     there = next(folder for folder in (real, *real.parents) if folder.exists())
     if not there.is_dir():
@@ -137,13 +170,13 @@ def write_folder(
     owned: Callable[[Path], set[str] | None],
     first: str | None = None,
 ) -> Path:
-    """Let `write` fill a new folder, then put it in `target`'s place. Files that were in `target` and not `owned` stay.
+    """Let `write` fill a new folder, then rename it to `target`. Files in `target` that are not `owned` stay.
 
-    Where a folder cannot be renamed (a mount point, a parent of somebody else's) its files are moved one by one, and
-    `first` before all others: it tells a half-moved folder from a whole one.
+    If the folder cannot be renamed (a mount point, a parent of another user), its files are moved one by one. The file
+    `first` is moved first; it distinguishes a partly moved folder from a whole one.
 
     Raises:
-        OSError: see `check_folder`; the disk is full, and what was there before still is.
+        OSError: see `check_folder`; or the disk is full, and the old content is still there.
     """
     real = check_folder(target, owned)
     with folder_aside(real) as aside:
@@ -158,7 +191,7 @@ def write_folder(
 
 @contextmanager
 def folder_aside(target: Path) -> Iterator[Path]:
-    """A new folder on `target`'s disk, removed at the end: beside it, or in it where there is no room beside it."""
+    """A temporary folder on `target`'s disk: beside `target`, or in it if its parent cannot be written."""
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = _beside(target, "writing")
@@ -175,7 +208,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
 
 
 def move_into(source: Path, target: Path, first: str | None = None) -> list[str]:
-    """Move every file of the folder `source` into the folder `target`, over those of the same name; the names."""
+    """Move every file of the folder `source` into `target`, over files of the same name. Returns their names."""
     names = sorted(_files(source), key=lambda name: (name != first, name))
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +222,7 @@ def move_into(source: Path, target: Path, first: str | None = None) -> list[str]
 
 
 def _swap(aside: Path, target: Path, owned: Iterable[str]) -> bool:
-    """Whether `aside` could take the place of `target`, with those files of `target` that are not `owned`."""
+    """Replace `target` by `aside` plus the files of `target` that are not `owned`. False: it cannot be renamed."""
     if not target.exists():
         os.replace(aside, target)
         return True
@@ -234,8 +267,8 @@ def _beside(path: Path, word: str) -> Path:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Remove what interrupted writes of a process that has ended left in a folder, after putting back what they had
-    moved out of the way."""
+    """Remove the temporary files that writes of an ended process left in a folder. A target that was renamed away and
+    not replaced is restored first."""
     for old in folder.glob(".*.old-*"):
         target = old.with_name(old.name[1:].rpartition(".old-")[0])
         if not target.exists():
@@ -245,7 +278,7 @@ def discard_unfinished(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

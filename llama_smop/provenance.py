@@ -1,4 +1,4 @@
-"""Where a result came from: the machine, the versions of packages, the commit of the code."""
+"""The origin of a result: machine, package versions, commit of the code."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -50,7 +50,7 @@ def machine() -> dict:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those packages that are installed."""
+    """{package: version} of the installed ones."""
     found = {}
     for package in packages:
         try:
@@ -63,7 +63,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 def commit(paths: Sequence[str] = ("llama_smop",)) -> dict:
     """{"commit", "modified"} of this code's checkout; "modified" says whether `paths` differ from the commit.
 
-    Both are None where the code is no checkout, even when it was installed somewhere inside another one.
+    Both are None if the code is not a checkout, even if it is installed inside another checkout.
     """
     if _git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
         return {"commit": None, "modified": None}
@@ -72,7 +72,7 @@ def commit(paths: Sequence[str] = ("llama_smop",)) -> dict:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in the checkout's root, None where it cannot."""
+    """git's output in the checkout's root; None if git fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

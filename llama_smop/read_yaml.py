@@ -1,4 +1,4 @@
-"""Reading YAML that anybody may have written: bounded in size, and every mistake names its file."""
+"""Reads untrusted YAML: its size is limited, and every error names the file."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 MAX_BYTES = 2**20
-MAX_NODES = 10_000  # values, each counted as often as aliases repeat it
+MAX_NODES = 10_000  # values, with the repetitions by aliases
 
 
 def read_yaml(path: str | os.PathLike):
@@ -15,7 +15,7 @@ def read_yaml(path: str | os.PathLike):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than the {MAX_BYTES >> 20} MiB that a file of settings may have")
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, the limit of a configuration file")
     try:
         return parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -34,20 +34,20 @@ def parse_yaml(text: str):
         if node is None:
             return None
         if _size(node, {}) > MAX_NODES:
-            raise ValueError(f"more than {MAX_NODES} values, repeated by aliases or not")
+            raise ValueError(f"more than {MAX_NODES} values, repetitions by aliases included")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ValueError("not YAML: nested too deeply") from None
-    except (OverflowError, TypeError, AttributeError, KeyError) as error:  # a value that its own tag does not fit
+    except (OverflowError, TypeError, AttributeError, KeyError) as error:  # a value that does not fit its tag
         raise ValueError(f"not YAML: {type(error).__name__}: {error}") from None
     finally:
         loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Values in a node. Raises ValueError: it contains itself."""
+    """The number of values in a node. Raises ValueError: the node contains itself."""
     if id(node) not in known:
         known[id(node)] = None
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()

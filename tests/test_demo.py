@@ -49,8 +49,16 @@ def test_run_again_it_repeats_nothing(folder, capsys):
 
 
 def test_another_size_in_the_same_folder_is_refused(folder):
-    with pytest.raises(ValueError, match="another size or seed"):
+    with pytest.raises(ValueError, match=r"holds a demo with other settings \(clips\)"):
         demo(folder, clips=CLIPS + 1, steps=STEPS)
+
+
+def test_a_demo_of_a_version_with_fewer_settings_resumes(folder, capsys):
+    request = json.loads((folder / "asked.json").read_text())
+    del request["config"]["optimizer"]["fused_loss"], request["config"]["model"]["projector"]["recompute"]
+    files.write_json(folder / "asked.json", request)
+    demo(folder, clips=CLIPS, steps=STEPS)
+    assert capsys.readouterr().out.count("done before") == 4
 
 
 def test_what_the_report_shows_is_text(folder, tmp_path):

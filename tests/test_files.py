@@ -243,3 +243,28 @@ def write_into_mounts() -> None:
 
 if __name__ == "__main__":
     write_into_mounts()
+
+
+def test_a_claimed_folder_admits_the_same_settings_again_and_no_others(tmp_path):
+    note = tmp_path / "new/settings.json"
+    files.claim(note, {"clips": 5, "seed": 0}, "corpus")
+    files.claim(note, {"clips": 5, "seed": 0}, "corpus")
+    with pytest.raises(ValueError, match=r"holds a corpus with other settings \(seed\)"):
+        files.claim(note, {"clips": 5, "seed": 1}, "corpus")
+    assert files.read_json(note) == {"clips": 5, "seed": 0}, "a refused claim changed the note"
+
+
+def test_a_folder_with_other_files_is_not_claimed(tmp_path):
+    (tmp_path / "lock").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no corpus"):
+        files.claim(tmp_path / "settings.json", {}, "corpus")
+    assert os.listdir(tmp_path) == ["lock"]
+    files.claim(tmp_path / "settings.json", {}, "corpus", ignored={"lock"})
+
+
+def test_a_note_of_an_earlier_version_is_upgraded_before_it_is_compared(tmp_path):
+    note = tmp_path / "settings.json"
+    files.write_json(note, {"clips": 5})
+    files.claim(note, {"clips": 5, "seed": 0}, "corpus", upgrade=lambda noted: {"seed": 0} | noted)
+    with pytest.raises(ValueError, match="seed"):
+        files.claim(note, {"clips": 5, "seed": 1}, "corpus", upgrade=lambda noted: {"seed": 0} | noted)

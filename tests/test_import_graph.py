@@ -10,6 +10,7 @@ PACKAGE = "llama_smop"
 # From the ground up. What stands further down may import what stands above it in this list, never the reverse.
 LAYERS = (
     "files",
+    "processes",
     "provenance",
     "extras",
     "read_yaml",

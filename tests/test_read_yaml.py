@@ -64,7 +64,7 @@ def test_includes_that_double_and_that_lead_back_by_another_name(tmp_path):
         ("data.noise.snrs=[.nan]", "data.noise.snrs.0: .* finite"),
         ("data.noise.snrs=[1e9]", "data.noise.snrs.0"),
         ("data.stages=[{modalities: {audio: .inf}}]", "modalities.audio: .* finite"),
-        ("a." * 3000 + "b=1", "a key of more than 20 parts"),
+        ("a." * 3000 + "b=1", "the key has more than 20 parts"),
         ("model=" + "[" * 20_000, "nested too deeply"),
     ),
     ids=lambda text: text[:30],

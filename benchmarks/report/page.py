@@ -1,4 +1,4 @@
-"""One HTML page that compares devices; it needs nothing but the pictures beside it."""
+"""An HTML page that compares devices; it refers only to the pictures beside it."""
 
 import html
 from collections.abc import Iterable

@@ -38,16 +38,16 @@ def section(devices: list[tuple[dict, list[Path]]], beside: Path) -> str:
     return "\n".join(parts)
 
 
-def update(document: Path, text: str) -> bool:
-    """Put `text` between the markers; False when the document has none."""
+def update(document: Path, text: str, begin: str = BEGIN, end: str = END) -> bool:
+    """Put `text` between the markers; False if the document has none."""
     if not document.exists():
         return False
     before = document.read_text()
-    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(END) < before.index(BEGIN):
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(end) < before.index(begin):
         return False
-    head, rest = before.split(BEGIN)
-    _, tail = rest.split(END)
-    after = f"{head}{BEGIN}\n{text.rstrip()}\n{END}{tail}"
+    head, rest = before.split(begin)
+    _, tail = rest.split(end)
+    after = f"{head}{begin}\n{text.rstrip()}\n{end}{tail}"
     if after != before:
         write_text(document, after)
     return True

@@ -1,4 +1,4 @@
-"""Results as pictures: throughput against tokens under the floor, memory, dense against sparse."""
+"""Figures of the results: throughput against tokens with the roofline, memory, dense against sparse."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ STYLE = {
 
 
 def draw(results: dict, folder: Path, stem: str) -> list[Path]:
-    """The pictures of a device, as PNG files `stem`-….png in `folder`. None for what was not measured."""
+    """The pictures of a device, as PNG files `stem`-….png in `folder`. What was not measured has no picture."""
     drawn = []
     with plt.rc_context(STYLE):
         for of in readings.series(results):
@@ -68,7 +68,7 @@ def draw(results: dict, folder: Path, stem: str) -> list[Path]:
 
 
 def throughput(results: dict, of: Workload) -> Figure | None:
-    """Tokens a second against tokens, forward and training pass, under the roofline; pale bars: the quartiles."""
+    """Tokens per second against tokens, forward and training pass, with the roofline; pale bars: the quartiles."""
     panels = [(which, readings.family(results, of, which)) for which in ("forward", "both")]
     if any(len(by_tokens) < 2 for _, by_tokens in panels):
         return None
@@ -199,7 +199,7 @@ def _thousands(value: float, _=None) -> str:
 
 
 def _titled(figure: Figure, results: dict, of: Workload, title: str) -> None:
-    """Title and conditions above the axes, a fixed number of inches high whatever the figure's height."""
+    """Title and conditions above the axes, whose height in inches does not depend on the figure's."""
     sizes = f"{of.in_features}→{of.hidden_features}→{of.out_features}, E {of.num_experts}, K {of.top_k}"
     figure.tight_layout()
     inch = 1 / figure.get_figheight()

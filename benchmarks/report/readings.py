@@ -1,4 +1,4 @@
-"""Results read for tables and plots: which records belong together, and how they are named and written."""
+"""Selects, groups, names and formats results for tables and plots."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,12 +27,12 @@ def is_ours(rival: str) -> bool:
 
 
 def timings(results: dict, which: str, cache: str = "cold") -> list[dict]:
-    """Timings of a pass; on a GPU with the L2 as named."""
+    """Timings of a pass; on a GPU those with this L2 state."""
     return [t for t in results["timings"] if t["pass"] == which and t.get("cache", cache) == cache]
 
 
 def family(results: dict, of: Workload, which: str, cache: str = "cold") -> dict[int, list[dict]]:
-    """Timings of the workloads that differ from `of` in their tokens only, by tokens."""
+    """Timings of the workloads that differ from `of` only in their tokens, by tokens."""
     found: dict[int, list[dict]] = {}
     for t in timings(results, which, cache):
         w = workload(results, t["workload"])
@@ -56,7 +56,7 @@ def quickest_ours(records: Iterable[dict]) -> dict | None:
 
 
 def series(results: dict) -> list[Workload]:
-    """What was measured over several token counts: one representative each (its tokens do not matter)."""
+    """The workloads that were measured at several token counts, each with tokens = 1."""
     found = []
     for sizes in results["workloads"].values():
         w = replace(Workload(**sizes), tokens=1)
@@ -102,7 +102,7 @@ def number(value: float) -> str:
 
 
 def time_cell(t: dict, scale: float) -> str:
-    """Median ± half the interquartile range, where it was recorded."""
+    """Median ± half the interquartile range, if recorded."""
     text = number(t["median_us"] / scale)
     if t.get("q3_us") is not None:
         text += f" ± {number((t['q3_us'] - t['q1_us']) / 2 / scale)}"
@@ -110,7 +110,7 @@ def time_cell(t: dict, scale: float) -> str:
 
 
 def ratio(t: dict, ours: dict | None) -> str:
-    """How many times ours' time it took; "tie" below the noise."""
+    """The time relative to ours; "tie" if they differ by less than the noise."""
     if ours is None:
         return ""
     if t.get("noise") is not None and tie(t["median_us"], ours["median_us"], max(t["noise"], ours["noise"])):

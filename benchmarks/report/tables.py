@@ -1,4 +1,4 @@
-"""Results as tables: chosen, compared and formatted once, written as Markdown or HTML."""
+"""Tables of results, written as Markdown or HTML."""
 
 import html
 from collections.abc import Iterable
@@ -80,7 +80,7 @@ def over_tokens(results: dict, of: Workload, which: str, best_modes: bool = Fals
         rows.append(row)
     floors = [next((t["floor_us"] for t in ts if BY_NAME[t["rival"]].exact), None) for ts in chosen.values()]
     rows.append(["roofline floor", *("–" if f is None else number(f / scale) for f in floors)])
-    # A record's noise is at least that of the thing timed twice, which is the smallest therefore.
+    # Every record's noise is at least that of the callable that was timed twice, so that is the minimum.
     noises = [min((t["noise"] for t in ts if t.get("noise") is not None), default=None) for ts in chosen.values()]
     if any(n is not None for n in noises):
         rows.append(["noise", *("–" if n is None else f"{100 * n:.1f} %" for n in noises)])
@@ -112,7 +112,7 @@ def rates(results: dict, of: Workload, which: str) -> Table | None:
 
 
 def single_workloads(results: dict, which: str = "both") -> Table | None:
-    """One row for each workload that is not part of a series; the rivals that ran there as columns."""
+    """A row for each workload that is not part of a series, a column for each rival that ran there."""
     in_series = series(results)
     rows_of: dict[str, dict[str, dict]] = {}
     for t in timings(results, which):
@@ -242,7 +242,7 @@ def model(results: dict) -> Table | None:
 
 
 def data(results: dict) -> Table | None:
-    """What a data worker delivers, and its share of what decoding alone would."""
+    """Throughput of a data worker, and its share of the throughput of decoding only."""
     if not results.get("data"):
         return None
     names = {
@@ -269,7 +269,7 @@ def data(results: dict) -> Table | None:
 
 
 def skipped(results: dict) -> Table | None:
-    """Why a rival has no number anywhere, and what failed while it was tried; identical reasons once."""
+    """The reasons why rivals were not timed, and the failures; identical reasons once."""
     timed = {t["rival"] for t in results["timings"]}
     reasons: dict[str, dict[str, None]] = {}
     for s in results["skipped"]:
@@ -307,7 +307,7 @@ def heading(results: dict) -> str:
 
 
 def conditions(results: dict) -> str:
-    """One paragraph: on what, with what, when, and what to be careful about."""
+    """One paragraph on device, versions, date and caveats."""
     e, c = results["environment"], results["ceilings"]
     parts = [", ".join(f"{n} {v}" for n, v in e.get("versions", {}).items())]
     if c:

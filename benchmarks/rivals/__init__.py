@@ -1,4 +1,4 @@
-"""Everything that is timed: ours, peers that compute the same function, and dense projectors."""
+"""The implementations that are timed: ours, peers that compute the same function, and dense projectors."""
 
 from benchmarks.rivals import dense, eager, grouped, libraries, ours, transformers_experts
 from benchmarks.rivals.base import Layer, Mismatch, Reference, Rival, check, errors

@@ -1,4 +1,4 @@
-"""What every rival shares: the interface, the router and the auxiliary losses as formulas, and the output check."""
+"""Common to all rivals: the interface, router and auxiliary losses in plain PyTorch, and the output check."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from benchmarks.floors import Work, smop_work
 from benchmarks.workloads import Problem, Workload
 
-BALANCE_COEF, Z_COEF = 0.01, 0.001  # the projector is trained with both losses, so a training pass includes them
+BALANCE_COEF, Z_COEF = 0.01, 0.001  # a training pass includes both auxiliary losses
 
-# ‖out − ref‖ / ‖ref‖ that y may show against float64: a few times what rounding gives, far below a wrong formula.
+# Allowed ‖out − ref‖ / ‖ref‖ of y against float64: a few times the rounding error, far below that of a wrong formula.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
-# Gradients get more: PyTorch's LayerNorm backward on a CPU sums dγ and dβ in bfloat16 (seen: 3.4e-2 at 1500 tokens).
+# Gradients may have more: PyTorch's LayerNorm backward on a CPU sums dγ and dβ in bfloat16 (3.4e-2 at 1500 tokens).
 GRADIENT_SLACK = 5
 
 
 class Layer(nn.Module):
-    """A rival built for a problem: a layer that holds copies of the problem's parameters.
+    """A rival built for a problem: a layer with copies of the problem's parameters.
 
     `forward(x, losses)` returns y (T, O) and, with `losses`, the weighted sum of the auxiliary losses (else None).
     """
@@ -37,10 +37,10 @@ class Rival:
     """An implementation that can be timed.
 
     family: "ours", "peer" (computes the same function) or "dense" (another, cheaper or costlier, projector).
-    modes: how it is run: "eager", "graph" (a captured CUDA graph), "compiled" (torch.compile).
-    exact: it computes the workload's own function and is checked against float64 before it is timed.
-    why_not: one line on why it cannot run a workload on a device, or None.
-    work: useful work of a pass; the sparse layer's unless it computes something else.
+    modes: how it runs: "eager", "graph" (a captured CUDA graph), "compiled" (torch.compile).
+    exact: it computes the workload's function, so it is checked against float64 before it is timed.
+    why_not: returns why it cannot run a workload on a device, or None.
+    work: useful work of a pass; by default the sparse layer's.
     """
 
     name: str
@@ -97,24 +97,24 @@ def activate(h: Tensor, w: Workload) -> Tensor:
 
 
 class Mismatch(Exception):
-    """A rival that does not compute the function it would be timed for."""
+    """A rival does not compute the workload's function."""
 
 
 @dataclass
 class Reference:
-    """What the layer must return, in float64."""
+    """The expected output and gradients, in float64."""
 
     y: Tensor
     grads: dict[str, Tensor]
 
 
 def roots_and_grads(y: Tensor, loss: Tensor | None, dy: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What a training pass differentiates: y along dy, and the auxiliary losses."""
+    """The roots of a training pass's backward and their gradients: y with dy, and the auxiliary losses."""
     return ([y], [dy]) if loss is None else ([y, loss], [dy, torch.ones_like(loss)])
 
 
 def gradients(layer: Layer, problem: Problem, with_dx: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and the gradients of every parameter (and of x), in the problem's layout; 0 where an expert got no token."""
+    """y and the gradients of every parameter (and of x), in the problem's layout; 0 for experts without tokens."""
     x = problem.x.detach().requires_grad_(with_dx)
     y, loss = layer(x, True)
     named = dict(layer.named_parameters())
@@ -145,7 +145,7 @@ def errors(layer: Layer, problem: Problem, reference: Reference) -> dict[str, fl
 
 
 def check(layer: Layer, problem: Problem, reference: Reference) -> float:
-    """The largest error of `errors`. Raises Mismatch when one lies beyond the dtype's tolerance."""
+    """The largest error of `errors`. Raises Mismatch: one exceeds the dtype's tolerance."""
     found = errors(layer, problem, reference)
     for name, off in found.items():
         allowed = TOLERANCE[problem.workload.dtype] * (1 if name == "y" else GRADIENT_SLACK)

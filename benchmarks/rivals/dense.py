@@ -1,4 +1,4 @@
-"""Without sparsity: every token through all experts, and plain dense projectors (Llama-AVSR's) of several widths."""
+"""Rivals without sparsity: all experts on every token, and dense projectors (Llama-AVSR's) of several widths."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from benchmarks.workloads import Problem, Workload
 
 
 class AllExperts(Stacked):
-    """Batched matrix products of every token with every expert it could choose; the gate weights drop the rest."""
+    """Batched matrix products of every token with every expert; the gate weights of unchosen experts are 0."""
 
     def forward(self, x: Tensor, losses: bool) -> tuple[Tensor, Tensor | None]:
         w = self.workload
@@ -59,7 +59,7 @@ class Dense(Layer):
 
 
 def hidden_units(w: Workload, kind: str) -> int:
-    """Width of the dense projector that has one expert's width, the same active FLOPs, or the same parameters."""
+    """Width of the dense projector with one expert's width (H), the same active FLOPs (KH) or parameters (EH)."""
     return w.hidden_features * {"H": 1, "KH": w.top_k, "EH": w.num_experts}[kind]
 
 
@@ -69,7 +69,7 @@ def _dense(kind: str, meaning: str) -> Rival:
         f"dense, hidden {'·'.join(kind)} ({meaning})",
         "dense",
         lambda p: Dense(p, hidden_units(p.workload, kind)),
-        lambda w, device: None if w.expert == "projector" else "compared with the projector's own experts only",
+        lambda w, device: None if w.expert == "projector" else "only compared with the projector's own experts",
         modes=("eager", "graph", "compiled"),
         exact=False,
         work=lambda w, which: dense_work(w, hidden_units(w, kind), which),

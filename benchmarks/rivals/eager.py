@@ -1,6 +1,6 @@
-"""The eager loop over experts, written from the formulas as one would write it first, each expert a module of its own.
+"""The eager loop over experts, each a module: the straightforward implementation.
 
-In float64 it is also the reference every other implementation is checked against.
+In float64 it is also the reference for all other implementations.
 """
 
 import torch
@@ -49,7 +49,7 @@ class EagerLoop(Layer):
 
 
 def reference(problem: Problem, with_dx: bool = False) -> Reference:
-    """The problem's exact inputs through the eager loop in float64; with the gradient of x when asked."""
+    """The problem's exact inputs through the eager loop in float64; with the gradient of x if `with_dx`."""
     exact = problem.to(torch.float64)
     return Reference(*gradients(EagerLoop(exact), exact, with_dx))
 

@@ -12,7 +12,7 @@ PARTS = ("w1", "b1", "w2", "b2", "ln_weight", "ln_bias")
 
 
 class EagerProjector(nn.Module):
-    """A copy of `source`'s parameters, one module an expert; same call, same output."""
+    """A copy of `source`'s parameters, one module per expert; same call, same output."""
 
     def __init__(self, source: SMoPProjector):
         super().__init__()
@@ -30,7 +30,7 @@ class EagerProjector(nn.Module):
 
     @property
     def w1(self) -> Tensor:
-        """The model asks the projector's first weight for its dtype."""
+        """The model reads the projector's dtype from its first weight."""
         return self.experts[0].w1
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:

@@ -85,7 +85,7 @@ class GroupedGemmPackage(Grouped):
         return gmm(a, b, counts, trans_b=True)
 
     def prepare(self, counts: Tensor) -> Tensor:
-        return counts.cpu()  # the package wants the counts on the host
+        return counts.cpu()  # the package takes the counts on the host
 
 
 def _no_torch_grouped_mm(w: Workload, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Kernels of other projects, timed where their package is installed: ScatterMoE and Liger-Kernel."""
+"""Kernels of other projects, timed if their package is installed: ScatterMoE and Liger-Kernel."""
 
 import importlib.util
 
@@ -11,7 +11,7 @@ from benchmarks.workloads import Workload
 
 
 class ScatterMoE(Stacked):
-    """github.com/shawntan/scattermoe: products that gather and scatter their rows by themselves."""
+    """github.com/shawntan/scattermoe: products that gather and scatter their rows inside the kernel."""
 
     def forward(self, x: Tensor, losses: bool) -> tuple[Tensor, Tensor | None]:
         from scattermoe.parallel_experts import flatten_sort_count, parallel_linear

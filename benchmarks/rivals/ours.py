@@ -11,7 +11,7 @@ from llama_smop.ops import dispatch
 
 
 class Ours(Stacked):
-    """`functional.smop`; the gated expert, which it does not have, from `route` and `grouped_mm`."""
+    """`functional.smop`; gated experts, which it does not have, use `route` and `grouped_mm`."""
 
     def __init__(self, p: Problem, backend: str):
         super().__init__(p)
@@ -64,7 +64,7 @@ def _why_not(backend: str):
 
 
 def rival(backend: str) -> Rival:
-    """Ours on `backend`; the PyTorch backend reads segment bounds on the host, which no CUDA graph can hold."""
+    """Ours on `backend`; the PyTorch backend reads segment bounds on the host, which a CUDA graph cannot capture."""
     modes = ("eager",) if backend == "torch" else ("eager", "graph")
     return Rival(f"ours_{backend}", f"ours, {backend}", "ours", lambda p: Ours(p, backend), _why_not(backend), modes)
 

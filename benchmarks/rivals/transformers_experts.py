@@ -11,11 +11,11 @@ from benchmarks.rivals.base import Layer, Rival, leaf, route_blocks
 from benchmarks.workloads import Problem, Workload
 from llama_smop.integrations import transformers_experts
 
-BATCHED_BYTES = 8 << 30  # batched_mm copies the weights of an expert for every choice of it
+BATCHED_BYTES = 8 << 30  # batched_mm copies an expert's weights for every token that chose it
 
 
 def _experts_class(gated: bool):
-    """An experts module as transformers' models define theirs, its eager loop included."""
+    """An experts module as transformers' models define it, with its eager loop."""
     from transformers.integrations.moe import use_experts_implementation
 
     class Experts(nn.Module):

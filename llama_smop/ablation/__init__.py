@@ -1,4 +1,4 @@
-"""Many small trainings that differ in one thing: sharing, experts, K, compression, seed."""
+"""Ablations: grids of small trainings over sharing, experts, K, compression and seed."""
 
 from llama_smop.ablation.run import ablate
 

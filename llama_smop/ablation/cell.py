@@ -1,16 +1,16 @@
-"""One cell in a process of its own: `python -m llama_smop.ablation.cell FOLDER`. Interrupted, it goes on.
+"""Trains and scores one cell in a child process: `python -m llama_smop.ablation.cell FOLDER PARENT`.
 
-FOLDER/cell.json       what is asked: the training's configuration, what to score
+PARENT is the process number of the parent; the cell ends when the parent does. An interrupted cell resumes.
+
+FOLDER/cell.json       the request: the training's configuration, the conditions to score
 FOLDER/run             the training's folder
-FOLDER/progress.json   the step it is at
+FOLDER/progress.json   the step that the training has reached
 FOLDER/used.json       wall and CPU seconds up to the newest checkpoint
 FOLDER/result.json     written last
 """
 
 import fcntl
-import os
 import sys
-import threading
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import evaluate, supported
 from llama_smop.models import model_folder
+from llama_smop.processes import exit_with_parent
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
 
@@ -32,8 +33,8 @@ def _is_used(record: dict) -> bool:
     return all(isinstance(record.get(name), int | float) for name in ("wall", "cpu", "starts"))
 
 
-class Used(TrainerCallback):
-    """Adds up wall and CPU seconds over interruptions; what was lost with one is not counted. Tells the step."""
+class ResourceUse(TrainerCallback):
+    """Sums wall and CPU seconds over all starts of a cell, each up to its newest checkpoint, and writes progress."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -42,7 +43,7 @@ class Used(TrainerCallback):
         self.since = time.perf_counter()
 
     def now(self) -> dict:
-        """CPU seconds are this process's, its start included."""
+        """The sums so far; CPU seconds include the start of this process."""
         wall = self.before["wall"] + time.perf_counter() - self.since
         cpu = self.before["cpu"] + time.process_time()
         return {"wall": round(wall, 1), "cpu": round(cpu, 1), "starts": self.before["starts"] + 1}
@@ -56,9 +57,9 @@ class Used(TrainerCallback):
 
 
 def run_cell(folder: Path) -> None:
-    asked = files.read_json(folder / "cell.json")
-    config, score = TrainConfig.model_validate(asked["config"]), ScoreSection.model_validate(asked["score"])
-    used, run = Used(folder), folder / "run"
+    request = files.read_json(folder / "cell.json")
+    config, score = TrainConfig.model_validate(request["config"]), ScoreSection.model_validate(request["score"])
+    used, run = ResourceUse(folder), folder / "run"
     started = folder / "started.json"
     if not started.exists():
         files.write_json(started, _now())
@@ -84,7 +85,7 @@ def run_cell(folder: Path) -> None:
 
 
 def score_rows(model, processor, config: TrainConfig, score: ScoreSection) -> list[dict]:
-    """Each condition once: clean sound and lips with the first kind of noise, and each noisy SNR with every kind."""
+    """Score each condition once: clean sound and video with the first kind of noise, each noisy SNR with every kind."""
     rows = []
     wanted = [m for m in score.modalities or supported(model) if m in supported(model)]
     for number, noise in enumerate(score.noises):
@@ -117,20 +118,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _end_with(parent: int) -> None:
-    """A cell ends itself when whoever started it has been killed."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    _end_with(int(sys.argv[2]))
+    exit_with_parent(int(sys.argv[2]))
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until one that was orphaned in this folder has ended
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for an orphaned cell in this folder to end
         run_cell(folder)

@@ -1,4 +1,4 @@
-"""What a grid file (YAML) may say, and the cells it stands for."""
+"""The schema of a grid file (YAML), and the cells of a grid."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ Sharing = Literal["JEJR", "JEDR", "DEDR", "dense"]
 
 
 class CorpusSection(Section):
-    """A synthetic corpus, made in OUT/corpus; it takes the place of the base's data.root."""
+    """A synthetic corpus, made in OUT/corpus; it replaces the base's data.root."""
 
     clips: int = Field(600, ge=8)
     seed: int = 0
 
 
 class AxesSection(Section):
-    """What is varied. An axis that is left out stays at the base's value."""
+    """The axes of the grid. An omitted axis keeps the base's value."""
 
     sharing: tuple[Sharing, ...] = Field(("JEJR", "JEDR", "DEDR", "dense"), min_length=1)
     num_experts: tuple[AtLeastOne, ...] | None = Field(None, min_length=1)
@@ -33,11 +33,11 @@ class AxesSection(Section):
 
 
 class ScoreSection(Section):
-    """What every trained cell is scored on. Noise kinds: "babble" or a sound file."""
+    """The conditions that every trained cell is scored on. A kind of noise is "babble" or a sound file."""
 
     labels: str = "test.csv"
-    root: Path | None = None  # the corpus of the labels and of the babble; by default the one that is trained on
-    modalities: tuple[Modality, ...] | None = None  # by default all that the model takes
+    root: Path | None = None  # corpus of the labels and of the babble; default: the training corpus
+    modalities: tuple[Modality, ...] | None = None  # default: all that the model takes
     snrs: tuple[Snr | None, ...] = Field((None, 5, 0, -5), min_length=1)
     noises: tuple[str, ...] = Field(("babble",), min_length=1)
     beams: AtLeastOne = 1
@@ -46,10 +46,10 @@ class ScoreSection(Section):
 class GridConfig(Section):
     """A grid: `llama-smop ablate --config GRID.yaml --out DIR`.
 
-    base: training files, as `train --config` takes them, and `set`, nested keys that replace theirs.
-    note: what a reader of the results should know.
-    dense_hidden: the width of the dense baseline's MLPs, one for each modality: "active", K times an expert's, is the
-    arithmetic that K experts take for a token; "expert" is the width of one.
+    base: training files, as `train --config` takes them. set: nested keys that override theirs.
+    note: text for the page of the results.
+    dense_hidden: the width of the dense baseline's MLPs, one for each modality. "active" is K times an expert's width,
+    which has the arithmetic of K experts per token; "expert" is the width of one expert.
     """
 
     base: tuple[str, ...] = Field(min_length=1)
@@ -60,7 +60,7 @@ class GridConfig(Section):
     note: str = ""
     dense_hidden: Literal["active", "expert"] = "active"
     jobs: AtLeastOne = 1
-    threads: AtLeastOne | None = None  # of each job; by default the cores shared out
+    threads: AtLeastOne | None = None  # of each job; default: the cores divided by the jobs
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Cell:
     name: str
     sharing: str
     num_experts: int | None  # None: dense
-    top_k: int | None  # of a dense one: the K whose arithmetic its width stands for
+    top_k: int | None  # dense: the K whose arithmetic its width matches, if any
     rate_audio: int
     rate_video: int
     hidden_features: int
@@ -79,21 +79,21 @@ class Cell:
 
 
 def read_grid(source: str | Path) -> tuple[GridConfig, Path]:
-    """A checked grid file, by path or shipped name, and the folder that its `base` names are beside.
+    """A validated grid file, by path or shipped name, and the folder that its `base` names are relative to.
 
-    Raises ValueError: one line, naming file and key.
+    Raises ValueError: one line that names file and key.
     """
     return compose(source).check(GridConfig), find(source).parent
 
 
 def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]:
-    """Every cell once, seeds innermost. There is no cell with K above E; a dense one has no E.
+    """Every cell once, seeds innermost, without those with K > E; a dense cell has no E.
 
-    Raises ValueError: a base or a setting that cannot be used, or no cell at all.
+    Raises ValueError: an invalid base or setting, or no cell.
     """
     base = _composed(grid, beside, corpus).check(TrainConfig)
     if (grid.score.root or base.data.root) is None:
-        raise ValueError("score.root is needed where the training reads shards: the corpus of score.labels")
+        raise ValueError("score.root is required if the training reads shards: the corpus of score.labels")
     model, axes = base.model, grid.axes
     projector = model.projector
     E_axis = axes.num_experts or (projector.num_experts,)
@@ -126,7 +126,7 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
         active = None if dense and grid.dense_hidden != "active" else K
         yield Cell(name, sharing, None if dense else E, active, *rates, hidden, seed, config)
     if not made:
-        raise ValueError("the grid has no cell: every top_k lies above every num_experts")
+        raise ValueError("the grid has no cell: every top_k is greater than every num_experts")
 
 
 def _composed(grid: GridConfig, beside: Path, corpus: Path | None) -> Composition:

@@ -1,4 +1,4 @@
-"""Runs a grid: a child process for each cell, several at a time, none of them twice."""
+"""Runs a grid: one child process for each unfinished cell, several at a time."""
 
 import os
 import subprocess
@@ -20,24 +20,24 @@ from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.wer import guess_per_slot
 from llama_smop.reports.ablation.page import check_page, write_page
 from llama_smop.training.config import TrainConfig
-from llama_smop.training.lock import alone
-from llama_smop.training.signals import raised
+from llama_smop.training.lock import folder_lock
+from llama_smop.training.signals import stopped_by_signals
 
 
 def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path:
-    """Train and score every cell of a grid file that `out` does not hold yet, and return the path of its page.
+    """Train and score every cell of a grid file without a result in `out`, and return the path of the page.
 
-    `out/results.json` has everything that was measured; `out/README.md` and the pictures beside it are made of that.
+    `out/results.json` has all measurements; `out/README.md` and the pictures beside it show them.
 
-    An interrupted cell goes on from its newest checkpoint. A grid may grow: a file with more seeds or axes may be run
-    into the same folder, and only what is new is computed.
+    An interrupted cell resumes at its newest checkpoint. A grid may grow: a file with more seeds or axes may be run in
+    the same folder, and only new cells are computed.
 
     Raises:
-        ValueError: a grid file, base or setting that cannot be used; a folder that another run is using, or that
-            holds a cell of another setting.
-        RuntimeError: cells that failed, each with its last log line; the others are in the results.
-        FileExistsError: a README.md of others in `out`.
-        Stopped: SIGTERM or SIGHUP came; the running cells have saved and ended.
+        ValueError: an invalid grid file, base or setting; another ablation runs in `out`, or `out` holds a cell of
+            other settings.
+        RuntimeError: cells failed; the message has the last log line of each. The others are in the results.
+        FileExistsError: `out` has a README.md that is not an ablation's page.
+        Stopped: SIGTERM or SIGHUP arrived; the running cells have saved and ended.
     """
     grid, beside = read_grid(config)
     out = Path(out).absolute()
@@ -45,15 +45,15 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
     planned = list(cells(grid, beside, corpus))
     jobs = jobs or grid.jobs
     threads = grid.threads or max(1, (os.cpu_count() or 1) // jobs)
-    with alone(out, "another ablation"), raised():
+    with folder_lock(out, "another ablation"), stopped_by_signals():
         check_page(out)
         for cell in planned:
-            _check_unclaimed(out / "cells" / cell.name, cell)
+            _check_cell(out / "cells" / cell.name, cell)
         if grid.corpus is not None:
             make_corpus(corpus, clips=grid.corpus.clips, seed=grid.corpus.seed)
         _check_scoring(grid.score, planned)
         for cell in planned:
-            _claim(out / "cells" / cell.name, cell, grid)
+            _write_request(out / "cells" / cell.name, cell, grid)
         failures = run_children([out / "cells" / cell.name for cell in planned], jobs, threads)
         machine = {
             "cores": os.cpu_count(),
@@ -66,14 +66,14 @@ def ablate(config: str | Path, out: str | Path, jobs: int | None = None) -> Path
         page = write_page(out)
     if failures:
         raise RuntimeError(
-            f"{len(failures)} of {len(planned)} cells failed; the same command tries them again: "
+            f"{len(failures)} of {len(planned)} cells failed; the same command retries them: "
             + "; ".join(f"{name}: {line}" for name, line in failures.items())
         )
     return page
 
 
 def collect(out: Path, grid: GridConfig, planned: Sequence[Cell], failures: dict[str, str], machine: dict) -> None:
-    """Write `out/results.json`: what was asked, and every cell with its result or the line it failed with."""
+    """Write `out/results.json`: the grid, and every cell with its result or its last log line."""
     records, data = [], planned[0].config.data
     for cell in planned:
         facts = {key: value for key, value in asdict(cell).items() if key != "config"}
@@ -96,12 +96,12 @@ def _made_corpus(corpus: Path, grid: GridConfig) -> dict:
 
 
 def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, str]:
-    """Run the cells that have no result, `jobs` at a time; {name: last log line} of those that failed."""
+    """Run the cells without a result, `jobs` at a time. Returns {name: last log line} of those that failed."""
     waiting = [folder for folder in folders if not (folder / "result.json").exists()]
-    running: dict[Path, tuple[subprocess.Popen, int]] = {}  # with the slot, which chooses the GPU
+    running: dict[Path, tuple[subprocess.Popen, int]] = {}  # process and slot; the slot selects the GPU
     failures: dict[str, str] = {}
     devices = _devices()
-    with tqdm(desc="cells", unit="step", smoothing=0.05, mininterval=float("inf")) as bar:  # refreshed by _show
+    with tqdm(desc="cells", unit="step", smoothing=0.05, mininterval=float("inf")) as bar:  # refreshed below
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -114,9 +114,9 @@ def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, 
                         continue
                     del running[folder]
                     if child.returncode or not (folder / "result.json").exists():
-                        failures[folder.name] = _last_words(folder / "log.txt", child.returncode)
+                        failures[folder.name] = _last_line(folder / "log.txt", child.returncode)
                         bar.write(f"{folder.name} failed: {failures[folder.name]}")
-                _show(bar, folders, failures)
+                _show_progress(bar, folders, failures)
         finally:
             for child, _ in running.values():
                 child.terminate()
@@ -127,11 +127,11 @@ def run_children(folders: Sequence[Path], jobs: int, threads: int) -> dict[str, 
 
 def _start(folder: Path, threads: int, device: str | None) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    if device is not None:  # one each: a training that sees several would spread over them
+    if device is not None:  # one GPU each: a training that sees several would use them all
         environment["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, "-m", "llama_smop.ablation.cell", str(folder), str(os.getpid())]
     with open(folder / "log.txt", "w") as log:
-        return subprocess.Popen(  # in a session of its own: Ctrl-C is for this process, which ends them
+        return subprocess.Popen(  # in a new session: only the parent receives Ctrl-C, and it ends its children
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
@@ -142,8 +142,8 @@ def _devices() -> list[str]:
     return visible.split(",")[:count] if visible and count else [str(i) for i in range(count)]
 
 
-def _show(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
-    """Steps over all cells; those of cells that have not begun are taken to be as many as of those that have."""
+def _show_progress(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
+    """Show the steps of all cells; a cell that has not started counts with the steps of the longest started one."""
     states = []
     for folder in folders:
         states.append(files.read_record(folder / "progress.json", {}, lambda state: {"step", "of"} <= state.keys()))
@@ -159,37 +159,37 @@ def _show(bar: tqdm, folders: Sequence[Path], failures: dict[str, str]) -> None:
         bar.refresh()
 
 
-def _last_words(log: Path, code: int) -> str:
+def _last_line(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if code < 0:  # whatever it said last is not the reason
+    if code < 0:  # its last line is not the reason
         return f"ended by signal {-code}"
     return lines[-1] if lines else f"ended with {code}"
 
 
-def _check_unclaimed(folder: Path, cell: Cell) -> None:
-    """Raises ValueError: the folder holds a cell of another training."""
+def _check_cell(folder: Path, cell: Cell) -> None:
+    """Raises ValueError: the folder holds a cell with another training configuration."""
     note = folder / "cell.json"
-    # What was noted is checked again, so that a field that is newer than the note has its default.
+    # Validated again, so that fields that are newer than the request get their defaults.
     if note.exists() and TrainConfig.model_validate(files.read_json(note)["config"]) != cell.config:
         raise ValueError(f"{folder} holds a cell of other settings; choose another --out or delete it")
 
 
-def _claim(folder: Path, cell: Cell, grid: GridConfig) -> None:
-    """Note what is asked of a cell; one that was scored otherwise keeps its training and is scored anew."""
+def _write_request(folder: Path, cell: Cell, grid: GridConfig) -> None:
+    """Write a cell's request. A cell with another scoring keeps its training and is scored again."""
     note = folder / "cell.json"
     if note.exists():
         if ScoreSection.model_validate(files.read_json(note)["score"]) == grid.score:
             return
         (folder / "result.json").unlink(missing_ok=True)
-    asked = {
+    request = {
         part: s.model_dump(mode="json", exclude_unset=True)
         for part, s in (("config", cell.config), ("score", grid.score))
     }
-    files.write_json(note, asked)
+    files.write_json(note, request)
 
 
 def _check_scoring(score: ScoreSection, planned: Sequence[Cell]) -> None:
-    """Before anything is trained. Raises ValueError: labels or noise that the scoring would not find."""
+    """Check before training. Raises ValueError: labels or noise that the scoring needs do not exist."""
     data = planned[0].config.data
     root = score.root or data.root
     read_labels(root, score.labels)

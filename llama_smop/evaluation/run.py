@@ -13,7 +13,7 @@ from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError
 from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.sources import FolderClips
-from llama_smop.evaluation.wer import per_cent, word_errors
+from llama_smop.evaluation.wer import per_cent, snr_label, snr_order, word_errors
 from llama_smop.models.decoding import transcribe_batch
 
 MODALITIES = ("audio", "video", "audiovisual")
@@ -164,8 +164,8 @@ def transcribe_items(model, processor, items: Sequence[dict], num_beams: int = 1
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown, WER in per cent: a line for each label file and modality, a column for each SNR."""
-    snrs = sorted({row.snr for row in rows}, key=lambda snr: (snr is not None, -(snr or 0)))
-    head = ["clean" if snr is None else f"{snr:g} dB" for snr in snrs]
+    snrs = sorted({row.snr for row in rows}, key=snr_order)
+    head = [snr_label(snr) for snr in snrs]
     lines = ["| labels | modality | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
     for labels, modality in dict.fromkeys((row.labels, row.modality) for row in rows):
         found = {row.snr: row.wer for row in rows if (row.labels, row.modality) == (labels, modality)}

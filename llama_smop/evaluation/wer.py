@@ -53,6 +53,15 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
     )
 
 
+def snr_order(snr: float | None) -> tuple[bool, float]:
+    """Sort key of noise ratios: clean (None) first, then from quiet noise to loud."""
+    return snr is not None, -(snr or 0)
+
+
+def snr_label(snr: float | None) -> str:
+    return "clean" if snr is None else f"{snr:g} dB"
+
+
 def per_cent(wer: float) -> str:
     """A rate in per cent: one decimal, two below 10 %, as published numbers are given."""
     return f"{100 * wer:.{1 if wer >= 0.1 else 2}f}"

@@ -1,4 +1,4 @@
-"""`llama-smop report`: the page about a folder, made again at any time from the JSON files that were left in it."""
+"""`llama-smop report`: the report of a demo or a training, from the JSON files in its folder."""
 
 import html
 from pathlib import Path
@@ -14,10 +14,10 @@ LABELS = {"test": "unseen sentences", "test_unseen_voice": "unseen sentences, un
 
 
 def write_report(run: str | Path) -> Path:
-    """`run/report.html`, from what a training or `llama-smop demo` left in `run`.
+    """Write `run/report.html` from the results of a training or of `llama-smop demo` in `run`.
 
     Raises:
-        ValueError: a result the report needs is not there yet, or a file that holds something else.
+        ValueError: a result that the report needs is missing, or a file has other content than it should.
     """
     run = Path(run)
     files.check_file(run / REPORT)
@@ -129,7 +129,7 @@ def _wer(rows: list[dict], modality: str, snr: float | None, labels: str = "test
 
 
 def _marked(reference: str, hypothesis: str) -> str:
-    """The hypothesis with the words that the reference does not have at that place underlined."""
+    """The hypothesis as HTML; words that are not in the reference at that place are underlined."""
     import jiwer
 
     words = hypothesis.split()

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: its style, its pictures inside it."""
+"""A self-contained HTML page with its style and pictures embedded."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from llama_smop import files
 from llama_smop.data.media import MediaError
-from llama_smop.evaluation.wer import per_cent
+from llama_smop.evaluation.wer import per_cent, snr_label, snr_order
 
 STYLE = """
 :root { color-scheme: light; }
@@ -41,7 +41,7 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """The figure as a PNG over its caption, plain text; the figure is closed."""
+    """The figure as a PNG with `caption`, plain text, below it. Closes the figure."""
     caption = html.escape(caption)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
@@ -54,21 +54,19 @@ def picture(figure: Figure, caption: str) -> str:
 
 @contextmanager
 def shown(path: Path) -> Iterator[None]:
-    """While a part of a page is made of what a JSON file holds.
+    """While open, errors in a part of the page are blamed on the JSON file that it shows.
 
     Raises:
-        ValueError: the file holds something else than it should; one line, naming the file and the key.
+        ValueError: the file has other content than it should; one line that names the file and the key.
     """
     try:
         yield
-    except MediaError:  # a clip's own trouble
+    except MediaError:  # the clip is at fault, not the JSON file
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         plt.close("all")
-        reason = f"{error.args[0]} is not in it" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(
-            f"{path}: cannot be shown, it holds something else than was written there ({reason})"
-        ) from None
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be shown, its content is not what was written there ({reason})") from None
 
 
 def facts(items: Mapping[str, object]) -> str:
@@ -82,14 +80,14 @@ def percent(share: float | None) -> str:
 
 
 def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
-    """Word error rates of `evaluate.Row`s: a line for each label file and modality, a column for each SNR.
+    """Word error rates of `evaluation.run.Row`s: a line for each label file and modality, a column for each SNR.
 
-    names: of label files, where they are called something else on the page.
+    names: names of label files on the page, where they differ.
     """
     from llama_smop.reports import plots
 
-    snrs = sorted({r["snr"] for r in rows}, key=lambda s: (s is not None, -(s or 0)))
-    head = "".join(f'<th class="number">{"clean" if s is None else f"{s:g} dB"}</th>' for s in snrs)
+    snrs = sorted({r["snr"] for r in rows}, key=snr_order)
+    head = "".join(f'<th class="number">{snr_label(s)}</th>' for s in snrs)
     lines = []
     for labels, modality in dict.fromkeys((r["labels"], r["modality"]) for r in rows):
         found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"]) == (labels, modality)}

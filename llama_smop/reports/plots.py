@@ -1,4 +1,4 @@
-"""The pictures of a report, each a matplotlib figure made from plain numbers."""
+"""The figures of the reports, made by matplotlib from plain numbers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +26,7 @@ STYLE = {
 
 
 def subplots(*size: float, **kwargs):
-    """`plt.subplots` of that size in inches, in the style of the reports."""
+    """`plt.subplots` of `size` in inches, in the style of the reports."""
     with plt.rc_context(STYLE):
         return plt.subplots(figsize=size, **kwargs)
 
@@ -48,7 +48,7 @@ def losses(log: Sequence[Mapping]) -> Figure:
         if axes.has_data():
             axes.legend()
     ctc = [float(row["ctc_loss"]) for row in log if "ctc_loss" in row]
-    if ctc:  # its first values are far above everything that follows
+    if ctc:  # the first values are far larger than all later ones
         left.set_ylim(
             0, 1.15 * max(float(np.quantile(ctc, 0.9)), max(float(r["lm_loss"]) for r in log if "lm_loss" in r))
         )
@@ -73,7 +73,7 @@ def schedule(log: Sequence[Mapping]) -> Figure:
 
 
 def expert_load(log: Sequence[Mapping], experts: Sequence[str]) -> Figure:
-    """The share of all choices that each expert got, over training; `experts`: a name for each."""
+    """Each expert's share of all choices over training; `experts`: a name for each."""
     rows = [row for row in log if "expert_load/0" in row]
     shares = np.array([[100 * row[f"expert_load/{e}"] for row in rows] for e in range(len(experts))])
     figure, axes = subplots(9, 1.1 + 0.28 * len(experts))
@@ -88,12 +88,12 @@ def expert_load(log: Sequence[Mapping], experts: Sequence[str]) -> Figure:
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:
-    """Boundaries of the stretches that end at each logged step."""
+    """Boundaries of the intervals that end at the logged steps."""
     return np.array([2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1, *steps])
 
 
 def router_entropy(log: Sequence[Mapping], num_experts: int) -> Figure:
-    """Mean entropy of the router's probabilities over training, by modality, under that of an even choice."""
+    """Mean entropy of the router's probabilities over training, by modality; dotted: that of a uniform choice."""
     figure, axes = subplots(6.2, 2.8)
     for key in sorted({key for row in log for key in row if key.startswith("router_entropy/")}):
         modality = key.split("/")[1]
@@ -108,7 +108,7 @@ def router_entropy(log: Sequence[Mapping], num_experts: int) -> Figure:
 
 
 def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Figure:
-    """WER in per cent by SNR and modality; video, which hears no noise, is a level line."""
+    """WER in per cent by SNR and modality; video has no noise and is a horizontal line."""
     figure, axes = subplots(6.2, 3.6)
     snrs = sorted({r["snr"] for r in rows if r["snr"] is not None})
     ticks = [*snrs, (snrs[-1] + 5) if snrs else 0]
@@ -133,9 +133,9 @@ def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Fig
 
 
 def expert_activation(shares: Mapping[str, Sequence[float]], experts_of: Mapping[str, Sequence[int]]) -> Figure:
-    """The share of each modality's choices that went to each expert.
+    """The shares of each modality's choices by expert.
 
-    shares: by modality, one number for each of the X experts. experts_of: the experts a modality can choose.
+    shares: {modality: X numbers}. experts_of: {modality: the experts that it can choose}.
     """
     figure, axes = subplots(6.2, 3.0)
     draw_expert_activation(axes, shares, experts_of)

@@ -1,4 +1,4 @@
-"""What a projector costs on this machine: tokens a second, bytes kept for backward, parameters."""
+"""Measures projectors on this machine: tokens per second, bytes kept for backward, parameters."""
 
 import statistics
 import time
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama_smop.projector import DenseProjector, SMoPProjector
+from llama_smop.reports.saved_tensors import SavedStorages
 
 
 def paper_projectors(hidden: int = 2048, num_experts: int = 4, top_k: int = 2) -> dict[str, nn.Module]:
-    """The paper's sparse projector (1024 → 2048, Llama 3.2-1B) and the dense ones to hold it against.
+    """The paper's sparse projector (1024 → 2048, Llama 3.2-1B) and dense projectors to compare it with.
 
-    Equal active FLOPs: one MLP of K·H hidden units. Equal parameters: one of E·H. Half the work: one of H.
+    Same active FLOPs: an MLP of K·H hidden units. Same parameters: one of E·H. Half the FLOPs: one of H.
     """
     D, H, O = 1024, hidden, 2048
     return {
@@ -30,7 +31,7 @@ def paper_projectors(hidden: int = 2048, num_experts: int = 4, top_k: int = 2) -
 def compare(
     projectors: Mapping[str, nn.Module], tokens: int = 256, rounds: int = 7, device: str = "cpu", progress: bool = True
 ) -> list[dict]:
-    """Forward and backward of each projector, interleaved so that all see the same machine; medians."""
+    """Medians of forward and backward of each projector. The rounds are interleaved, so that load affects all alike."""
     x = torch.randn(tokens, 1024, device=device)
     times: dict[str, list[float]] = {name: [] for name in projectors}
     for module in projectors.values():
@@ -61,17 +62,10 @@ def _step(module: nn.Module, x: Tensor) -> None:
 
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes of the tensors that autograd keeps for backward, each storage once, parameters and input left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    """Bytes that autograd keeps for backward, without parameters and input."""
+    saved = SavedStorages((*module.parameters(), x))
+    with saved:
         output = module(x).hidden_states
+    total = saved.bytes
     del output
-    return sum(kept.values())
+    return total

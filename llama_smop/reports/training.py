@@ -1,4 +1,4 @@
-"""The page about a training: curves, experts, setbacks, scores, and where it came from; of a running one, so far."""
+"""The report of a training, running or finished: curves, experts, setbacks, scores, origin."""
 
 import html
 import shlex
@@ -18,11 +18,11 @@ def is_run(folder: Path) -> bool:
 
 
 def write_run_report(run: str | Path) -> Path:
-    """`run/report.html` from config.json, starts.json, metrics.json and, where they are, bad_clips.json and
-    evaluation.json (`llama-smop evaluate --json`) in the folder of a training.
+    """Write `run/report.html` from config.json, starts.json and metrics.json in the folder of a training, and from
+    bad_clips.json and evaluation.json (`llama-smop evaluate --json`) if they exist.
 
     Raises:
-        ValueError: nothing was logged yet, or a file that holds something else.
+        ValueError: nothing was logged yet, or a file has other content than it should.
     """
     run = Path(run)
     files.check_file(run / REPORT)
@@ -49,7 +49,7 @@ def write_run_report(run: str | Path) -> Path:
 
 
 def _check_log(log) -> str:
-    """Nothing to show. Raises ValueError: rows that are none, or hold what is no number."""
+    """Shows nothing. Raises ValueError: the log is not a list of rows of numbers."""
     if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
         raise ValueError("expected a list of rows")
     for number, row in enumerate(log, 1):
@@ -80,7 +80,10 @@ def _header(run: Path, config: dict, log: list[dict]) -> str:
         if projector["kind"] == "smop"
         else "dense projector",
     ]
-    steps, seconds = log[-1]["step"], log[-1].get("train_runtime")  # the last row of a training that ended
+    steps, seconds = (
+        log[-1]["step"],
+        log[-1].get("train_runtime"),
+    )  # train_runtime: in a finished one
     state = f"Not ended, logged up to step {steps}."
     if seconds is not None:
         state = f"Ended after {steps} steps; its last start took {_duration(seconds)}."
@@ -121,8 +124,8 @@ def _setbacks(log: list[dict], bad_clips: dict[str, str]) -> str:
     skipped = max((int(row.get("skipped_steps", 0)) for row in log), default=0)
     if not skipped and not bad_clips:
         return "<h2>Setbacks</h2><p>None: no step was skipped, every clip could be used.</p>"
-    steps = f"<p>Steps skipped, whose loss or gradient was not a finite number: {skipped}.</p>" if skipped else ""
-    clips = f"<p>Clips that could not be used and gave way to others: {len(bad_clips)}.</p>{facts(bad_clips)}"
+    steps = f"<p>Steps skipped because loss or gradient was not finite: {skipped}.</p>" if skipped else ""
+    clips = f"<p>Clips that could not be used and were replaced by others: {len(bad_clips)}.</p>{facts(bad_clips)}"
     return f"<h2>Setbacks</h2>{steps}{clips if bad_clips else ''}"
 
 

@@ -1,4 +1,4 @@
-"""The mean of a training's last checkpoints: often a better model than the last of them."""
+"""Averages the weights of a training's last checkpoints, which often gives a better model than the last one."""
 
 import logging
 import shutil
@@ -17,13 +17,13 @@ from llama_smop.training import checkpoints
 
 logger = logging.getLogger(__name__)
 
-# Of a checkpoint, what only a training that goes on can use.
+# Files of a checkpoint that only a resumed training needs.
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
 SOURCES = "averaged_from.json"
 
 
 def newest(run: str | Path, last: int) -> list[Path]:
-    """The newest `last` whole checkpoints of a run, newest first; fewer where there are fewer, which a warning says."""
+    """The newest `last` whole checkpoints of a run, newest first; a warning says if there are fewer."""
     found = list(islice(checkpoints.whole(Path(run) / "checkpoints"), last))
     if len(found) < last:
         logger.warning("%s has %d whole checkpoints, not the %d asked for", run, len(found), last)
@@ -31,14 +31,14 @@ def newest(run: str | Path, last: int) -> list[Path]:
 
 
 def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
-    """Write the mean of checkpoints of one training, newest first, as a model folder `to`, aside and sealed.
+    """Write the mean of checkpoints of one training, newest first, as a sealed model folder `to`, atomically.
 
-    Floating-point tensors are averaged in float64 and keep their dtype; whole numbers and everything that is no weight
-    come from the newest. The checkpoints' names are in `to/averaged_from.json`.
+    Floating-point tensors are averaged in float64 and keep their dtype. Integer tensors and the other files come from
+    the newest checkpoint. `to/averaged_from.json` lists the checkpoints' names.
 
     Raises:
         ValueError: no checkpoint, or weights of different names, shapes or dtypes; one line.
-        OSError: no place for a model (see `seal.check_target`).
+        OSError: `to` cannot be written (see `seal.check_target`).
     """
     seal.check_target(to)
     if not checkpoints:
@@ -55,13 +55,15 @@ def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
 
 
 def _mean(paths: list[Path]) -> dict[str, torch.Tensor]:
-    """One tensor after the other: no more than one model and one tensor in memory."""
+    """Tensor by tensor, so that memory holds one model and one tensor at most."""
     sources = [safe_open(path, "pt") for path in paths]
     names = [set(source.keys()) for source in sources]
     for path, own in zip(paths, names, strict=True):
         if own != names[0]:
             differing = ", ".join(sorted(own ^ names[0])[:3])
-            raise ValueError(f"{path}: its weights are not those of {paths[0]} ({differing}); average one training's")
+            raise ValueError(
+                f"{path}: its weights are not those of {paths[0]} ({differing}); average checkpoints of one training"
+            )
     mean = {}
     for name in sorted(names[0]):
         newest = mean[name] = sources[0].get_tensor(name)
@@ -71,7 +73,7 @@ def _mean(paths: list[Path]) -> dict[str, torch.Tensor]:
             if (value.shape, value.dtype) != (newest.shape, newest.dtype):
                 raise ValueError(
                     f"{path}: {name} is {tuple(value.shape)} {value.dtype}, in {paths[0]} {tuple(newest.shape)} "
-                    f"{newest.dtype}; average one training's"
+                    f"{newest.dtype}; average checkpoints of one training"
                 )
             if total is not None:
                 total += value

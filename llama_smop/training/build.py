@@ -1,10 +1,11 @@
-"""What a configuration describes, built: model and processor, clips, plan, batches."""
+"""Builds what a configuration describes: model and processor, clips, training plan, collator."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import ProcessorMixin
 
 from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.sources import ClipSource, FolderClips
@@ -14,43 +15,47 @@ from llama_smop.models.lm_loss import target_positions
 from llama_smop.training.config import TrainConfig
 
 
-def build(config: TrainConfig, texts: Sequence[str]):
-    """The model and processor that a configuration describes; a tiny one learns the words of `texts`."""
-    section = config.model
-    projector = section.projector
-    common = {
-        "modalities": section.modalities,
-        "rate_audio": section.rate_audio,
-        "rate_video": section.rate_video,
-        "compression": section.compression,
-        "load_balancing_coef": section.load_balancing_coef,
-        "router_z_coef": section.router_z_coef,
-    }
-    if section.tiny is not None:
-        from llama_smop.models.tiny import build_tiny
+def build_model(config: TrainConfig, texts: Sequence[str]) -> tuple[nn.Module, ProcessorMixin]:
+    """The model, ready to train, and its processor. The vocabulary of a tiny model is the words of `texts`."""
+    model, processor = _from_scratch(config, texts) if config.model.tiny is not None else _from_parts(config)
+    optimizer = config.optimizer
+    model.fused_loss = optimizer.fused_loss
+    if optimizer.global_aux_losses and config.model.projector.kind == "smop":
+        model.multi_modal_projector.global_aux_losses = True
+    if optimizer.compile:
+        compile_regions(model)
+    return model, processor
 
-        words = sorted({word for text in texts for word in text.lower().split()})
-        return build_tiny(words, **section.tiny.model_dump(), **projector.model_dump(), **common)
+
+def _from_scratch(config: TrainConfig, texts: Sequence[str]):
+    from llama_smop.models.tiny import build_tiny
+
+    section = config.model
+    words = sorted({word for text in texts for word in text.lower().split()})
+    return build_tiny(words, **section.tiny.model_dump(), **section.projector.model_dump(), **section.common())
+
+
+def _from_parts(config: TrainConfig):
     from llama_smop.models.parts import assemble
 
-    reduced = config.optimizer.precision == "bf16"
+    section = config.model
     model, processor = assemble(
         language_model=section.language_model,
         audio_tower=section.audio_tower,
         video_tower=section.video_tower,
         lora=section.lora,
-        projector=projector.model_dump(),
-        dtype=torch.bfloat16 if reduced else torch.float32,
-        **common,
+        projector=section.projector.model_dump(),
+        dtype=torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32,
+        **section.common(),
     )
     for parameter in model.parameters():
-        if parameter.requires_grad:  # what learns keeps float32 values; autocast lowers them for the products
+        if parameter.requires_grad:  # trained weights stay in float32; autocast casts them for the products
             parameter.data = parameter.data.float()
     return model, processor
 
 
 def training_clips(config: TrainConfig, world: int = 1) -> DrawnClips:
-    """What a training draws from, on each of `world` processes."""
+    """The dataset of a training, on each of `world` processes."""
     data, seed = config.data, config.run.seed
     masked = data.time_mask
     transform = ClipTransform(
@@ -72,7 +77,7 @@ def training_clips(config: TrainConfig, world: int = 1) -> DrawnClips:
 
 
 def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: int = 1) -> TrainingPlan:
-    """One process's share of the batches; in each step all of them draw the same modality."""
+    """The batches of one process; in each step all processes draw the same modality."""
     data, optimizer = config.data, config.optimizer
     batches = clips.batches(
         rank,
@@ -87,7 +92,7 @@ def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: 
 
 
 class Collator:
-    """Items of one modality to a batch of model inputs."""
+    """Makes a batch of model inputs from items of one modality."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -100,10 +105,10 @@ class Collator:
 
 
 def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the projector and the language model's layers in place; names of parameters stay.
+    """Compile the projector and the language model's layers in place. Parameter names do not change.
 
-    The number of tokens is a variable of the graph from the start. Only `forward` is compiled: the hooks of FSDP and
-    gradient checkpointing stay around it.
+    The number of tokens is dynamic from the first call. Only `forward` is compiled, so the hooks of FSDP and gradient
+    checkpointing run outside the graph.
     """
     language_model = model.language_model
     layers = [m for m in language_model.modules() if type(m).__name__ in language_model._no_split_modules]

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written aside, sealed with hashes, read back only when whole."""
+"""Checkpoints of a training: written atomically, sealed with hashes, and read only when whole."""
 
 import logging
 import os
@@ -20,20 +20,17 @@ STAGING = ".writing"
 DAMAGED = "damaged-"
 
 
-# ----------------------------------------------------------------------------------------- checkpoints of a training
-
-
 @contextmanager
-def publishing(trainer: Trainer) -> Iterator[Path]:
-    """While open, the Trainer writes its checkpoint aside, into the folder that it gives; on leaving it is sealed and
-    appears under its name."""
+def atomic_save(trainer: Trainer) -> Iterator[Path]:
+    """While open, the Trainer writes its checkpoint into a staging folder, which this yields. On exit the checkpoint is
+    sealed and renamed into place, and the oldest ones are removed."""
     run = Path(trainer.args.output_dir)
     staging = run / STAGING
     trainer._get_output_dir = lambda trial: str(staging)
     try:
         with quietly():
             yield staging
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
+    except (OSError, RuntimeError, SafetensorError) as error:  # how Python, torch and safetensors report a full disk
         reason = " ".join(str(error).split())
         raise OSError(f"{run}: a checkpoint could not be written ({reason}); those before it are whole") from error
     finally:
@@ -51,7 +48,7 @@ def publishing(trainer: Trainer) -> Iterator[Path]:
 
 
 def whole(run: Path) -> Iterator[Path]:
-    """The whole checkpoints under `run`, newest first; a damaged one is named in a warning and passed over."""
+    """The whole checkpoints under `run`, newest first; each damaged one is skipped with a warning."""
     for folder in sorted((p for p in run.glob("checkpoint-*") if _step(p)), key=_step, reverse=True):
         if is_whole(folder):
             yield folder
@@ -64,19 +61,19 @@ def latest(run: Path) -> Path | None:
 
 
 def set_aside_after(run: Path, start: Path | None) -> None:
-    """Rename the damaged checkpoints after the one that a training goes on from: it comes by there again, and they
-    would count among those that are kept."""
+    """Rename the checkpoints after `start`, which are damaged: the training that resumes at `start` writes these steps
+    again, and damaged checkpoints must not count among those that are kept."""
     step = 0 if start is None else _step(start)
     for folder in list(run.glob("checkpoint-*")):
         if _step(folder) > step:
             aside = folder.with_name(DAMAGED + folder.name)
             files.remove(aside)
             folder.rename(aside)
-            logger.warning("%s is kept as %s", folder, aside.name)
+            logger.warning("%s is renamed to %s", folder, aside.name)
 
 
 def remove_all(run: Path) -> None:
-    """Remove the checkpoints under `run`, damaged ones too, and nothing else."""
+    """Remove the checkpoints under `run`, also damaged ones, and nothing else."""
     for folder in (*run.glob("checkpoint-*"), *run.glob(f"{DAMAGED}checkpoint-*"), run / STAGING):
         if folder.name == STAGING or _step(folder.with_name(folder.name.removeprefix(DAMAGED))):
             files.remove(folder)
@@ -88,6 +85,6 @@ def _step(folder: Path) -> int:
 
 
 def discard_unfinished(out: Path) -> None:
-    """Remove what interrupted writes left in a run's folder."""
+    """Remove the unfinished files of interrupted writes from a run's folder."""
     files.remove(out / "checkpoints" / STAGING)
     files.discard_unfinished(out)

@@ -1,7 +1,7 @@
-"""One setting made of several YAML files: later ones override earlier, and every key remembers who said it.
+"""Composes a configuration from several YAML files. Later files override earlier ones; every key remembers its source.
 
-A file may begin with `include: [NAME, …]`, what it builds on. A NAME is a path, beside the including file or from the
-working directory, or one of the shipped files without its suffix (`llama-smop configs`).
+A file may include others with `include: [NAME, …]`. A NAME is a path, relative to the including file or to the working
+directory, or the name of a shipped file without its suffix (`llama-smop configs` lists them).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ MAX_DEPTH = 20
 
 
 class Composition:
-    """Merged content. Mappings are merged key by key; anything else, lists too, is replaced."""
+    """The merged content. Mappings are merged key by key; other values, also lists, are replaced."""
 
     def __init__(self):
         self.content: dict = {}
@@ -33,7 +33,7 @@ class Composition:
         _merge(self.content, content, source, self._origin, ())
 
     def add_file(self, name: str | Path, beside: Path | None = None, within: tuple[Path, ...] = ()) -> None:
-        """Raises ValueError: no such file, not YAML, no mapping, an include that leads back to itself."""
+        """Raises ValueError: no such file, not YAML, not a mapping, or a circular include."""
         path = find(name, beside)
         real = path.resolve()
         within_real = [file.resolve() for file in within]
@@ -43,7 +43,7 @@ class Composition:
             )
         self._files += 1
         if self._files > MAX_FILES:
-            raise ValueError(f"{path}: more than {MAX_FILES} files are included, counted as often as they are")
+            raise ValueError(f"{path}: more than {MAX_FILES} files are included, repetitions counted")
         content = read_mapping(path)
         included = content.pop(INCLUDE, [])
         if not isinstance(included, list) or not all(isinstance(entry, str) for entry in included):
@@ -53,21 +53,21 @@ class Composition:
         self.add(content, str(path))
 
     def check(self, model: type[Model]) -> Model:
-        """The content as a pydantic model.
+        """The content, validated as a pydantic model.
 
         Raises:
-            ValueError: an unknown key or a value out of range; one line, naming the file that said it and the key.
+            ValueError: an unknown key or a value out of range; one line that names the source file and the key.
         """
         try:
             return model.model_validate(self.content)
         except ValidationError as error:
-            said = [(self._said_by(e["loc"]), _one_line(e)) for e in error.errors()]
+            found = [(self._source_of(e["loc"]), _one_line(e)) for e in error.errors()]
         by_source: dict[str, list[str]] = {}
-        for source, message in said:
+        for source, message in found:
             by_source.setdefault(source, []).append(message)
         raise ValueError("; ".join(f"{source}: {'; '.join(messages)}" for source, messages in by_source.items()))
 
-    def _said_by(self, where: tuple) -> str:
+    def _source_of(self, where: tuple) -> str:
         path = tuple(map(str, where))
         for end in range(len(path), 0, -1):
             if path[:end] in self._origin:
@@ -81,7 +81,7 @@ def compose(
     settings: Iterable[str] = (),
     beside: Path | None = None,
 ) -> Composition:
-    """`sources` in turn, then `overrides` (nested keys), then `settings` ("key.path=value", the value YAML)."""
+    """Compose `sources` in order, then `overrides` (nested keys), then `settings` ("key.path=value", value in YAML)."""
     composition = Composition()
     for source in [sources] if isinstance(sources, str | Path) else sources:
         composition.add_file(source, beside)
@@ -93,13 +93,13 @@ def compose(
 
 
 def parse_setting(setting: str) -> dict:
-    """ "a.b=1" -> {"a": {"b": 1}}. Raises ValueError: no key, no "=", or a value that is not YAML."""
+    """ "a.b=1" -> {"a": {"b": 1}}. Raises ValueError: no key, no "=", or the value is not YAML."""
     key, equals, text = setting.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
         raise ValueError(f"--set {setting}: expected key.path=value")
     if len(keys) > MAX_DEPTH:
-        raise ValueError(f"--set {setting[:100]}…: a key of more than {MAX_DEPTH} parts")
+        raise ValueError(f"--set {setting[:100]}…: the key has more than {MAX_DEPTH} parts")
     try:
         value = parse_yaml(text)
     except ValueError as error:
@@ -110,7 +110,7 @@ def parse_setting(setting: str) -> dict:
 
 
 def shipped() -> dict[str, Path]:
-    """The YAML files that come with the package, by name."""
+    """The YAML files that ship with the package, by name."""
     root = Path(str(resources("llama_smop") / "configs"))
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
@@ -127,10 +127,10 @@ def find(name: str | Path, beside: Path | None = None) -> Path:
             if path.is_file():
                 return path
         except (OSError, ValueError) as error:  # a name too long, or with a NUL
-            raise ValueError(f"{str(name)[:100]!r}: no name of a file ({error})") from None
+            raise ValueError(f"{str(name)[:100]!r}: not a valid file name ({error})") from None
     known = shipped()
     if str(name) not in known:
-        raise ValueError(f"{name}: no such file, and none of that name is shipped (`llama-smop configs` lists them)")
+        raise ValueError(f"{name}: no such file, and no shipped file of that name (`llama-smop configs` lists them)")
     return known[str(name)]
 
 

@@ -1,4 +1,4 @@
-"""What a training file (YAML) may say. Unknown keys are errors; defaults are the recipe's where it has one."""
+"""The schema of a training file (YAML). Unknown keys are errors; defaults follow the published recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,22 +26,22 @@ class ProjectorSection(Section):
     top_k: int = Field(2, ge=1)
     hidden_features: int = Field(2048, ge=1)
     backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
-    recompute: Literal["none", "h", "z", "hz"] = "none"  # in the backward, in place of keeping it
+    recompute: Literal["none", "h", "z", "hz"] = "none"  # activations that backward recomputes instead of keeping
 
 
 class TinySection(Section):
     """A model from scratch, small enough for two CPU cores; its vocabulary is the words of the training labels."""
 
-    width: int = Field(128, ge=16, le=4096, multiple_of=16)  # the groups of AV-HuBERT's positions
+    width: int = Field(128, ge=16, le=4096, multiple_of=16)  # AV-HuBERT's positional convolution has 16 groups
     audio_layers: int = Field(2, ge=1, le=100)
     video_layers: int = Field(2, ge=1, le=100)
     text_layers: int = Field(3, ge=1, le=100)
-    max_seconds: float = Field(3.0, ge=0.1, le=30)  # of a clip: Whisper's window is 30
+    max_seconds: float = Field(3.0, ge=0.1, le=30)  # the longest clip; Whisper's window is 30 s
     ctc_weight: float = Field(1.5, ge=0)
 
 
 class ModelSection(Section):
-    """`tiny` trains from scratch; otherwise the three parts are named (a hub name or a folder each)."""
+    """A `tiny` model from scratch, or pretrained parts, each a hub name or a folder."""
 
     tiny: TinySection | None = None
     language_model: str | None = None
@@ -53,7 +53,7 @@ class ModelSection(Section):
     rate_video: int = Field(2, ge=1)
     compression: Literal["pool", "stack"] = "pool"
     projector: ProjectorSection = ProjectorSection()
-    load_balancing_coef: float = Field(0.01, ge=0)  # weights of the routers' losses in the training loss
+    load_balancing_coef: float = Field(0.01, ge=0)  # weights of the auxiliary losses in the training loss
     router_z_coef: float = Field(0.001, ge=0)
 
     @model_validator(mode="after")
@@ -63,8 +63,13 @@ class ModelSection(Section):
         if self.tiny is not None:
             named = [name for name in ("audio_tower", "video_tower", "lora") if getattr(self, name) is not None]
             if named:
-                raise ValueError(f"{', '.join(named)}: not with tiny, which is trained whole and from scratch")
+                raise ValueError(f"{', '.join(named)}: not with tiny, which is trained from scratch")
         return self
+
+    def common(self) -> dict:
+        """The fields of `LlamaSmopConfig` that a tiny model and one of pretrained parts both take."""
+        names = ("modalities", "rate_audio", "rate_video", "compression", "load_balancing_coef", "router_z_coef")
+        return {name: getattr(self, name) for name in names}
 
 
 class NoiseSection(Section):
@@ -75,7 +80,7 @@ class NoiseSection(Section):
 
 
 class StageSection(Section):
-    """Part of a curriculum: what is drawn `until` that share of the steps; modalities by their relative frequency."""
+    """A stage of the curriculum, which ends at share `until` of the steps; modalities have relative frequencies."""
 
     until: Fraction = 1.0
     modalities: dict[Modality, Annotated[float, Field(gt=0)]] = {"audiovisual": 1.0}
@@ -83,21 +88,21 @@ class StageSection(Section):
 
 
 class DataSection(Section):
-    """Clips in the LRS3 layout (`root`, `train`), or shards of them that `llama-smop corpus shard` wrote (`shards`)."""
+    """Clips in the LRS3 layout (`root`, `train`), or shards that `llama-smop corpus shard` wrote (`shards`)."""
 
     root: Path | None = None
-    train: str = "train.csv"  # under root; shards hold the labels they were written from
+    train: str = "train.csv"  # under root; shards have their own labels
     shards: str | None = None  # a folder, https://…, or "pipe:COMMAND {name}", as webdataset opens them
-    window: int = Field(512, ge=1)  # clips of shards among which a data worker makes batches; twice that many are held
+    window: int = Field(512, ge=1)  # clips among which a data worker makes batches of shards; it holds twice that many
     stages: tuple[StageSection, ...] = (StageSection(),)
     max_frames: int = Field(1500, ge=1)  # video frames (25 a second) in a batch
     max_clips: int | None = Field(None, ge=1)
     buckets: int = Field(400, ge=1)
     noise: NoiseSection | None = NoiseSection()
     time_mask: bool = True
-    keep_decoded: bool = False  # hold decoded clips in memory; for small corpora
+    keep_decoded: bool = False  # cache decoded clips in memory; for small corpora
     workers: int = Field(0, ge=0)
-    max_bad_clips: int = Field(10, ge=0)  # that many that cannot be read are named and replaced; one more ends the run
+    max_bad_clips: int = Field(10, ge=0)  # unusable clips that are named and replaced; one more ends the run
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -132,9 +137,9 @@ class OptimizerSection(Section):
     accumulate: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    global_aux_losses: bool = False  # the routers' losses over the tokens of all processes, not each process's own
+    global_aux_losses: bool = False  # auxiliary losses over the tokens of all processes, not of each alone
     compile: bool = False  # torch.compile of the projector and of the language model's layers
-    fused_loss: Literal["auto", "chunked", "liger", "plain"] = "auto"  # the logits of all positions only with "plain"
+    fused_loss: Literal["auto", "chunked", "liger", "plain"] = "auto"  # "plain" computes all positions' logits
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -144,15 +149,15 @@ class OptimizerSection(Section):
 
 
 class RunSection(Section):
-    name: str | None = None  # in wandb; by default the folder's
+    name: str | None = None  # of the wandb run; default: the folder's name
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     seed: int = 0
     log_every: int = Field(20, ge=1)
     save_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
-    average_last: int = Field(1, ge=1)  # the model is the mean of the last so many checkpoints
-    strategy: Literal["ddp", "fsdp2"] = "ddp"  # of several processes: whole models, or one sharded over them
-    max_bad_steps: int = Field(10, ge=1)  # steps in a row without a finite loss and gradient, which are skipped
+    average_last: int = Field(1, ge=1)  # the model is the mean of this many last checkpoints
+    strategy: Literal["ddp", "fsdp2"] = "ddp"  # for several processes: replicated or sharded
+    max_bad_steps: int = Field(10, ge=1)  # skipped steps in a row (loss or gradient not finite) that end the run
 
     @model_validator(mode="after")
     def _averaged_are_kept(self):

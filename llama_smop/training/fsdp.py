@@ -1,7 +1,7 @@
-"""FSDP2 through accelerate: what is sharded together, and checkpoints that one process could have written.
+"""FSDP2 through accelerate: the sharded units, and checkpoints of whole tensors.
 
-A checkpoint holds whole tensors under the names and numbers that an unsharded training gives them, so a run may go on
-with another strategy or another number of processes.
+A checkpoint has the format of an unsharded training, so a run may resume with another strategy or another number of
+processes.
 """
 
 from pathlib import Path
@@ -22,16 +22,16 @@ from llama_smop.training import weight_decay
 
 
 def settings() -> dict:
-    """For TrainingArguments. Every process builds the whole model on the CPU and moves unit after unit to its GPU."""
+    """Arguments of TrainingArguments. Every rank builds the whole model on the CPU and moves it to its GPU by units."""
     config = {"version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False}
     return {"fsdp": True, "fsdp_config": config}
 
 
 def plan(args: TrainingArguments, model: nn.Module) -> None:
-    """Tell accelerate what to shard as one unit.
+    """Set the sharded units and the mixed-precision policy in `args.fsdp_plugin_args`.
 
-    Weights are gathered in the dtype they are kept in, and autocast lowers them for the products, as without sharding:
-    accelerate's own policy would add up the gradients of the processes in bfloat16 and round the loss to it.
+    Weights are gathered in the dtype they are stored in, and autocast casts them for the products, as without sharding.
+    accelerate's default policy would reduce gradients in bfloat16 and round the loss to bfloat16.
     """
     args.fsdp_plugin_args |= {
         "transformer_cls_names_to_wrap": units(model),
@@ -40,16 +40,16 @@ def plan(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def enable_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """accelerate switches FSDP on where there is a GPU only; its code and PyTorch's run on a CPU as well."""
+    """Enable FSDP on a CPU: accelerate enables it only with a GPU, though its code also runs on a CPU."""
     state = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
 
 
 def units(model: nn.Module) -> list[str]:
-    """Classes whose modules are sharded by themselves: layers of the towers and the language model, the projector.
+    """Names of the classes whose modules are FSDP units: layers of the towers and the language model, the projector.
 
-    What is left (embeddings, convolutions in front of the towers, heads) is gathered for the whole step.
+    The other parameters (embeddings, the towers' convolutional front ends, heads) stay gathered for the whole step.
     """
     names = {*model._no_split_modules, SMoPProjector.__name__, DenseProjector.__name__} - {*FRONT_BLOCKS}
     return sorted(names & {type(module).__name__ for module in model.modules()})
@@ -57,9 +57,9 @@ def units(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def gather(state):
-    """A state with whole tensors, on the CPU, in place of sharded ones; shared ones stay shared.
+    """Replace the sharded tensors of `state` by whole ones on the CPU; tied tensors stay tied.
 
-    Every process must take part; only the first gets the tensors, the others None.
+    Every rank must call it. Rank 0 gets the tensors, the others None.
     """
     whole = {}
 
@@ -77,28 +77,28 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def scatter(value, like: Tensor):
-    """This process's part of a whole tensor that belongs to the parameter `like`."""
+    """This rank's shard of a whole tensor that belongs to the parameter `like`."""
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
-        # Each process has read the same file: there is nothing to send.
+        # Every rank has read the same file, so no rank sends anything.
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return value
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Put the weights that `file` has into a sharded model; frozen ones that it leaves out stay."""
+    """Load the weights in `file` into a sharded model; weights that it does not have keep their values."""
     own = model.state_dict()
     for name, value in load_file(file).items():
         own[name].copy_(scatter(value, own[name]))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
-    """Put a whole optimizer state into the optimizer of a sharded model.
+    """Load a whole optimizer state into the optimizer of a sharded model.
 
-    Not by torch.distributed.checkpoint: it makes up a state for parameters that have had no gradient yet, which the
-    training that is gone on with would not have had.
+    torch.distributed.checkpoint is not used: it creates a state for parameters that have had no gradient yet, which
+    an uninterrupted training does not have.
     """
-    state = weight_decay.by_this_rule(torch.load(file, map_location="cpu", weights_only=True, mmap=True), model)
+    state = weight_decay.regrouped(torch.load(file, map_location="cpu", weights_only=True, mmap=True), model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state["state"] = {
         number: {name: scatter(value, parameters[number]) for name, value in values.items()}

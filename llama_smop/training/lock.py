@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""An advisory lock on a folder."""
 
 import errno
 import fcntl
@@ -15,14 +15,14 @@ LOCK = "lock"
 
 
 @contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder/lock`, which says who holds it.
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock `folder/lock` as `what`; the file names the process that holds it.
 
-    The lock is the system's, across the machines that share the file system: one whose process has ended, however it
-    ended, holds no longer. It belongs to the process alone, not to those that it forks.
+    It is a POSIX record lock (`lockf`): it works across machines that share the file system, the system releases it
+    when the process ends in any way, and forked children do not inherit it.
 
     Raises:
-        ValueError: another process holds it; its number and machine are named.
+        ValueError: another process holds the lock; the message names its number and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8", errors="replace") as file:
@@ -31,12 +31,12 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                holder = " ".join(file.read(200).split()) or "a process that has not said its name yet"
+                holder = " ".join(file.read(200).split()) or "a process that has not written its number yet"
                 raise ValueError(
                     f"{folder}: {what} is running in this folder, {holder}; wait for it, end it, or name another folder"
                 ) from None
             logger.warning(
-                "%s: this file system knows no locks (%s): see to it yourself that %s does not run here at the same "
+                "%s: this file system does not support locks (%s): make sure that %s does not run here at the same "
                 "time",
                 *(folder, error.strerror, what),
             )

@@ -1,4 +1,7 @@
-"""What a training writes down about itself, from its start on, so that one that is killed can be read too."""
+"""The records of a run: settings, starts, log and report.
+
+They are written from the start on, so that a killed run has them too.
+"""
 
 import datetime
 import logging
@@ -21,47 +24,48 @@ from llama_smop.training.lock import LOCK
 logger = logging.getLogger(__name__)
 
 STARTS = "starts.json"
-NOTED = {"run", "processes", "data_workers"}  # of every start: what later ones ask for
-WRITTEN = ("config.json", "metrics.json", "bad_clips.json", "report.html", "checkpoints", "model")
+START_FIELDS = {"run", "processes", "data_workers"}  # what a resumed run reads of earlier starts
+RUN_FILES = ("config.json", "metrics.json", "bad_clips.json", "report.html", "checkpoints", "model")
 
 
-def check_places(config: TrainConfig) -> None:
-    """Raises ValueError: a place to report to that is not installed."""
+def check_report_targets(config: TrainConfig) -> None:
+    """Raises ValueError: `run.report_to` names something that is not installed."""
     if "wandb" in config.run.report_to and not is_wandb_available():
-        raise ValueError("run.report_to names wandb, which is not installed: pip install wandb, or leave it out there")
+        raise ValueError("run.report_to names wandb, which is not installed: pip install wandb, or remove it")
 
 
 def last_start(out: Path) -> dict | None:
-    """What was noted of a run's last start."""
+    """The record of a run's last start; None before the first."""
     starts = read_starts(out)
     return starts[-1] if starts else None
 
 
 def read_starts(out: Path) -> list[dict]:
-    """The record of a run's starts; a damaged one is set aside."""
+    """The records of a run's starts; a damaged file is renamed and counts as empty."""
     return files.read_record(
-        out / STARTS, [], lambda starts: all(isinstance(start, dict) and start.keys() >= NOTED for start in starts)
+        out / STARTS,
+        [],
+        lambda starts: all(isinstance(start, dict) and start.keys() >= START_FIELDS for start in starts),
     )
 
 
-def claim(out: Path) -> None:
-    """Raises FileExistsError: the folder is no training's, and holds what one would write over."""
+def check_run_folder(out: Path) -> None:
+    """Raises FileExistsError: the folder is not a training's, and holds files that a training would overwrite."""
     if (out / LOCK).exists() or (out / STARTS).exists() or any(out.glob(f"checkpoints/checkpoint-*/{SEAL}")):
         return
-    found = [name for name in WRITTEN if (out / name).exists()]
+    found = [name for name in RUN_FILES if (out / name).exists()]
     if found:
         raise FileExistsError(
-            f"{out}: is not the folder of a training, and holds {', '.join(found)}, which one would write over; name a "
-            "new or empty folder"
+            f"{out}: is not the folder of a training, and holds {', '.join(found)}, which a training would overwrite; "
+            "name a new or empty folder"
         )
 
 
 class RunFolder(TrainerCallback):
-    """Keeps the folder of a training; the first process alone writes.
+    """Writes the records of a run into its folder; only rank 0 `writes`.
 
-    config.json: the whole setting, defaults too. starts.json: a record of each start, the first and those after
-    interruptions: when, at which step, by which command, on what machine, with what versions and which commit of the
-    code. metrics.json: the log so far.
+    config.json: the whole configuration with its defaults. starts.json: one record for each start, resumed ones too:
+    time, step, command, machine, versions and commit of the code. metrics.json: the log so far.
     """
 
     def __init__(self, out: Path, config: TrainConfig, writes: bool):
@@ -69,8 +73,8 @@ class RunFolder(TrainerCallback):
         self.wandb = "wandb" in config.run.report_to
 
     def begin(self, checkpoint: str | Path | None, processes: int, steps: int, fresh: bool) -> None:
-        """Note a start of a training of so many steps in all, going on from `checkpoint` if there is one; `fresh`: what
-        was noted before is forgotten."""
+        """Record a start of a training of `steps` steps, resumed at `checkpoint` if there is one. `fresh`: delete the
+        earlier records."""
         if not self.writes:
             return
         if fresh:
@@ -81,8 +85,8 @@ class RunFolder(TrainerCallback):
         before = {name: starts[-1][name] for name in drawing} if starts else drawing
         if checkpoint is not None and drawing != before:
             logger.warning(
-                "%s goes on with %d processes of %d data workers, before it had %d of %d: the rest of this epoch is "
-                "shared out anew, and a clip may come twice in it or not at all",
+                "%s resumes with %d processes of %d data workers, before it had %d of %d: the rest of this epoch is "
+                "distributed anew, so a clip may come twice in it or not at all",
                 *(self.out, *drawing.values(), *before.values()),
             )
         starts.append(
@@ -106,7 +110,7 @@ class RunFolder(TrainerCallback):
             self._begin_wandb(starts[0]["run"])
 
     def _begin_wandb(self, run: str) -> None:
-        """One run there for all starts here; the Trainer's callback logs to the run that is open."""
+        """Open one wandb run for all starts of this run; the Trainer's own callback logs to the open run."""
         import wandb
 
         wandb.init(
@@ -122,7 +126,7 @@ class RunFolder(TrainerCallback):
             files.write_json(self.out / "metrics.json", state.log_history)
 
     def end(self, log: list[dict]) -> None:
-        """After the model is saved: the whole log and the report."""
+        """Write the whole log and the report, after the model is saved."""
         if not self.writes:
             return
         files.write_json(self.out / "metrics.json", log)

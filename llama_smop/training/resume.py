@@ -1,4 +1,4 @@
-"""Where a training goes on from, and whether it can: found by the first process, told to all of them."""
+"""Finds the checkpoint to resume at, on rank 0, and broadcasts it to all ranks."""
 
 import os
 import platform
@@ -14,16 +14,16 @@ from llama_smop.training import checkpoints
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.record import last_start
 
-PATIENCE_S = 60  # with file systems that tell late what another machine wrote
+SHARED_FOLDER_TIMEOUT_S = 60  # network file systems may show late what another machine wrote
 
 
 def starting_point(out: Path, config: TrainConfig, resume: bool, args: TrainingArguments, steps: int) -> str | None:
-    """The newest whole checkpoint under `out`, None to start at the beginning; without `resume` all are removed.
+    """The newest whole checkpoint under `out`, or None. Without `resume` all checkpoints are removed.
 
-    steps: of the whole training, as it is configured now.
+    steps: the steps of the whole training as it is configured now.
 
     Raises:
-        ValueError: they are not those of the last start, though the epochs are.
+        ValueError: the epochs are those of the last start, but give another number of steps now.
     """
     run, latest = out / "checkpoints", None
     if args.process_index == 0:
@@ -44,13 +44,13 @@ def _check_length(out: Path, config: TrainConfig, steps: int) -> None:
         return
     raise ValueError(
         f"{out} was planned as {before} steps, and {epochs:g} epochs are {steps} now: the number of processes, the "
-        "batches or the data have changed; say how many steps it shall have in all, with --set optimizer.epochs=null "
-        f"--set optimizer.steps={before}, or train anew with --no-resume"
+        "batches or the data have changed; give the number of steps with --set optimizer.epochs=null "
+        f"--set optimizer.steps={before}, or start again with --no-resume"
     )
 
 
 def check_shared(out: Path, args: TrainingArguments) -> None:
-    """Raises ValueError: a machine that takes part does not see the folder that the first process writes."""
+    """Raises ValueError: a machine of the training does not see the folder that rank 0 writes."""
     if args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     (name,) = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])
@@ -58,11 +58,11 @@ def check_shared(out: Path, args: TrainingArguments) -> None:
     if args.process_index == 0:
         files.write_text(mark, "")
     args.distributed_state.wait_for_everyone()
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + SHARED_FOLDER_TIMEOUT_S
     while not mark.exists() and time.monotonic() < end:
         time.sleep(1)
-    blind = {host for host in gather_object([None if mark.exists() else platform.node()]) if host is not None}
+    without = {host for host in gather_object([None if mark.exists() else platform.node()]) if host is not None}
     if args.process_index == 0:
         files.remove(mark)
-    if blind:
-        raise ValueError(f"{out} is not the same folder on all machines, which it must be: not on {', '.join(blind)}")
+    if without:
+        raise ValueError(f"{out} must be the same folder on all machines, but is not on {', '.join(without)}")

@@ -1,4 +1,4 @@
-"""What a long training meets and goes on from, up to a limit: clips that cannot be used, losses that are no number."""
+"""Fault tolerance: unusable clips are replaced and steps without a finite loss are skipped, each up to a limit."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,16 +18,14 @@ STEPS = "skipped_steps.json"
 
 
 class ReplacedClips(Dataset):
-    """`DrawnClips` in which a clip that cannot be used gives way to the one nearest in length, of the same shard where
-    there are shards.
+    """`DrawnClips` that replaces an unusable clip by the one nearest in length, in the same shard if there are shards.
 
-    Batches so keep their size and no step is left without data. The item says what was passed over under "bad_clips",
-    {path or id: reason}.
+    So batches keep their size. The item names the replaced clips under "bad_clips", {path or id: reason}.
 
-    unfit: says why the model cannot take a clip, or None: called with its audio samples, video frames and text.
+    unfit: called with a clip's audio samples, video frames and text; returns why the model cannot take it, or None.
 
     Raises:
-        MediaError: more than `limit` clips in a row that cannot be used; with 0 the first.
+        MediaError: more than `limit` unusable clips in a row.
     """
 
     def __init__(self, clips: DrawnClips, limit: int, unfit: Callable[..., str | None] = lambda *_: None):
@@ -50,7 +48,7 @@ class ReplacedClips(Dataset):
                 bad[error.path] = error.reason
                 if len(bad) > self.limit:
                     raise
-        raise ValueError(f"no clip can be used that could take the place of {next(iter(bad))}")
+        raise ValueError(f"{next(iter(bad))} is unusable, and so is every clip that could replace it")
 
 
 def _is_text(value) -> bool:
@@ -58,9 +56,9 @@ def _is_text(value) -> bool:
 
 
 class Setbacks:
-    """Counts setbacks, names them in warnings, and ends the training when there are too many.
+    """Counts unusable clips and skipped steps, warns of each, and ends the training when there are too many.
 
-    record: JSON file of the clips that could not be used, {path: reason}; None = neither read nor written.
+    record: JSON file of the unusable clips, {path: reason}. None: neither read nor written.
     """
 
     def __init__(self, record: Path | None, max_bad_clips: int, max_bad_steps: int):
@@ -69,8 +67,8 @@ class Setbacks:
         self.skipped_steps = 0
         self._in_a_row = 0
 
-    def begin(self, checkpoint: str | Path | None, fresh: bool) -> None:
-        """Remember what was met before this start, which goes on from `checkpoint` if there is one; `fresh`: forget."""
+    def restore(self, checkpoint: str | Path | None, fresh: bool) -> None:
+        """Restore the counts of a run that resumes at `checkpoint`, if any. `fresh`: delete the record instead."""
         if self.record is not None and self.record.exists():
             if fresh:
                 self.record.unlink()
@@ -78,24 +76,24 @@ class Setbacks:
                 self.bad_clips = files.read_record(self.record, {}, lambda clips: all(map(_is_text, clips.values())))
         steps = None if checkpoint is None else Path(checkpoint, STEPS)
         if steps is not None and steps.exists():
-            kept = files.read_json(steps)
-            self.skipped_steps, self._in_a_row = kept["skipped"], kept["in_a_row"]
+            saved = files.read_json(steps)
+            self.skipped_steps, self._in_a_row = saved["skipped"], saved["in_a_row"]
 
-    def keep(self, checkpoint: Path) -> None:
-        """Put the steps that were skipped so far into a checkpoint's folder; the clips have their record."""
+    def save(self, checkpoint: Path) -> None:
+        """Write the counts of skipped steps into a checkpoint's folder. The clips are in `record` already."""
         files.write_json(checkpoint / STEPS, {"skipped": self.skipped_steps, "in_a_row": self._in_a_row})
 
-    def clips(self, bad: Mapping[str, str]) -> None:
-        """Take note of clips that were passed over.
+    def record_clips(self, bad: Mapping[str, str]) -> None:
+        """Count clips that were replaced.
 
         Raises:
-            ValueError: by now more than `max_bad_clips` different ones.
+            ValueError: more than `max_bad_clips` different clips so far.
         """
         if not bad:
             return
         new = {path: reason for path, reason in bad.items() if path not in self.bad_clips}
         for path, reason in new.items():
-            logger.warning("%s: %s; another clip takes its place", path, reason)
+            logger.warning("%s: %s; another clip replaces it", path, reason)
         self.bad_clips |= new
         if new and self.record is not None:
             files.write_json(self.record, self.bad_clips)
@@ -106,11 +104,11 @@ class Setbacks:
                 f"newest is {path}: {reason}"
             )
 
-    def step(self, number: int, finite: bool) -> None:
-        """Take note of whether the loss and the gradient of step `number` were finite.
+    def record_step(self, number: int, finite: bool) -> None:
+        """Count step `number`, whose loss and gradient were `finite` or not.
 
         Raises:
-            RuntimeError: `max_bad_steps` in a row were not.
+            RuntimeError: `max_bad_steps` steps in a row were not finite.
         """
         if finite:
             self._in_a_row = 0
@@ -121,6 +119,6 @@ class Setbacks:
         if self._in_a_row >= self.max_bad_steps:
             raise RuntimeError(
                 f"stopped at step {number}: loss or gradient was not a finite number {self._in_a_row} steps in a row "
-                "(run.max_bad_steps); the checkpoints before it are good: the same command goes on from the newest and "
-                "takes a lower optimizer.learning_rate"
+                "(run.max_bad_steps); the checkpoints before it are good: the same command resumes at the newest; "
+                "it may set a lower optimizer.learning_rate"
             )

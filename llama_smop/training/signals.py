@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, by which a job is told to end: a training saves at its next step first."""
+"""Graceful stop on SIGTERM and SIGHUP: a training saves a checkpoint at its next step, then exits."""
 
 import logging
 import os
@@ -14,32 +14,32 @@ from transformers import TrainerCallback, TrainerState
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-SAME_S = 1.0  # SLURM and torchrun both hand on one signal: a second within this time is the first
+DUPLICATE_S = 1.0  # SLURM and torchrun both forward a signal: one that arrives again this soon is a duplicate
 
 
 class Stopped(SystemExit):
-    """A training was told to end, has saved, and ends the process with a shell's status of that signal: 143, 129."""
+    """A training was stopped by a signal and has saved. The exit status is the shell's for that signal: 143 or 129."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(128 + number)
 
 
 class StopRequest(TrainerCallback):
-    """While open (`with`), the first signal is noted; at the end of the step the training saves and stops. A second
-    one ends the process at once. A signal that was ignored at the start (nohup) still is.
+    """A context manager that handles the signals. After the first one the training saves and stops at the end of its
+    step. A second one ends the process at once. A signal that was ignored before (nohup) stays ignored.
 
-    asked: the signal that came, to this process. agreed: one came to some process of the training, which all of them
-    learn at the same step (`SmopTrainer`).
+    received: the signal that this process received. agreed: some process of the training has received one; all
+    processes learn it at the same step (`SmopTrainer`).
     """
 
     def __init__(self):
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self.agreed = False
         self._since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self):
-        for number in _ours():
+        for number in _unhandled_signals():
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -48,9 +48,9 @@ class StopRequest(TrainerCallback):
             signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self._since = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._since > SAME_S:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > DUPLICATE_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -59,26 +59,26 @@ class StopRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def check(self, state: TrainerState) -> None:
-        """Raises Stopped: the training stopped before its last step because it was told to."""
+        """Raises Stopped: a signal stopped the training before its last step."""
         if not self.agreed or state.global_step >= state.max_steps:
             return
-        number = self.asked or signal.SIGTERM
+        number = self.received or signal.SIGTERM
         if state.is_world_process_zero:
             logger.warning(
-                "%s: stopped and saved at step %d of %d; the same command goes on",
+                "%s: stopped and saved at step %d of %d; the same command resumes",
                 *(number.name, state.global_step, state.max_steps),
             )
         raise Stopped(number)
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """While open, these signals raise Stopped where the program is, so that it can end what it has started."""
+def stopped_by_signals() -> Iterator[None]:
+    """While open, a signal raises Stopped in the main thread, so that the program can end its child processes."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number))
 
-    before = {number: signal.signal(number, end) for number in _ours()}
+    before = {number: signal.signal(number, end) for number in _unhandled_signals()}
     try:
         yield
     finally:
@@ -86,18 +86,18 @@ def raised() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ours() -> list[signal.Signals]:
-    """Those that nobody has taken or ignored; none outside the main thread, which alone gets them."""
+def _unhandled_signals() -> list[signal.Signals]:
+    """The signals with the default handler; none outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
 
 
-def spare_worker(number: int) -> None:
-    """For a data worker, to which the batch system sends the signal as well: the first is its trainer's to answer."""
+def ignore_first_signal(worker: int) -> None:
+    """A `worker_init_fn`. Batch systems signal data workers too; a worker ignores the first signal."""
 
-    def let_pass(number: int, frame: FrameType | None) -> None:
+    def ignore(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in SIGNALS:
-        signal.signal(number, let_pass)
+        signal.signal(number, ignore)

@@ -1,4 +1,4 @@
-"""What the published recipe adds to transformers' Trainer: the training step, the log, and the bar."""
+"""transformers' Trainer with what the published recipe needs: its loss, log, checkpoints and progress bar."""
 
 import math
 from collections import defaultdict
@@ -17,45 +17,47 @@ from llama_smop.data.training_plan import TrainingPlan
 from llama_smop.models.lm_loss import IGNORED_LABEL
 from llama_smop.training import checkpoints, fsdp, weight_decay
 from llama_smop.training.setbacks import Setbacks
-from llama_smop.training.signals import StopRequest, spare_worker
+from llama_smop.training.signals import StopRequest, ignore_first_signal
 
-ASKED = ("initial_lr", "weight_decay", "betas")  # of a parameter group
+CONFIGURED = ("initial_lr", "weight_decay", "betas")  # settings of a parameter group that a checkpoint does not restore
 LOSSES = ("lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss")
 
 
 class SmopTrainer(Trainer):
-    """Draws by a `TrainingPlan`, logs the parts of the loss and the experts' load, writes checkpoints aside, skips
-    steps whose loss or gradient is not finite, and stops when it is told to (`stop`).
+    """Follows a `TrainingPlan`, logs the parts of the loss and the expert load, writes checkpoints atomically, skips
+    steps whose loss or gradient is not finite, and stops on a signal (`stop`).
 
-    A step's gradient is that of one batch that joins the micro-batches of all processes (`accumulate` of each): the
-    language model's loss is the mean over all its text tokens, CTC over all its clips. The routers' losses compare the
-    tokens of one micro-batch with each other, so they are means over the micro-batches of the step, each on its own
-    tokens; with `global_aux_losses` of the projector, on those that the processes have at the same time.
+    The gradient of a step is that of one joint batch: the micro-batches of all processes (`accumulate` of each). The
+    language model's loss is the mean over its text tokens, the CTC loss the mean over its clips. An auxiliary loss
+    compares the tokens of one micro-batch, so a step takes the mean of the auxiliary losses of its micro-batches. With
+    the projector's `global_aux_losses`, the micro-batches that the processes compute at the same time count as one.
     """
 
     def __init__(self, *args, plan: TrainingPlan, setbacks: Setbacks, stop: StopRequest | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.plan, self.setbacks, self.stop = plan, setbacks, stop or StopRequest()
         self.ctc_weight = self.model.config.ctc_weight
-        self.model_accepts_loss_kwargs = False  # what transformers would weight by tokens is weighted in compute_loss
-        self._mean_counts: torch.Tensor | None = None  # (2,) text tokens and clips of a micro-batch of this step
+        self.model_accepts_loss_kwargs = False  # compute_loss weights by tokens itself
+        self._mean_counts: torch.Tensor | None = None  # (2,) mean text tokens and clips of this step's micro-batches
         self._sums: dict[str, torch.Tensor] = defaultdict(float)
         self._batches: dict[str, torch.Tensor] = defaultdict(float)
         self._finite = True
 
     def create_accelerator_and_postprocess(self):
+        if self.args.fsdp:
+            fsdp.plan(self.args, self.model)
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             fsdp.enable_on_cpu(self.accelerator, self.args)
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(  # not prepared by accelerate: the plan is this process's own already
+        return DataLoader(  # accelerate must not shard it: the plan is this process's own
             self.train_dataset,
             batch_sampler=self.plan,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=spare_worker,
+            worker_init_fn=ignore_first_signal,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
@@ -64,7 +66,7 @@ class SmopTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        optimizer.register_load_state_dict_pre_hook(lambda _, state: weight_decay.by_this_rule(state, self.model))
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: weight_decay.regrouped(state, self.model))
         return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
@@ -75,15 +77,15 @@ class SmopTrainer(Trainer):
         return batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.setbacks.clips(inputs.pop("bad_clips", {}))
+        self.setbacks.record_clips(inputs.pop("bad_clips", {}))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite = self._finite and bool(loss.isfinite())
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self.accelerator.autocast():  # accelerate does it itself, but not with FSDP2
+        with self.accelerator.autocast():  # accelerate does not autocast with FSDP2
             outputs = model(**inputs)
-        if model.training:  # the Trainer takes the mean over the micro-batches, and it or DDP that over the processes
+        if model.training:  # the Trainer and DDP average over micro-batches and processes
             tokens, clips = _counts(inputs["labels"]) / self._mean_counts
             outputs.loss = outputs.loss + (tokens - 1) * outputs.lm_loss
             outputs.lm_loss = tokens * outputs.lm_loss
@@ -97,26 +99,28 @@ class SmopTrainer(Trainer):
             self._add("expert_counts", outputs.expert_counts)
         if outputs.router_entropy is not None:
             for modality, entropy in zip(self.model.config.modalities, outputs.router_entropy, strict=True):
-                self._add(f"router_entropy/{modality}", entropy)  # a batch without that modality is not counted
+                self._add(f"router_entropy/{modality}", entropy)  # NaN where the batch lacks that modality: not counted
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _clip_grad_norm(self, model):
-        """Where the loss of any process or the common gradient is not finite, there is then no gradient to apply.
-        Whether one of them was told to end, all learn on the way."""
+        """Clip the gradient, or drop it if it or the loss of any process is not finite.
+
+        The same reduction tells every process whether one of them has received a signal to stop.
+        """
         norm = super()._clip_grad_norm(model)
-        own = (not (self._finite and math.isfinite(norm)), self.stop.asked is not None)
-        bad, asked = self.accelerator.reduce(
+        own = (not (self._finite and math.isfinite(norm)), self.stop.received is not None)
+        bad, stop = self.accelerator.reduce(
             torch.tensor(own, dtype=torch.float, device=self.args.device), "sum"
         ).tolist()
-        finite, self._finite, self.stop.agreed = not bad, True, asked > 0
+        finite, self._finite, self.stop.agreed = not bad, True, stop > 0
         if not finite:
             model.zero_grad()
             norm = torch.zeros(())
-        self.setbacks.step(self.state.global_step + 1, finite)
+        self.setbacks.record_step(self.state.global_step + 1, finite)
         return norm
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        value, finite = value.detach(), value.detach().isfinite().all()  # stay on the device until they are logged
+        value, finite = value.detach(), value.detach().isfinite().all()  # no host synchronisation before the log
         self._sums[name] = self._sums[name] + torch.where(finite, value, 0)
         self._batches[name] = self._batches[name] + finite.float()
 
@@ -129,7 +133,7 @@ class SmopTrainer(Trainer):
                 logs[name] = round((total.sum() / batches).item(), 7)
         if self.accelerator.num_processes > 1:
             for clips in gather_object([self.setbacks.bad_clips]):
-                self.setbacks.clips(clips)
+                self.setbacks.record_clips(clips)
         if self.setbacks.skipped_steps:
             logs["skipped_steps"] = self.setbacks.skipped_steps
         self._sums.clear()
@@ -137,7 +141,7 @@ class SmopTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _totals(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(name, sum, number of batches) over all processes of what was added; one reduction for all of them."""
+        """(name, sum, number of batches) of the logged values over all processes, in one reduction."""
         names = sorted(self._sums)
         if not names:
             return
@@ -147,10 +151,10 @@ class SmopTrainer(Trainer):
             yield name, values[:-1], values[-1]
 
     def _save_checkpoint(self, model, trial) -> None:
-        with checkpoints.publishing(self) as staging:
+        with checkpoints.atomic_save(self) as staging:
             super()._save_checkpoint(model, trial)
             if self.is_world_process_zero():
-                self.setbacks.keep(staging / f"checkpoint-{self.state.global_step}")
+                self.setbacks.save(staging / f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
@@ -160,7 +164,7 @@ class SmopTrainer(Trainer):
             self._save(output_dir, weights)
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights to save in place of the model's own when that is sharded; all processes must take part."""
+        """The gathered weights of a sharded model, else None. Every process must call it."""
         return fsdp.whole_weights(self.model) if self.is_fsdp_enabled else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -179,32 +183,32 @@ class SmopTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        asked = [{name: group[name] for name in ASKED} for group in self.optimizer.param_groups]
+        configured = [{name: group[name] for name in CONFIGURED} for group in self.optimizer.param_groups]
         if self.is_fsdp_enabled:
             fsdp.load_optimizer(self.optimizer, self.model, Path(checkpoint) / OPTIMIZER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
-        # What the configuration says now, which may have been changed since: the checkpoint would bring back its own.
+        # The configuration may have changed since the checkpoint was written; its present values apply.
         schedule = self.lr_scheduler
-        schedule.base_lrs = [settings["initial_lr"] for settings in asked]
+        schedule.base_lrs = [settings["initial_lr"] for settings in configured]
         rules = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         schedule._last_lr = [base * rule(schedule.last_epoch) for base, rule in rules]
-        for group, settings, lr in zip(self.optimizer.param_groups, asked, schedule._last_lr, strict=True):
+        for group, settings, lr in zip(self.optimizer.param_groups, configured, schedule._last_lr, strict=True):
             group |= settings | {"lr": lr}
 
 
 def _counts(labels: torch.Tensor) -> torch.Tensor:
-    """(2,) float32: text tokens that are predicted, and clips, of labels (B, L)."""
+    """(2,) float32: predicted text tokens and clips of labels (B, L)."""
     tokens = (labels[:, 1:] != IGNORED_LABEL).sum().float()
     return torch.stack([tokens, tokens.new_full((), len(labels))])
 
 
-class Rhythm(TrainerCallback):
-    """When to log and to save: as the configuration says, not a checkpoint that was made under another.
+class LogAndSaveSteps(TrainerCallback):
+    """Takes the logging and saving intervals from the configuration, not from the checkpoint that is resumed.
 
-    Every checkpoint is logged too, so that what a row is the mean of does not reach over it: a run that goes on there
-    logs what the undisturbed one does.
+    A step that saves a checkpoint also logs. So no row of the log is a mean over steps on both sides of a checkpoint,
+    and a resumed run logs the same rows as an uninterrupted one.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -216,7 +220,7 @@ class Rhythm(TrainerCallback):
 
 
 class LossBar(ProgressCallback):
-    """The Trainer's bar with the newest losses behind it, in place of a line for every log."""
+    """The Trainer's progress bar, which shows the newest losses instead of printing a line for every log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:

@@ -1,4 +1,4 @@
-"""Which parameters weight decay shrinks. The rule stands here alone."""
+"""The rule that decides which parameters have weight decay."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -8,11 +8,11 @@ from transformers import Trainer
 
 
 def decayed_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay acts on: matrices, convolution kernels and embeddings.
+    """Names of the parameters with weight decay: matrices, convolution kernels and embeddings.
 
-    Biases, the scales and shifts of norms and the slopes of PReLU are spared: all that has fewer than two dimensions.
-    In a module with `stacked_parameters` the first dimension counts experts, so that the rule is applied to one
-    expert's part: b1 (X, H) holds X biases. What transformers' Trainer spares by its name is spared here too.
+    Parameters with fewer than two dimensions have none: biases, scales and shifts of norms, slopes of PReLU. In a
+    module with `stacked_parameters` the first dimension counts experts and is left out: b1 (X, H) is X biases.
+    Parameters that transformers' Trainer excludes by name have none either.
     """
     by_name = set(Trainer.get_decay_parameter_names(None, model))
     names = []
@@ -25,24 +25,23 @@ def decayed_names(model: nn.Module) -> list[str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer, of the parameters that learn: decayed ones first, then those that are spared."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """Two parameter groups for an optimizer: trained parameters with weight decay, then those without."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = set(decayed_names(model))
     return [
-        {"params": [p for name, p in learning if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in learning if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
     ]
 
 
-def by_this_rule(state: dict, model: nn.Module) -> dict:
-    """An optimizer's state dict, of a checkpoint of any version, with the parameters in this version's groups.
+def regrouped(state: dict, model: nn.Module) -> dict:
+    """An optimizer's state dict from a checkpoint of any version, with the parameters in this version's groups.
 
-    Earlier versions grouped by transformers' rule alone. A state that is already in this version's groups, or in
-    groups that neither made, is returned as it is.
+    Earlier versions grouped by transformers' rule. A state with any other groups is returned unchanged.
     """
-    learning = [name for name, p in model.named_parameters() if p.requires_grad]
-    before = _split(learning, Trainer.get_decay_parameter_names(None, model))
-    now = _split(learning, decayed_names(model))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = _split(trained, Trainer.get_decay_parameter_names(None, model))
+    now = _split(trained, decayed_names(model))
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes == [len(names) for names in now] or sizes != [len(names) for names in before]:
         return state

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from llama_smop.training.config import TrainConfig
-from llama_smop.training.lock import LOCK, alone
+from llama_smop.training.lock import LOCK, folder_lock
 from llama_smop.training.run import train
 from tests.training import children
 
 
 def hold(folder: Path, with_child: bool) -> None:
-    with alone(folder, "another training"):
+    with folder_lock(folder, "another training"):
         if with_child and not os.fork():  # a data worker
             time.sleep(60)
             os._exit(0)
@@ -31,15 +31,15 @@ def test_the_second_is_refused_until_the_first_has_ended_or_died(tmp_path, with_
         pytest.raises(
             ValueError, match=f"{folder}: another training is running in this folder, process {child.pid} on"
         ),
-        alone(folder, "another training"),
+        folder_lock(folder, "another training"),
     ):
         pass
     assert str(child.pid) in (folder / LOCK).read_text(), "who was refused has not written its own name there"
     child.kill()
     child.join()
-    with alone(folder, "another training"):
+    with folder_lock(folder, "another training"):
         assert (folder / LOCK).read_text().split()[:2] == ["process", str(os.getpid())]
-    with alone(folder, "another training"):
+    with folder_lock(folder, "another training"):
         pass
 
 

@@ -13,7 +13,7 @@ from llama_smop.convert import convert
 from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.models import seal
 from llama_smop.reports.ablation.page import write_page
-from llama_smop.training.record import claim
+from llama_smop.training.record import check_run_folder
 
 pytestmark = pytest.mark.xdist_group("places")
 
@@ -73,12 +73,12 @@ def test_a_corpus_that_is_given_as_a_target_is_still_there(corpus, capsys, tmp_p
 
 
 def test_a_training_takes_its_own_folder_and_an_empty_one(tmp_path):
-    claim(tmp_path / "new")
+    check_run_folder(tmp_path / "new")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"holds config\.json"):
-        claim(tmp_path)
+        check_run_folder(tmp_path)
     (tmp_path / "starts.json").write_text("[]")
-    claim(tmp_path)
+    check_run_folder(tmp_path)
 
 
 def test_a_model_of_others_in_a_runs_folder_is_found_before_the_training(corpus, tmp_path, capsys):

@@ -87,7 +87,7 @@ def train_on_a_disk_of_its_own(config: dict, out: Path) -> None:
     """As on a machine that does not share the folder of the run with the others."""
     from llama_smop.training import resume
 
-    resume.PATIENCE_S = 0.5
+    resume.SHARED_FOLDER_TIMEOUT_S = 0.5
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     rank = os.environ["RANK"]
     try:
@@ -99,7 +99,7 @@ def train_on_a_disk_of_its_own(config: dict, out: Path) -> None:
 def test_a_folder_that_is_not_shared_is_refused_at_the_start(corpus, tmp_path):
     children.ranks(train_on_a_disk_of_its_own, 2, config(corpus), tmp_path)
     for rank in range(2):
-        assert "is not the same folder on all machines" in (tmp_path / f"error{rank}").read_text()
+        assert "must be the same folder on all machines" in (tmp_path / f"error{rank}").read_text()
     assert not list(tmp_path.rglob("checkpoint*"))
 
 

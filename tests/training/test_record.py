@@ -58,7 +58,7 @@ def test_going_on_with_other_processes_is_warned_of(run, caplog):
     folder.begin(checkpoint, processes=2, steps=40, fresh=False)
     assert not caplog.messages
     folder.begin(checkpoint, processes=4, steps=40, fresh=False)
-    assert "goes on with 4 processes of 0 data workers, before it had 2 of 0" in caplog.text
+    assert "resumes with 4 processes of 0 data workers, before it had 2 of 0" in caplog.text
 
 
 def test_from_the_beginning_again_nothing_is_left_of_before(run):
@@ -84,7 +84,7 @@ def test_the_page_shows_what_happened(run):
     RunFolder(run, config(), writes=True).end([*log[:2], log[2] | {"train_runtime": 7300.0}])
     page = (run / "report.html").read_text()
     assert "Ended after 40 steps; its last start took 2.0 h" in page
-    assert "not a finite number: 3." in page and "gave way to others: 1." in page
+    assert "loss or gradient was not finite: 3." in page and "replaced by others: 1." in page
     assert "corpus/&lt;torn&gt;.mp4" in page and "34.5 %" in page
     assert page.count('src="data:image/png;base64,') == 5, "losses, schedule, experts, entropy, WER"
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the page refers to other files"

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from llama_smop import files
-from llama_smop.ablation.cell import Used
+from llama_smop.ablation.cell import ResourceUse
 from llama_smop.models import model_folder, seal
 from llama_smop.training import checkpoints
 from llama_smop.training.record import STARTS, last_start, read_starts
@@ -30,9 +30,9 @@ def test_a_damaged_record_of_bad_clips_is_set_aside(tmp_path, content, caplog):
     record = tmp_path / "bad_clips.json"
     record.write_text(content)
     setbacks = Setbacks(record, 10, 10)
-    setbacks.begin(None, fresh=False)
+    setbacks.restore(None, fresh=False)
     assert setbacks.bad_clips == {} and str(record) in caplog.text
-    setbacks.clips({"a.mp4": "torn"})
+    setbacks.record_clips({"a.mp4": "torn"})
     assert json.loads(record.read_text()) == {"a.mp4": "torn"}
 
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_with_a_damaged_seal_is_passed_over(tmp_path, content, capl
 @pytest.mark.parametrize("content", (*DAMAGED, '{"wall": "x"}'), ids=range(8))
 def test_a_cell_counts_its_time_anew_where_the_count_is_damaged(tmp_path, content):
     (tmp_path / "used.json").write_text(content)
-    assert Used(tmp_path).now()["starts"] == 1
+    assert ResourceUse(tmp_path).now()["starts"] == 1
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written_is_one_error(tmp_path,
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
     with (
         pytest.raises(OSError, match=f"{tmp_path}: a checkpoint could not be written"),
-        checkpoints.publishing(trainer),
+        checkpoints.atomic_save(trainer),
     ):
         raise error
 
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoints.LlamaSmopForConditionalGeneration, "from_pretrained", fail)
+    monkeypatch.setattr(model_folder.LlamaSmopForConditionalGeneration, "from_pretrained", fail)
     with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read: .*x"):
         model_folder.load(tmp_path)
 

@@ -236,7 +236,7 @@ def test_epochs_that_are_other_steps_than_before_are_refused(sound_corpus, tmp_p
 
 def test_one_of_several_gpus_is_used_and_said_so(sound_corpus, tmp_path, monkeypatch, caplog):
     """The Trainer would split each batch over them by threads."""
-    made = module._arguments
+    made = module.training_arguments
 
     def two_gpus(*args):
         arguments = made(*args)
@@ -244,7 +244,7 @@ def test_one_of_several_gpus_is_used_and_said_so(sound_corpus, tmp_path, monkeyp
         arguments._n_gpu = 2
         return arguments
 
-    monkeypatch.setattr(module, "_arguments", two_gpus)
+    monkeypatch.setattr(module, "training_arguments", two_gpus)
     with caplog.at_level(logging.WARNING):
         train(config(sound_corpus), tmp_path / "run")
     assert "2 GPUs are visible and one is used: start with torchrun" in caplog.text

@@ -1,4 +1,4 @@
-"""A training that is told to end: by Ctrl-C, by a batch system, twice, by way of one of several processes."""
+"""A training that is stopped: by Ctrl-C, by a batch system, twice, through one of several processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> dict:
-    """No checkpoint before the last step, unless it is told to."""
+    """No checkpoint before the last step, unless a signal stops it."""
     corpus = make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
     return {
         "model": {
@@ -56,7 +56,7 @@ def logged(out: Path) -> list[dict]:
 
 def wait_for_steps(child, out: Path, steps: int = 2) -> None:
     while len(logged(out)) < steps:
-        assert child.is_alive(), "the training ended before it was told to"
+        assert child.is_alive(), "the training ended before the signal"
         time.sleep(0.02)
 
 
@@ -152,9 +152,9 @@ def test_what_an_ablation_has_started_is_ended_first(tmp_path):
 
 
 def tidy(folder: Path) -> None:
-    from llama_smop.training.signals import raised
+    from llama_smop.training.signals import stopped_by_signals
 
-    with raised():
+    with stopped_by_signals():
         try:
             (folder / "begun").touch()
             time.sleep(60)

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +36,7 @@ from llama_smop.data.synthetic import mouth
 from llama_smop.data.synthetic.articulation import articulation
 from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
 from llama_smop.data.synthetic.speech import speak
+from llama_smop.processes import exit_with_parent
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")
@@ -203,12 +203,7 @@ def _start_worker(parent: int) -> None:
 
     cv2.setNumThreads(1)
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    exit_with_parent(parent)
 
 
 def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -> Iterator[dict]:

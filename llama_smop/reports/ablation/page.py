@@ -1,4 +1,4 @@
-"""The page of an ablation, README.md: what was run, one table, which differences exceed the spread, pictures."""
+"""The page of an ablation, README.md: setup, table, differences that exceed the spread over seeds, pictures."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 
 from llama_smop import files
+from llama_smop.evaluation.wer import snr_label
 from llama_smop.reports.ablation.plots import pictures
 from llama_smop.reports.ablation.results import (
     MODALITIES,
@@ -22,7 +23,7 @@ from llama_smop.reports.ablation.results import (
 from llama_smop.reports.html import shown
 from llama_smop.reports.plots import NAMES
 
-NAMED = 12  # differences in a sentence
+NAMED = 12  # the most differences that a sentence names
 ALL_LISTED = 40  # comparisons; of more, only those that exceed the spread are listed
 CAPTIONS = {
     "wer_snr.png": "Word error rate against SNR by sharing. Mean over seeds; whiskers from the lowest to the highest.",
@@ -39,17 +40,17 @@ WRITTEN = "_Written by `llama-smop ablate` from `results.json`._"
 
 
 def check_page(folder: Path) -> None:
-    """Raises FileExistsError: a README.md in the folder that is not an ablation's page."""
+    """Raises FileExistsError: the folder has a README.md that is not an ablation's page."""
     page = folder / "README.md"
     if page.exists() and WRITTEN not in page.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{page}: is not an ablation's page, which would be written over it; name another folder")
+        raise FileExistsError(f"{page}: is not an ablation's page, and would be overwritten; name another folder")
 
 
 def write_page(folder: str | Path) -> Path:
     """`folder/README.md` and its pictures, from `folder/results.json`.
 
     Raises:
-        ValueError: no results there, or something else in their file. FileExistsError: see `check_page`.
+        ValueError: no results there, or their file has other content. FileExistsError: see `check_page`.
     """
     folder = Path(folder)
     check_page(folder)
@@ -163,7 +164,7 @@ def table(results: Mapping) -> str:
 
 def _condition(condition: Condition, name_noise: bool) -> str:
     noise, snr = condition
-    return "clean" if snr is None else f"{snr:g} dB" + (f" {Path(noise).stem}" if name_noise else "")
+    return snr_label(snr) + (f" {Path(noise).stem}" if name_noise and snr is not None else "")
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -173,7 +174,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def spread(results: Mapping) -> str:
-    """The rule, and what comes out of it."""
+    """The rule of comparison and its result."""
     found = differences(results)
     if not found:
         return "Nothing can be said: no two settings share two seeds."

@@ -1,4 +1,4 @@
-"""The pictures of an ablation, made from its results; bands and whiskers run from the lowest to the highest seed."""
+"""The pictures of an ablation. Bands and whiskers span the lowest to the highest seed."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ AXES = {"num_experts": "experts E", "top_k": "active experts K", "rates": "compr
 
 
 def pictures(results: Mapping) -> dict[str, Figure]:
-    """By file name, those that the results have something to show in."""
+    """{file name: figure}, only for what the results contain."""
     groups = by_setting(results)
     if not groups:
         return {}
@@ -35,7 +35,7 @@ def pictures(results: Mapping) -> dict[str, Figure]:
 
 
 def one_of_each_sharing(results: Mapping) -> dict[Setting, dict[int, Mapping]]:
-    """The first setting of every sharing: where other axes vary too, pictures by sharing show their first values."""
+    """The first setting of each sharing: if other axes vary too, pictures by sharing show the first values of those."""
     first: dict[str, Setting] = {}
     groups = by_setting(results)
     for setting in groups:
@@ -44,7 +44,7 @@ def one_of_each_sharing(results: Mapping) -> dict[Setting, dict[int, Mapping]]:
 
 
 def wer_against_snr(results: Mapping) -> Figure:
-    """A row for each kind of noise, a column for each modality; lips hear no noise and get a bar for each sharing."""
+    """A row for each kind of noise, a column for each modality; video has no noise and gets a bar for each sharing."""
     groups, scored = one_of_each_sharing(results), conditions(results)
     modalities = [m for m in MODALITIES if any(wers(c, m) for cells in groups.values() for c in cells.values())]
     noises = list(dict.fromkeys(noise for noise, snr in scored if snr is not None)) or [None]
@@ -76,7 +76,7 @@ def wer_against_snr(results: Mapping) -> Figure:
                 found = [wers(cell, modality) for cell in cells.values()]
                 at = [x for x, place in enumerate(places) if all(place in f for f in found)]
                 values = [[100 * f[places[x]] for f in found] for x in at]
-                shift = 0.06 * (line - (len(groups) - 1) / 2)  # so that no whisker hides another
+                shift = 0.06 * (line - (len(groups) - 1) / 2)  # so that whiskers do not overlap
                 _line(axes, [x + shift for x in at], values, SHARINGS[setting.sharing], setting.sharing)
             axes.set_xticks(range(len(places)), [*(f"{s:g}" for s in snrs), *["clean"] * (len(places) - len(snrs))])
             axes.set_xlabel("SNR in dB" if noise is None else f"{Path(noise).stem}, SNR in dB")
@@ -95,7 +95,7 @@ def wer_against(results: Mapping, axis: str) -> Figure:
     groups = by_setting(results)
     modalities = [m for m in MODALITIES if any(wers(c, m) for cells in groups.values() for c in cells.values())]
     values = sorted({getattr(s, axis) for s in groups if s.sharing != "dense"})
-    rest = [replace(s, **{axis: None}) for s in groups]  # what a line stands for
+    rest = [replace(s, **{axis: None}) for s in groups]  # without the axis: one line each
     figure, panels = subplots(2.4 + 3.0 * len(modalities), 3.5, ncols=len(modalities), squeeze=False, sharey=True)
     for axes, modality in zip(panels[0], modalities, strict=True):
         for setting, cells in groups.items():
@@ -124,8 +124,8 @@ def wer_against(results: Mapping, axis: str) -> Figure:
 
 
 def activation(results: Mapping) -> Figure:
-    """Shares of the choices on test clips: a row for each sparse sharing, a column for each seed. Experts are not the
-    same ones from seed to seed, so there is no mean over seeds."""
+    """Shares of the choices on test clips: a row for each sparse sharing, a column for each seed. There is no mean over
+    seeds, because experts of different seeds do not correspond."""
     groups = {s: cells for s, cells in one_of_each_sharing(results).items() if s.sharing != "dense"}
     seeds = sorted({seed for cells in groups.values() for seed in cells})
     figure, panels = subplots(

@@ -1,4 +1,4 @@
-"""Reading `results.json`: settings, their seeds, and which settings differ by more than their seeds do."""
+"""Reads `results.json`: settings, their seeds, and differences that exceed the spread over seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student_t
 
+from llama_smop.evaluation.wer import snr_order
+
 MODALITIES = ("audio", "video", "audiovisual")
 CONFIDENCE = 0.95
 Condition = tuple[str | None, float | None]  # (noise kind, SNR); (None, None) is clean
@@ -14,8 +16,10 @@ Condition = tuple[str | None, float | None]  # (noise kind, SNR); (None, None) i
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of different seeds have in common. Dense: no E, a width of its own, and the K that it stands for,
-    if any."""
+    """What cells that differ only in their seed have in common.
+
+    A dense one has no E; it has its own width and, if any, the K whose arithmetic it matches.
+    """
 
     sharing: str
     num_experts: int | None
@@ -35,7 +39,7 @@ class Setting:
         )
 
     def label(self, among: Sequence["Setting"]) -> str:
-        """Its sharing, and whatever else varies `among` the settings."""
+        """Its sharing, and every other axis that varies `among` the settings."""
         parts = [self.sharing]
         for name, text in (
             ("num_experts", f"E {self.num_experts}"),
@@ -43,7 +47,7 @@ class Setting:
             ("dense_hidden", f"hidden {self.dense_hidden}"),
             ("rates", f"rates {self.rates}"),
         ):
-            if name == "top_k" and self.sharing == "dense":  # its width says it
+            if name == "top_k" and self.sharing == "dense":  # its width implies it
                 continue
             values = {getattr(s, name) for s in among} - {None}
             if len(values) > 1 and getattr(self, name) is not None:
@@ -51,9 +55,9 @@ class Setting:
         return ", ".join(parts)
 
     def differs_in(self, other: "Setting") -> int:
-        """In how many things; what one of the two does not have is not compared."""
+        """The number of axes in which the two differ; an axis that only one of them has does not count."""
         names = ["sharing", "num_experts", "top_k", "rates", "dense_hidden"]
-        if self.sharing == other.sharing == "dense":  # of two widths, which are one thing
+        if self.sharing == other.sharing == "dense":  # K and the width are one axis
             names.remove("top_k")
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
         return sum(a != b for a, b in pairs if a is not None and b is not None)
@@ -78,7 +82,7 @@ class Difference:
 
 
 def by_setting(results: Mapping) -> dict[Setting, dict[int, Mapping]]:
-    """{setting: {seed: cell}} of the cells that were finished, in the grid's order."""
+    """{setting: {seed: cell}} of the finished cells, in the grid's order."""
     groups: dict[Setting, dict[int, Mapping]] = {}
     for cell in results["cells"]:
         if "failed" not in cell:
@@ -91,21 +95,21 @@ def wers(cell: Mapping, modality: str) -> dict[Condition, float]:
 
 
 def mean_wer(cell: Mapping, modality: str) -> float | None:
-    """Over all conditions that were scored, each with the same weight; None if there are none."""
+    """Unweighted mean over all scored conditions; None if there are none."""
     found = wers(cell, modality)
     return fmean(found.values()) if found else None
 
 
 def conditions(results: Mapping) -> list[Condition]:
-    """Clean first, then by kind of noise and falling SNR."""
+    """The scored conditions: clean first, then by kind of noise and falling SNR."""
     found = {(r["noise"], r["snr"]) for c in results["cells"] if "rows" in c for r in c["rows"]}
-    return sorted(found, key=lambda c: (c[1] is not None, c[0] or "", -(c[1] or 0)))
+    return sorted(found, key=lambda c: (c[1] is not None, c[0] or "", snr_order(c[1])))
 
 
 def paired(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, half width, p) of paired differences by Student's t: mean ± t(0.975, n − 1) · s / √n against 0.
 
-    Raises ValueError: fewer than two values, of which there is no spread.
+    Raises ValueError: fewer than two values, which have no spread.
     """
     n = len(values)
     if n < 2:
@@ -118,9 +122,9 @@ def paired(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def differences(results: Mapping) -> list[Difference]:
-    """Every two settings that differ in one thing and share two seeds or more, by modality: mean WER, paired by seed.
+    """For each modality, the settings that differ in one axis and share two seeds or more: mean WER, paired by seed.
 
-    A seed fixes the order of the clips, their crops and noise, whatever the setting: so the pairs.
+    They are paired because a seed fixes the order, crops and noise of the clips for every setting.
     """
     groups = by_setting(results)
     found = []
@@ -142,7 +146,7 @@ def differences(results: Mapping) -> list[Difference]:
 
 
 def _holm(found: Sequence[Difference]) -> list[Difference]:
-    """Marks those whose p is below 0.05 / (comparisons left), in order of p, up to the first that is not."""
+    """Holm's step-down correction: in order of p, marks those with p <= 0.05 / (comparisons left), and stops."""
     passed: set[int] = set()
     for rank, index in enumerate(sorted(range(len(found)), key=lambda i: found[i].p)):
         if found[index].p > (1 - CONFIDENCE) / (len(found) - rank):
