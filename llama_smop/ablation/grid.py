@@ -93,7 +93,7 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
     """
     base = _composed(grid, beside, corpus).check(TrainConfig)
     if (grid.score.root or base.data.root) is None:
-        raise ValueError("score.root is required if the training reads shards: the corpus of score.labels")
+        raise ValueError("score.root is needed if the training reads shards: the corpus of score.labels")
     model, axes = base.model, grid.axes
     projector = model.projector
     E_axis = axes.num_experts or (projector.num_experts,)
