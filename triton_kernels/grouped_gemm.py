@@ -104,7 +104,8 @@ def grouped_gemm_kernel(
         n0 = tile_n * BLOCK_N + tl.arange(0, HALF)
         n1 = n0 + HALF
         mask0, mask1 = tile_mask(m, n0, end, N, EVEN_N), tile_mask(m, n1, end, N, EVEN_N)
-        s0, s1 = load_saved(pre_ptr, mask0, m, n0, N, GRADIENT), load_saved(pre_ptr, mask1, m, n1, N, GRADIENT)
+        s0 = load_saved(pre_ptr, mask0, m, n0, N, GRADIENT)
+        s1 = load_saved(pre_ptr, mask1, m, n1, N, GRADIENT)
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         epilogue(left, s0, mask0, m, n0, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
         epilogue(right, s1, mask1, m, n1, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
