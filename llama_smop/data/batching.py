@@ -1,5 +1,4 @@
-"""Batches by total frames: clips of like length together, every clip once an epoch, seeded, resumable, split over
-ranks."""
+"""Batches by total frames: clips of like length together, every clip once an epoch, seeded, split over ranks."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -70,8 +69,6 @@ class FrameBatchSampler(Sampler[list[int]]):
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = rank, world
         self.epoch = 0
-        self._given = 0  # batches of this epoch
-        self._resume = False
 
         by_length = np.argsort(self.lengths, kind="stable")
         self._buckets = [b for b in np.array_split(by_length, min(num_buckets, len(by_length))) if len(b)]
@@ -96,26 +93,8 @@ class FrameBatchSampler(Sampler[list[int]]):
         return len(self._sizes) // self.world
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses an epoch's order; a position loaded for that same epoch is kept."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._given, self._resume = 0, False
-
-    def state_dict(self) -> dict:
-        """Where iteration stands: `epoch`, and `batch`, how many batches of it this rank has been given."""
-        return {"epoch": self.epoch, "batch": self._given, "seed": self.seed, "clips": len(self.lengths)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The next iteration goes on where `state_dict` was taken, later ones are whole epochs again.
-
-        A loader that reads ahead has been given more than it has used: store the number used as `batch`.
-        """
-        for name, value in (("seed", self.seed), ("clips", len(self.lengths))):
-            if state[name] != value:
-                raise ValueError(f"the stored sampler had {name} {state[name]}, this one has {value}: cannot resume")
-        if not 0 <= state["batch"] <= len(self):
-            raise ValueError(f"the stored sampler stood at batch {state['batch']}, this one has {len(self)}")
-        self.epoch, self._given, self._resume = state["epoch"], state["batch"], True
+        """Choose the epoch, which seeds the order."""
+        self.epoch = epoch
 
     def _epoch_batches(self) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -128,8 +107,5 @@ class FrameBatchSampler(Sampler[list[int]]):
         return [batches[step * self.world + self.rank] for step in steps]
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._given if self._resume else 0
-        self._resume = False
-        for number, batch in enumerate(self._epoch_batches()[start:], start=start + 1):
-            self._given = number
+        for batch in self._epoch_batches():
             yield batch.tolist()

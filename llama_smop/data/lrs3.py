@@ -120,7 +120,7 @@ class Lrs3Dataset(Dataset):
 
     An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
     `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
-    generator seeded by (seed, epoch, index): items do not depend on the order they are asked for, nor on the worker.
+    generator seeded by (seed, index): items do not depend on the order they are asked for, nor on the worker.
     `lengths` are the labels' frame counts; nothing is decoded for them. longest: frames that the model takes; a clip
     that is longer, by less than SPARE_FRAMES, is cut to its label's length. unfit: says why the model cannot take a
     clip of so many samples and frames, or None. Raises MediaError naming the file where a clip cannot be used.
@@ -146,8 +146,6 @@ class Lrs3Dataset(Dataset):
         self.noise = noise
         self.seed = seed
         self.longest, self.unfit = longest, unfit
-        # In shared memory, so that workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -155,14 +153,6 @@ class Lrs3Dataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         return [clip.n_frames for clip in self.clips]
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of an epoch; the Trainer calls it."""
-        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
         clip = self.clips[index]
@@ -172,7 +162,7 @@ class Lrs3Dataset(Dataset):
             reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is not None:
                 raise MediaError(clip.video_path(self.root), f"{reason} (its label says {clip.n_frames} frames)")
-        rng = clip_rng(self.seed, self.epoch, index)
+        rng = clip_rng(self.seed, 0, index)
         audio, video = self.transform(audio, video, rng, self.noise)
         return {
             "audio": audio,

@@ -109,10 +109,6 @@ class ClipTransform:
     video: VideoTransform = VideoTransform()
 
     @classmethod
-    def training(cls) -> "ClipTransform":
-        return cls(AudioTransform(train=True), VideoTransform(train=True))
-
-    @classmethod
     def testing(cls) -> "ClipTransform":
         return cls()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
+SPEECH_INPUTS = ("input_features", "audio_mask", "video_values", "video_mask")
 # Ways of decoding that feed the prompt again, or in parts, by its ids: the speech at its placeholders would be lost.
 BY_IDS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "prefill_chunk_size")
 

@@ -128,8 +128,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         audio_mask: Tensor | None = None,
         video_values: Tensor | None = None,
         video_mask: Tensor | None = None,
-        audio_states: Tensor | None = None,
-        video_states: Tensor | None = None,
     ) -> SpeechFeatures:
         """Towers, compression and one projector call over the audio and video tokens together.
 
@@ -137,19 +135,16 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             input_features: (B, mels, 2·positions) log-mel of the whole Whisper window.
             audio_mask: (B, F) bool, the Whisper frames that belong to each clip, real ones first; F ≤ positions.
             video_values, video_mask: (B, T, 1, H, W) and (B, T) bool.
-            audio_states, video_states: tower outputs made before (a feature cache), in place of the inputs above;
-                (B, F, D) and (B, T, D), under the same masks.
         """
         states, masks = {}, {}
-        if input_features is not None or audio_states is not None:
+        if input_features is not None:
             self._expect("audio", audio_mask)
-            audio_states = self.get_audio_states(input_features) if audio_states is None else audio_states
-            states["audio"], masks["audio"] = audio_states[:, : audio_mask.shape[1]], audio_mask.bool()
-        if video_values is not None or video_states is not None:
+            states["audio"] = self.get_audio_states(input_features)[:, : audio_mask.shape[1]]
+            masks["audio"] = audio_mask.bool()
+        if video_values is not None:
             self._expect("video", video_mask)
-            video_mask = video_mask.bool()
-            states["video"] = self.get_video_states(video_values, video_mask) if video_states is None else video_states
-            masks["video"] = video_mask
+            masks["video"] = video_mask.bool()
+            states["video"] = self.get_video_states(video_values, masks["video"])
         if not states:
             raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
         tokens, token_masks, modality = [], [], []
@@ -236,8 +231,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        audio_states: Tensor | None = None,
-        video_states: Tensor | None = None,
         target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
@@ -257,7 +250,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         """
         arguments.refuse_unknown(kwargs, self._known_arguments)
         speech = None
-        given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
+        given = (input_features, audio_mask, video_values, video_mask)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
         if any(v is not None for v in given):
             speech = self.get_speech_features(**speech_inputs)

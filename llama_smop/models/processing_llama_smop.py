@@ -26,10 +26,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         rate_audio, rate_video: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
         prompts: the text after the speech tokens for "audio", "video" and "audio_video".
-        published_padding: parity with the published run, where every clip counts as long as the longest of its
-            batch, and the language model attends to the padding.
-        published_audio_count: parity with its count of audio frames, computed in "float32" or "bfloat16", which
-            loses frames at some lengths; None counts in integers.
     """
 
     def __init__(
@@ -40,8 +36,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         rate_video: int = 2,
         audio_window: int = 1500,
         prompts: dict[str, str] | None = None,
-        published_padding: bool = False,
-        published_audio_count: str | None = None,
         chat_template=None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
@@ -52,11 +46,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         ):
             raise ValueError(f"the processor's prompts must be a text for each modality, got {prompts!r:.60}")
         self.prompts = {**PROMPTS, **(prompts or {})}
-        self.published_padding, self.published_audio_count = published_padding, published_audio_count
-        if published_audio_count not in (None, "float32", "bfloat16"):
-            raise ValueError(
-                f'published_audio_count must be None, "float32" or "bfloat16", got {published_audio_count!r}'
-            )
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if missing:
@@ -87,8 +76,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio: Sequence | None = None,
         video: Sequence | None = None,
         *,
-        audio_states: Sequence[Tensor] | None = None,
-        video_states: Sequence[Tensor] | None = None,
         prompt: str | None = None,
         padding_side: str | None = None,
     ) -> BatchFeature:
@@ -99,15 +86,13 @@ class LlamaSmopProcessor(ProcessorMixin):
             audio: for each clip (N,) or (N, 1) floats at 16 kHz, transformed already. With video it is cut or padded
                 with zeros to the video's length.
             video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
-            audio_states, video_states: tower frames (F, D) of each clip from a `FeatureCache`, in place of the clip.
                 A single clip need not be in a list.
             prompt: in place of the modality's own.
             padding_side: "right" with text, "left" without.
 
         Returns:
             input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
-            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool; of states
-            audio_states or video_states (B, F, D) and their mask.
+            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool.
 
         Raises:
             ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
@@ -115,9 +100,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else text
         audio, video = _listed(audio, 1), _listed(video, 4)
-        audio_states, video_states = _listed(audio_states, 2), _listed(video_states, 2)
-        streams = {"audio": audio_states if audio is None else audio, "video": video_states if video is None else video}
-        streams = {modality: clips for modality, clips in streams.items() if clips is not None}
+        streams = {name: clips for name, clips in (("audio", audio), ("video", video)) if clips is not None}
         if not streams:
             raise ValueError("expected audio, video or both, got neither")
         clips = len(next(iter(streams.values())))
@@ -129,19 +112,14 @@ class LlamaSmopProcessor(ProcessorMixin):
         batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
         if video is not None:
             video = [_as_video(v) for v in video]
-            counts["video"] = self._together([self.video_tokens(len(v)) for v in video])
+            counts["video"] = [self.video_tokens(len(v)) for v in video]
             batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
         if audio is not None:
             audio = [_as_audio(a) for a in audio]
             if video is not None:
                 audio = [fit(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
-            samples = self._together([len(a) for a in audio])
-            counts["audio"] = [self.audio_tokens(n) for n in samples]
-            batch |= self._log_mel(audio, [self.audio_frames(n) for n in samples])
-        for modality, rate in (("audio", self.rate_audio), ("video", self.rate_video)):
-            if modality in streams and f"{modality}_mask" not in batch:
-                batch |= _pad_states(modality, streams[modality])
-                counts[modality] = [self._tokens(len(s), rate, modality) for s in streams[modality]]
+            counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
+            batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
         prompt_ids = self.encode(self.prompts["_".join(streams)] if prompt is None else prompt)
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
         return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
@@ -170,9 +148,6 @@ class LlamaSmopProcessor(ProcessorMixin):
                 f"{self.audio_window / 50:.2f} s; cut it, as llama_smop.models.decoding.cut_at_silences does"
             )
         frames = samples * 50 // SAMPLING_RATE
-        if self.published_audio_count:
-            dtype = getattr(torch, self.published_audio_count)
-            frames = int(torch.tensor(samples, dtype=dtype) / SAMPLING_RATE * 50)
         return min(max(frames, MIN_AUDIO_FRAMES), self.audio_window)
 
     def audio_tokens(self, samples: int) -> int:
@@ -180,9 +155,6 @@ class LlamaSmopProcessor(ProcessorMixin):
 
     def video_tokens(self, frames: int) -> int:
         return self._tokens(frames, self.rate_video, "video")
-
-    def _together(self, lengths: list[int]) -> list[int]:
-        return [max(lengths)] * len(lengths) if self.published_padding else lengths
 
     @staticmethod
     def _tokens(frames: int, rate: int, modality: str) -> int:
@@ -257,8 +229,6 @@ class LlamaSmopProcessor(ProcessorMixin):
             mask[i, begin : begin + n] = 1
             if target:
                 labels[i, begin + len(prefix) : begin + n] = torch.tensor(target)
-        if self.published_padding:
-            mask.fill_(1)
         return {"input_ids": ids, "attention_mask": mask} | ({} if texts is None else {"labels": labels})
 
     def decode_new(self, generated: Tensor, prompt_length: int) -> list[str]:
@@ -280,11 +250,6 @@ def _for_a_batch(*shape: int) -> Tensor:
 def prefix_mask(lengths: Sequence[int]) -> Tensor:
     """(B, max length) bool, True on the first `lengths[b]` places."""
     return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-
-
-def _pad_states(modality: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
-    padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-    return {f"{modality}_states": padded, f"{modality}_mask": prefix_mask([len(s) for s in states])}
 
 
 def _listed(clips, dimensions: int):

@@ -21,8 +21,8 @@ from llama_smop.data.shards.read import ShardClips
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.sources import FolderClips
 from llama_smop.data.training_plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
-from llama_smop.data.transforms import ClipTransform
 from llama_smop.training.setbacks import ReplacedClips
+from tests.data.conftest import TRAINING
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("webdataset")
@@ -48,7 +48,7 @@ def clips(source, **settings_):
 
 
 def drawn(source, noise=None, seed=0):
-    return DrawnClips(source, ClipTransform.training(), noise, seed)
+    return DrawnClips(source, TRAINING, noise, seed)
 
 
 def plan(source, batches=None, seed=0, **settings_):

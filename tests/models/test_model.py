@@ -145,18 +145,6 @@ def test_one_modality_makes_one_tower_and_one_router():
         model(**processor(text=TEXTS, **chosen(CLIPS, "video")))
 
 
-def test_precomputed_states_stand_in_for_the_towers(model, processor):
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
-    with torch.no_grad():
-        speech = model.get_speech_features(
-            **{k: batch[k] for k in ("input_features", "audio_mask", "video_values", "video_mask")}
-        )
-        expected = model(**batch).loss
-        cached = {k: v for k, v in batch.items() if k not in ("input_features", "video_values")}
-        loss = model(**cached, audio_states=speech.states["audio"], video_states=speech.states["video"]).loss
-    assert_same_sums(loss, expected, TINY_MODEL, "the loss")
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     model, processor = small()
     batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))

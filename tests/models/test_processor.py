@@ -88,9 +88,6 @@ def test_a_single_clip_need_not_be_in_a_list(processor):
         for picture in (video, video.numpy(), video[None]):
             found = processor(text="bin", audio=sound, video=picture)
             assert all(torch.equal(found[k], expected[k]) for k in expected)
-    states = torch.randn(20, 8)
-    listed = processor(video_states=[states])
-    assert torch.equal(processor(video_states=states)["video_states"], listed["video_states"])
 
 
 def test_save_and_load(processor, tmp_path):
