@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -26,9 +27,18 @@ def split_fullest(sizes: Sequence[int], count: int) -> list[int]:
 
 def nearest_in_length(lengths: Sequence[int], index: int) -> Iterator[int]:
     """The other clips, the nearest in length first."""
-    lengths = np.asarray(lengths)
-    order = np.argsort(np.abs(lengths - lengths[index]), kind="stable")
+    order = np.argsort(np.abs(np.asarray(lengths) - lengths[index]), kind="stable")
     return (int(i) for i in order if i != index)
+
+
+class EpochBatches(Protocol):
+    """Batches of clip numbers, in an order that depends on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[int]]: ...
 
 
 class FrameBatchSampler(Sampler[list[int]]):
@@ -75,10 +85,10 @@ class FrameBatchSampler(Sampler[list[int]]):
         self._sizes = self._batch_sizes()
 
     def _batch_sizes(self) -> list[int]:
-        """How many clips each batch takes, in order of length; the same in every epoch."""
+        """The number of clips in each batch, in order of length; the same in every epoch."""
         ceilings = np.concatenate([np.full(len(b), self.lengths[b[-1]]) for b in self._buckets])
         sizes, count = [], 0
-        for ceiling in ceilings:  # ascending, so the newest clip is the longest
+        for ceiling in ceilings:  # ascending, so the last clip of a batch is the longest
             too_long = self.max_frames is not None and (count + 1) * ceiling > self.max_frames
             too_many = self.max_clips is not None and count == self.max_clips
             if count and (too_long or too_many):

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
+from llama_smop.data.media import MediaError, audio_path, read_audio, read_video
 from llama_smop.data.noise import Noise
 from llama_smop.data.transforms import ClipTransform, clip_rng
+from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME
 
-MODALITIES = ("audio", "video", "audiovisual")
-SPARE_FRAMES = 12  # half a second, by which sound may be longer than its label: a codec's last block, a late stop
-MOST_FRAMES = 10_000_000  # of a clip, four days
-ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # would end a line for `splitlines`
+SPARE_FRAMES = 12  # half a second that a clip may be longer than its label, as by a codec's last block
+MOST_FRAMES = 10_000_000  # four days; a label with more is damaged
+ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # `splitlines` would end a line at these
 
 
 class LabelError(ValueError):
@@ -53,7 +53,8 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
     path = Path(root, "labels", label_file)
     if not os.path.exists(path) and os.path.exists(label_file):
         path = Path(label_file)
-    clips, seen = [], {}
+    clips: list[Clip] = []
+    seen: dict[str, int] = {}  # lines by clip
     for number, line in enumerate(read_text(path, "label file").split("\n"), start=1):
         if not line.strip():
             continue
@@ -157,7 +158,7 @@ class Lrs3Dataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         clip = self.clips[index]
         audio, video = load_clip(clip.video_path(self.root), self.modality)
-        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_FRAME), self._cut(video, clip.n_frames, 1)
+        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_VIDEO_FRAME), self._cut(video, clip.n_frames, 1)
         if self.unfit is not None:
             reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is not None:
@@ -178,7 +179,7 @@ class Lrs3Dataset(Dataset):
 
 
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
+    """The streams of a clip that a modality needs: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
 
     The sound comes from the .wav beside the clip, which begins with its first frame, or from the clip itself where
     there is none. Raises MediaError.

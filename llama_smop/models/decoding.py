@@ -1,4 +1,4 @@
-"""From clips to text: a length limit that fits each clip, and recordings longer than the model's window."""
+"""Transcribe clips, each under a length limit of its own, and recordings longer than the model's window."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 
-from llama_smop.models.processing_llama_smop import SAMPLES_PER_FRAME, SAMPLES_PER_VIDEO_FRAME
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.units import (
+    SAMPLES_PER_VIDEO_FRAME,
+    SAMPLES_PER_WHISPER_FRAME,
+    STREAMS,
+    VIDEO_RATE,
+    WHISPER_RATE,
+)
 
 # Fast speech is about 4.5 words or 7 tokens a second.
 TOKENS_PER_SECOND, LEAST_TOKENS = 8, 16
-VIDEO_FRAMES_PER_SECOND = 25
 # A quiet moment is judged over this many video frames (0.2 s).
 SILENCE_FRAMES = 5
 
@@ -32,7 +39,7 @@ class PerClipLimit(StoppingCriteria):
     def __init__(self, prompt_length: int, limits: Tensor):
         self.prompt_length, self.limits = prompt_length, limits
 
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         rows = input_ids.shape[0] // len(self.limits)  # beams
         limits = self.limits.to(input_ids.device).repeat_interleave(rows)
         return input_ids.shape[1] - self.prompt_length >= limits
@@ -41,15 +48,21 @@ class PerClipLimit(StoppingCriteria):
 def token_limits(batch: BatchFeature) -> Tensor:
     """(B,) new tokens that each clip's duration leaves room for: 16 + 8 a second."""
     if "audio_mask" in batch:
-        seconds = batch["audio_mask"].sum(1) * SAMPLES_PER_FRAME / 16000
+        seconds = batch["audio_mask"].sum(1) / WHISPER_RATE
     else:
-        seconds = batch["video_mask"].sum(1) / VIDEO_FRAMES_PER_SECOND
+        seconds = batch["video_mask"].sum(1) / VIDEO_RATE
     return LEAST_TOKENS + (seconds * TOKENS_PER_SECOND).ceil().long()
 
 
 @torch.inference_mode()
 def transcribe_batch(
-    model, processor, *, audio: Sequence | None = None, video: Sequence | None = None, num_beams: int = 1, **settings
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    *,
+    audio: Sequence | None = None,
+    video: Sequence | None = None,
+    num_beams: int = 1,
+    **settings,
 ) -> list[str]:
     """Texts of transformed clips, greedy or by beam search, deterministic.
 
@@ -86,7 +99,7 @@ def cut_at_silences(samples: np.ndarray | None, frames: int, longest: int) -> li
         stop = start + longest
         if energy is not None:
             earliest = start + (longest + 1) // 2
-            # Of equally quiet moments the latest, for fewer pieces.
+            # Of equally quiet moments the latest: fewer pieces.
             quiet = energy[earliest : stop + 1][::-1]
             stop -= int(np.argmin(quiet))
         pieces.append((start, stop))
@@ -125,8 +138,8 @@ def transcribe_long(
     if audio is None and video is None:
         raise ValueError("expected audio, video or both, got neither")
     frames = len(video) if video is not None else math.ceil(len(audio) / SAMPLES_PER_VIDEO_FRAME)
-    window = processor.audio_window * SAMPLES_PER_FRAME // SAMPLES_PER_VIDEO_FRAME
-    longest = window if longest_seconds is None else min(window, round(longest_seconds * VIDEO_FRAMES_PER_SECOND))
+    window = processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME
+    longest = window if longest_seconds is None else min(window, round(longest_seconds * VIDEO_RATE))
     cuts = cut_at_silences(audio, frames, longest)
     if len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < processor.rate_video:
         cuts = cuts[:-1]  # less than one token of speech
@@ -139,8 +152,6 @@ def transcribe_long(
             )
             for a, b in spans
         ]
-        streams = {
-            name: [clip[i] for clip in clips] for i, name in enumerate(("audio", "video")) if clips[0][i] is not None
-        }
+        streams = {name: [clip[i] for clip in clips] for i, name in enumerate(STREAMS) if clips[0][i] is not None}
         texts = transcribe_batch(model, processor, num_beams=num_beams, **streams)
         yield from (Piece(a, b, text) for (a, b), text in zip(spans, texts, strict=True))

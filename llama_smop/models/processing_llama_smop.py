@@ -5,15 +5,27 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from llama_smop.models import config_checks as check
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
-from llama_smop.models.word_tokenizer import AUDIO, AUDIO_END, PROMPTS, SPECIAL_TOKENS, VIDEO, VIDEO_END
+from llama_smop.models.tokenizer import PROMPTS
+from llama_smop.models.units import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_RATE,
+    IGNORED_LABEL,
+    PAD,
+    SAMPLES_PER_VIDEO_FRAME,
+    SAMPLES_PER_WHISPER_FRAME,
+    SPECIAL_TOKENS,
+    STREAMS,
+    VIDEO,
+    VIDEO_END,
+    WHISPER_RATE,
+    cut_or_pad,
+)
 
-SAMPLING_RATE = 16000
-SAMPLES_PER_FRAME = 320  # one Whisper frame, 1/50 s
-SAMPLES_PER_VIDEO_FRAME = 640  # one video frame, 1/25 s
 MIN_AUDIO_FRAMES = 25
 
 
@@ -25,18 +37,18 @@ class LlamaSmopProcessor(ProcessorMixin):
         tokenizer: any tokenizer that knows `<pad> <audio> </audio> <video> </video>`, BOS and EOS.
         rate_audio, rate_video: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
-        prompts: the text after the speech tokens for "audio", "video" and "audio_video".
+        prompts: the text after the speech tokens for "audio", "video" and "audiovisual".
     """
 
     def __init__(
         self,
-        feature_extractor,
-        tokenizer,
+        feature_extractor: WhisperFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
         rate_audio: int = 4,
         rate_video: int = 2,
         audio_window: int = 1500,
         prompts: dict[str, str] | None = None,
-        chat_template=None,
+        chat_template: str | None = None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
@@ -45,19 +57,24 @@ class LlamaSmopProcessor(ProcessorMixin):
             isinstance(prompts, dict) and all(isinstance(p, str) for p in prompts.values())
         ):
             raise ValueError(f"the processor's prompts must be a text for each modality, got {prompts!r:.60}")
-        self.prompts = {**PROMPTS, **(prompts or {})}
+        own = dict(prompts or {})
+        if "audio_video" in own:  # as earlier versions saved it
+            own.setdefault("audiovisual", own.pop("audio_video"))
+        self.prompts = PROMPTS | own
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if missing:
             raise ValueError(
                 f"the tokenizer lacks the special tokens {' '.join(missing)}; add them with "
-                "llama_smop.models.word_tokenizer.add_special_tokens and resize the model's embeddings"
+                "llama_smop.models.tokenizer.add_special_tokens and resize the model's embeddings"
             )
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer must have a BOS and an EOS token")
 
     @classmethod
-    def for_config(cls, config: LlamaSmopConfig, feature_extractor, tokenizer) -> "LlamaSmopProcessor":
+    def for_config(
+        cls, config: LlamaSmopConfig, feature_extractor: WhisperFeatureExtractor, tokenizer: PreTrainedTokenizerBase
+    ) -> "LlamaSmopProcessor":
         return cls(
             feature_extractor,
             tokenizer,
@@ -100,7 +117,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else text
         audio, video = _listed(audio, 1), _listed(video, 4)
-        streams = {name: clips for name, clips in (("audio", audio), ("video", video)) if clips is not None}
+        streams = {name: clips for name, clips in zip(STREAMS, (audio, video), strict=True) if clips is not None}
         if not streams:
             raise ValueError("expected audio, video or both, got neither")
         clips = len(next(iter(streams.values())))
@@ -117,15 +134,16 @@ class LlamaSmopProcessor(ProcessorMixin):
         if audio is not None:
             audio = [_as_audio(a) for a in audio]
             if video is not None:
-                audio = [fit(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
+                audio = [cut_or_pad(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
             counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
             batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
-        prompt_ids = self.encode(self.prompts["_".join(streams)] if prompt is None else prompt)
+        modality = "audiovisual" if len(streams) == 2 else next(iter(streams))
+        prompt_ids = self.encode(self.prompts[modality] if prompt is None else prompt)
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
         return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
 
     def unfit(self, samples: int | None = None, frames: int | None = None, text: str = "") -> str | None:
-        """Why a clip of so many audio samples and video frames, None = without, cannot be in a batch; None = it can."""
+        """Why the model cannot take a clip, None where it can. samples, frames: its lengths, None = no such stream."""
         try:
             if frames is not None:
                 self.video_tokens(frames)
@@ -142,12 +160,12 @@ class LlamaSmopProcessor(ProcessorMixin):
         """Whisper frames of a clip: 50 a second in integer arithmetic, at least 25, at most the window."""
         if samples < 1:
             raise ValueError("a clip has no audio samples")
-        if samples > self.audio_window * SAMPLES_PER_FRAME:
+        if samples > self.audio_window * SAMPLES_PER_WHISPER_FRAME:
             raise ValueError(
-                f"a clip of {samples / SAMPLING_RATE:.2f} s is longer than the audio window of "
-                f"{self.audio_window / 50:.2f} s; cut it, as llama_smop.models.decoding.cut_at_silences does"
+                f"a clip of {samples / AUDIO_RATE:.2f} s is longer than the audio window of "
+                f"{self.audio_window / WHISPER_RATE:.2f} s; cut it, as llama_smop.models.decoding.cut_at_silences does"
             )
-        frames = samples * 50 // SAMPLING_RATE
+        frames = samples // SAMPLES_PER_WHISPER_FRAME
         return min(max(frames, MIN_AUDIO_FRAMES), self.audio_window)
 
     def audio_tokens(self, samples: int) -> int:
@@ -167,20 +185,20 @@ class LlamaSmopProcessor(ProcessorMixin):
     # -- features --------------------------------------------------------------------------------------------------
 
     def _log_mel(self, audio: list[np.ndarray], frames: list[int]) -> dict[str, Tensor]:
-        # Clips fill little of the window. Beyond the longest one all columns of silence are alike: one is computed.
-        extractor, window = self.feature_extractor, self.audio_window * SAMPLES_PER_FRAME
+        # Beyond the longest clip all columns of silence are equal: one is computed, and fills the rest of the window.
+        extractor, window = self.feature_extractor, self.audio_window * SAMPLES_PER_WHISPER_FRAME
         hop = extractor.hop_length
         samples = min(window, -(-(max(map(len, audio)) + extractor.n_fft) // hop) * hop)
-        mel = extractor(
-            audio, sampling_rate=SAMPLING_RATE, padding="max_length", max_length=samples, return_tensors="pt"
-        )["input_features"]
-        features = _for_a_batch(*mel.shape[:2], window // hop)
+        mel = extractor(audio, sampling_rate=AUDIO_RATE, padding="max_length", max_length=samples, return_tensors="pt")[
+            "input_features"
+        ]
+        features = _batch_buffer(*mel.shape[:2], window // hop)
         features[..., : mel.shape[2]] = mel
         features[..., mel.shape[2] :] = mel[..., -1:]
         return {"input_features": features, "audio_mask": prefix_mask(frames)}
 
     def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
-        values = _for_a_batch(len(video), max(frames), *video[0].shape[1:])
+        values = _batch_buffer(len(video), max(frames), *video[0].shape[1:])
         for i, (clip, n) in enumerate(zip(video, frames, strict=True)):
             n = min(n, len(clip))
             values[i, :n], values[i, n:] = clip[:n], 0
@@ -208,7 +226,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         ids = [self.tokenizer.bos_token_id]
         for count, start, end in ((audio, AUDIO, AUDIO_END), (video, VIDEO, VIDEO_END)):
             if count:
-                # The first stands for itself, the others are places for the clip's tokens.
+                # The first marker keeps its embedding; the others are placeholders for the clip's tokens.
                 ids += self.tokenizer.convert_tokens_to_ids([start] * (count + 1) + [end])
         return ids
 
@@ -220,8 +238,8 @@ class LlamaSmopProcessor(ProcessorMixin):
             raise ValueError(f'padding_side must be "left" or "right", got {side!r}')
         length = max(len(p) + len(t) for p, t in zip(prefixes, targets, strict=True))
         shape = (len(prefixes), length)
-        ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0]))
-        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(PAD))
+        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED_LABEL)
         for i, (prefix, target) in enumerate(zip(prefixes, targets, strict=True)):
             n = len(prefix) + len(target)
             begin = length - n if side == "left" else 0
@@ -236,13 +254,8 @@ class LlamaSmopProcessor(ProcessorMixin):
         return [t.strip() for t in self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)]
 
 
-def fit(audio: np.ndarray, samples: int) -> np.ndarray:
-    """Cut or pad with zeros to `samples`."""
-    return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
-
-
-def _for_a_batch(*shape: int) -> Tensor:
-    """float32, to be filled; in a data worker in shared memory, so that the batch is not copied on its way out."""
+def _batch_buffer(*shape: int) -> Tensor:
+    """Uninitialised float32; in a data worker in shared memory, so that the batch is not copied to the main process."""
     values = torch.empty(shape)
     return values if torch.utils.data.get_worker_info() is None else values.share_memory_()
 

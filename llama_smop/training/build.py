@@ -31,7 +31,7 @@ def build(config: TrainConfig, texts: Sequence[str]):
 
         words = sorted({word for text in texts for word in text.lower().split()})
         return build_tiny(words, **section.tiny.model_dump(), **projector.model_dump(), **common)
-    from llama_smop.models.parts import assemble
+    from llama_smop.models.assemble import assemble
 
     reduced = config.optimizer.precision == "bf16"
     model, processor = assemble(

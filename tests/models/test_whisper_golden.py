@@ -8,7 +8,7 @@ from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.part_weights import load_part, part_weights
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import word_tokenizer
+from llama_smop.models.tokenizer import word_tokenizer
 from tests.golden_files import GOLDEN, golden
 from tests.published_run import PublishedProcessor
 from tests.rounding import TINY_MODEL, assert_same_sums

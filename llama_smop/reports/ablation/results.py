@@ -7,7 +7,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student_t
 
-MODALITIES = ("audio", "video", "audiovisual")
+from llama_smop.models.units import MODALITIES
+
 CONFIDENCE = 0.95
 Condition = tuple[str | None, float | None]  # (noise kind, SNR); (None, None) is clean
 
