@@ -15,7 +15,8 @@ from benchmarks import measure
 from benchmarks.measure import Timing
 from benchmarks.rivals.eager_projector import EagerProjector
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
-from llama_smop.models.modeling_llama_smop import IGNORED_LABEL, LlamaSmopForConditionalGeneration
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.units import IGNORED_LABEL
 from llama_smop.projector import DenseProjector, SMoPProjector
 
 PROJECTORS = ("smop", "eager", "dense")

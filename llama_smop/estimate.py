@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llama_smop.models.assemble import assembled_config
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
-from llama_smop.models.lm_loss import IGNORED_LABEL, resolve
+from llama_smop.models.lm_loss import resolve
 from llama_smop.models.lora import lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models.parts import assembled_config
 from llama_smop.models.published import PUBLISHED, published
 from llama_smop.models.tiny import build_tiny
+from llama_smop.models.units import IGNORED_LABEL, WHISPER_RATE
 from llama_smop.training.config import TrainConfig
 
 GIB = 2**30
@@ -156,7 +157,7 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
     inputs = {}
     if "audio" in config.modalities:
         audio = config.audio_config
-        frames = min(math.floor(workload.seconds * 50), audio.max_source_positions)
+        frames = min(math.floor(workload.seconds * WHISPER_RATE), audio.max_source_positions)
         inputs["input_features"] = torch.zeros(B, audio.num_mel_bins, 2 * audio.max_source_positions, dtype=dtype)
         inputs["audio_mask"] = torch.ones(B, frames, dtype=torch.bool)
         ids += [config.audio_token_id] * (frames // config.rate_audio + 1) + [config.audio_end_token_id]
@@ -261,7 +262,7 @@ def info(config: TrainConfig) -> str:
     """
     model, remark = model_config(config)
     dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
-    longest = model.audio_config.max_source_positions / 50
+    longest = model.audio_config.max_source_positions / WHISPER_RATE
     seconds = min(6.0, longest)
     own = Workload(max(1, round(config.data.max_frames / (25 * seconds))), seconds, text_tokens=40)
     rows = [

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from llama_smop import files
 from llama_smop.models import seal
-from llama_smop.models.partial_checkpoint import written_aside
+from llama_smop.models.pretrained import merging_into
 
 SHM = Path("/dev/shm")
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def test_saving_into_a_sealed_folder_renews_its_seal(tmp_path):
     """What transformers' `save_pretrained` does to a folder that a training wrote."""
     folder = a_model(tmp_path / "model", "old")
     (folder / "tower/weights").unlink()
-    with written_aside(folder) as aside:
+    with merging_into(folder) as aside:
         (aside / "config.json").write_text("new")
         (aside / "weights-2").write_text("new")
     assert seal.is_whole(folder) and set(files.read_json(folder / seal.SEAL)) == {"config.json", "weights-2"}

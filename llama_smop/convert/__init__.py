@@ -1,4 +1,4 @@
-"""Checkpoints of others: `convert(source, folder)` for the authors' state dicts and fairseq's AV-HuBERT."""
+"""Convert other projects' checkpoints: the authors' state dicts and fairseq's AV-HuBERT."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def convert(source: str | Path, to: str | Path, *, partial: bool = False, **sett
     fairseq AV-HuBERT file. `settings` are `convert_authors`'; a video tower takes none.
 
     Raises:
-        OSError: `to` is no place for a folder of ours (`seal.check_target`), which is asked first.
+        OSError: `to` cannot be written (`seal.check_target`); checked first.
         FileNotFoundError, ValueError: see `load_checkpoint`, `convert_authors` and `load_avhubert`.
     """
     from llama_smop.convert.authors import convert_authors

@@ -1,4 +1,4 @@
-"""The authors' checkpoints (Llama-SMoP, Llama-AVSR) made into ours: one flat state dict in, one model folder out."""
+"""Convert the authors' checkpoints (Llama-SMoP, Llama-AVSR): one flat state dict in, one model folder out."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from transformers.initialization import no_init_weights
 from llama_smop import files
 from llama_smop.convert.avhubert import ACCOUNT
 from llama_smop.models import seal
-from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
 from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match_keys, rename
 from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import SPECIAL_TOKENS, add_special_tokens
+from llama_smop.models.tokenizer import add_special_tokens, token_ids
+from llama_smop.models.units import STREAMS
 
 PROJECTOR = "multi_modal_projector"
 _LORA = r"llm\.(model\.layers\.\d+\.self_attn)\.lora_"
@@ -93,12 +94,12 @@ def convert_authors(
     Raises:
         FileNotFoundError, ValueError: see `load_checkpoint`; keys or sizes that do not fit, a width that differs
             between tower and projector, a tokenizer that does not fit the embeddings.
-        OSError: `to` is no place for a model (`seal.check_target`).
+        OSError: `to` cannot be written (`seal.check_target`).
     """
     if not 0 < lora_scale < math.inf:
         raise ValueError(f"the scale of LoRA (--lora-scale) is a number above 0, got {lora_scale}")
     state = state_dict_of(load_checkpoint(source), source)
-    modalities = [m for m in MODALITIES if any(k.startswith(f"{m}_encoder.") for k in state)]
+    modalities = [m for m in STREAMS if any(k.startswith(f"{m}_encoder.") for k in state)]
     if not modalities:
         raise ValueError(
             f"{source}: holds neither audio_encoder nor video_encoder: not a Llama-SMoP or Llama-AVSR file"
@@ -115,7 +116,7 @@ def convert_authors(
         parts["video_config"] = avhubert_config(inner, settings, source=source)
     tokenizer = fetch(AutoTokenizer, language_model)
     add_special_tokens(tokenizer)
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    ids = token_ids(tokenizer)
     text_config = _text_config(state, language_model, len(tokenizer), ids, source)
     config = LlamaSmopConfig(
         **parts,
@@ -125,13 +126,7 @@ def convert_authors(
         rate_audio=rate_audio,
         rate_video=rate_video,
         compression=compression,
-        audio_token_id=ids["<audio>"],
-        audio_end_token_id=ids["</audio>"],
-        video_token_id=ids["<video>"],
-        video_end_token_id=ids["</video>"],
-        pad_token_id=ids["<pad>"],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **ids,
         lora=_lora(state, lora_scale),
         dtype=state["llm.model.embed_tokens.weight"].dtype,
     )
@@ -203,7 +198,7 @@ def _text_config(state, language_model: str, tokens: int, ids: dict[str, int], s
             f"{source}: embeddings are {tuple(embeddings.shape)}, but {language_model} with the special tokens needs "
             f"{(tokens, config.hidden_size)}; name the base model it was trained from"
         )
-    config.vocab_size, config.pad_token_id = tokens, ids["<pad>"]
+    config.vocab_size, config.pad_token_id = tokens, ids["pad_token_id"]
     return config
 
 

@@ -1,4 +1,4 @@
-"""fairseq's AV-HuBERT made into a folder of ours: the video tower by itself."""
+"""Convert fairseq's AV-HuBERT: the video tower by itself, as a folder that `from_pretrained` reads."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def convert_avhubert(source: str | Path, to: str | Path, *, partial: bool = Fals
     """Write the video tower of a fairseq file to a folder, with `conversion.json`, the account of every key.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_avhubert`. OSError: `to` is no place for it (`seal.check_target`).
+        FileNotFoundError, ValueError: see `load_avhubert`. OSError: `to` cannot be written (`seal.check_target`).
     """
     tower, report = load_avhubert(source, partial=partial)
     account = {"source": str(source), "keys": report.to_dict()}

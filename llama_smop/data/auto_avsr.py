@@ -1,7 +1,8 @@
-"""Label files for clips that auto_avsr's preparation cropped: the usual one of LRS2, LRS3 and VoxCeleb2.
+"""Label files for clips prepared by auto_avsr, the usual preparation of LRS2, LRS3 and VoxCeleb2.
 
-It writes `root/labels/NAME.csv` with `dataset,dataset_video_seg16s/path.mp4,n_frames,token ids` a line, and what is
-said to `root/dataset/dataset_text_seg16s/path.txt`. A language model has a vocabulary of its own, and wants the text.
+The preparation writes `root/labels/NAME.csv`, with `dataset,dataset_video_seg16s/path.mp4,n_frames,token ids` a line,
+and the text to `root/dataset/dataset_text_seg16s/path.txt`. Its token ids are not those of a language model, so the
+text is read instead.
 """
 
 import os
@@ -13,12 +14,12 @@ from tqdm import tqdm
 
 from llama_smop import files
 from llama_smop.data.lrs3 import LabelError, parse_place, read_text
-from llama_smop.data.media import VIDEO_RATE
+from llama_smop.models.units import VIDEO_RATE
 
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the clips."""
+    """The label file written, and how many clips it has and leaves out."""
 
     path: Path
     kept: int

@@ -1,8 +1,8 @@
-"""Batches by total frames: clips of like length together, every clip once an epoch, seeded, resumable, split over
-ranks."""
+"""Batches by total frames: clips of like length together, every clip once an epoch, seeded, split over ranks."""
 
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -27,9 +27,18 @@ def split_fullest(sizes: Sequence[int], count: int) -> list[int]:
 
 def nearest_in_length(lengths: Sequence[int], index: int) -> Iterator[int]:
     """The other clips, the nearest in length first."""
-    lengths = np.asarray(lengths)
-    order = np.argsort(np.abs(lengths - lengths[index]), kind="stable")
+    order = np.argsort(np.abs(np.asarray(lengths) - lengths[index]), kind="stable")
     return (int(i) for i in order if i != index)
+
+
+class EpochBatches(Protocol):
+    """Batches of clip numbers, in an order that depends on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[int]]: ...
 
 
 class FrameBatchSampler(Sampler[list[int]]):
@@ -70,18 +79,16 @@ class FrameBatchSampler(Sampler[list[int]]):
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world = rank, world
         self.epoch = 0
-        self._given = 0  # batches of this epoch
-        self._resume = False
 
         by_length = np.argsort(self.lengths, kind="stable")
         self._buckets = [b for b in np.array_split(by_length, min(num_buckets, len(by_length))) if len(b)]
         self._sizes = self._batch_sizes()
 
     def _batch_sizes(self) -> list[int]:
-        """How many clips each batch takes, in order of length; the same in every epoch."""
+        """The number of clips in each batch, in order of length; the same in every epoch."""
         ceilings = np.concatenate([np.full(len(b), self.lengths[b[-1]]) for b in self._buckets])
         sizes, count = [], 0
-        for ceiling in ceilings:  # ascending, so the newest clip is the longest
+        for ceiling in ceilings:  # ascending, so the last clip of a batch is the longest
             too_long = self.max_frames is not None and (count + 1) * ceiling > self.max_frames
             too_many = self.max_clips is not None and count == self.max_clips
             if count and (too_long or too_many):
@@ -96,26 +103,8 @@ class FrameBatchSampler(Sampler[list[int]]):
         return len(self._sizes) // self.world
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses an epoch's order; a position loaded for that same epoch is kept."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._given, self._resume = 0, False
-
-    def state_dict(self) -> dict:
-        """Where iteration stands: `epoch`, and `batch`, how many batches of it this rank has been given."""
-        return {"epoch": self.epoch, "batch": self._given, "seed": self.seed, "clips": len(self.lengths)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The next iteration goes on where `state_dict` was taken, later ones are whole epochs again.
-
-        A loader that reads ahead has been given more than it has used: store the number used as `batch`.
-        """
-        for name, value in (("seed", self.seed), ("clips", len(self.lengths))):
-            if state[name] != value:
-                raise ValueError(f"the stored sampler had {name} {state[name]}, this one has {value}: cannot resume")
-        if not 0 <= state["batch"] <= len(self):
-            raise ValueError(f"the stored sampler stood at batch {state['batch']}, this one has {len(self)}")
-        self.epoch, self._given, self._resume = state["epoch"], state["batch"], True
+        """Choose the epoch, which seeds the order."""
+        self.epoch = epoch
 
     def _epoch_batches(self) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -128,8 +117,5 @@ class FrameBatchSampler(Sampler[list[int]]):
         return [batches[step * self.world + self.rank] for step in steps]
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._given if self._resume else 0
-        self._resume = False
-        for number, batch in enumerate(self._epoch_batches()[start:], start=start + 1):
-            self._given = number
+        for batch in self._epoch_batches():
             yield batch.tolist()

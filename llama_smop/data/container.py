@@ -1,17 +1,17 @@
-"""Media files and what they are read from: opened whole, their streams chosen, every error with the file's name."""
+"""Open media files, choose their streams, refuse truncated ones; every error names the file."""
 
 import io
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import floor
+from typing import Any
 
 import av
 
 from llama_smop.data import timeline
-
-VIDEO_RATE = 25
-
+from llama_smop.models.units import VIDEO_RATE
 
 _QUALIFIED_NAME = f"{__name__}.MediaError: "
 
@@ -26,13 +26,13 @@ class MediaError(ValueError):
         self.path = str(path)
         self.reason = reason
 
-    def __reduce__(self):  # so that it crosses from a data worker with both arguments
+    def __reduce__(self):  # so that a data worker can send it with both arguments
         return type(self), (self.path, self.reason)
 
 
 @contextmanager
-def naming(path: str | os.PathLike):
-    """What a file, or a library that reads it, raises becomes a MediaError that names the file."""
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Turn the exceptions of a file, or of a library that reads it, into a MediaError that names the file."""
     try:
         yield
     except MediaError:
@@ -47,7 +47,7 @@ def naming(path: str | os.PathLike):
 
 
 def byte_count(path: str | os.PathLike, content: bytes | None) -> int:
-    """Of a file that can be read from, which is not empty."""
+    """Size of a file, or of its `content`. Raises MediaError: it is empty, or not a regular file."""
     size = _regular(path).st_size if content is None else len(content)
     if size == 0:
         raise MediaError(path, "the file is empty")
@@ -55,7 +55,7 @@ def byte_count(path: str | os.PathLike, content: bytes | None) -> int:
 
 
 def _regular(path: str | os.PathLike) -> os.stat_result:
-    """Of no folder, and no pipe or device, which may have no end."""
+    """Status of a regular file. Raises MediaError: a folder; a pipe or device, which may have no end."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise MediaError(path, "is a folder, not a media file")
@@ -64,12 +64,12 @@ def _regular(path: str | os.PathLike) -> os.stat_result:
     return status
 
 
-def raw_bytes(path: str | os.PathLike, content: bytes | None):
+def raw_bytes(path: str | os.PathLike, content: bytes | None) -> io.RawIOBase | io.BytesIO:
     return open(path, "rb", buffering=0) if content is None else io.BytesIO(content)
 
 
 def read_whole(path: str | os.PathLike) -> bytes:
-    """What the readers take as `content`. Raises MediaError."""
+    """The bytes of a file, for the readers' argument `content`. Raises MediaError."""
     with naming(path):
         _regular(path)
         with open(path, "rb") as file:
@@ -77,7 +77,7 @@ def read_whole(path: str | os.PathLike) -> bytes:
 
 
 @contextmanager
-def open_container(path: str | os.PathLike, content: bytes | None):
+def open_container(path: str | os.PathLike, content: bytes | None) -> Iterator[av.container.InputContainer]:
     """An open container of a whole file."""
     size = byte_count(path, content)
     with raw_bytes(path, content) as file:
@@ -85,7 +85,7 @@ def open_container(path: str | os.PathLike, content: bytes | None):
     try:
         # Without "file:" a colon in a relative path would end the name of a protocol.
         source = f"file:{os.fspath(path)}" if content is None else io.BytesIO(content)
-        container = av.open(source, metadata_errors="ignore")
+        container = av.open(source, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise MediaError(path, f"cannot be opened, it is truncated or not a media file ({reason})") from None
@@ -94,11 +94,11 @@ def open_container(path: str | os.PathLike, content: bytes | None):
 
 
 def refuse_cut(path: str | os.PathLike, head: bytes, size: int) -> None:
-    """MediaError where the file's own header says that it goes on beyond its end, which the libraries let pass."""
+    """MediaError where the file's header declares more bytes than there are, which the libraries accept."""
     declared = None
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
-        if 0 < length < 0xFFFFFF00:  # 0 or all ones comes from a pipe
+        if 0 < length < 0xFFFFFF00:  # 0 or all ones: written to a pipe
             declared = length + 8
     elif head[:4] == b"FORM":
         declared = int.from_bytes(head[4:8], "big") + 8
@@ -111,8 +111,10 @@ def refuse_cut(path: str | os.PathLike, head: bytes, size: int) -> None:
         raise MediaError(path, f"is truncated: {size} of {declared} bytes")
 
 
-def whole_packets(path: str | os.PathLike, container, stream, size: int):
-    """A stream's packets, all whole, as many as the container's index has."""
+def whole_packets(
+    path: str | os.PathLike, container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream, size: int
+) -> Iterator[Any]:
+    """A stream's packets. Raises MediaError: an incomplete one, or the index names packets beyond the file's end."""
     read = 0
     for packet in container.demux(stream):
         if packet.size and packet.is_corrupt:
@@ -125,25 +127,32 @@ def whole_packets(path: str | os.PathLike, container, stream, size: int):
             raise MediaError(path, f"is truncated: {beyond} of {len(stream.index_entries)} packets lie beyond its end")
 
 
-def picture_of(container):
-    """The stream of moving pictures, None where there is none: a cover is none."""
+def picture_of(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The video stream, None where there is none; a cover picture does not count."""
     cover = av.stream.Disposition.attached_pic
     return next((stream for stream in container.streams.video if not stream.disposition & cover), None)
 
 
-def sound_of(container):
+def sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
+    """The first audio stream, None where there is none."""
     return next(iter(container.streams.audio), None)
 
 
-def beginning(container) -> float | None:
-    """Where the first frame and sample of a file with picture and sound belong; None where it has one stream only.
+def beginning(container: av.container.InputContainer) -> float | None:
+    """Time of the first frame and sample of a file with picture and sound; None where it has one stream only.
 
-    That is where the picture begins, and whole frames before it where sound comes earlier.
+    It is the start of the picture, moved back by whole frames where the sound starts earlier.
     """
-    streams = picture_of(container), sound_of(container)
-    if None in streams or any(stream.start_time is None for stream in streams):
+    picture, sound = _start(picture_of(container)), _start(sound_of(container))
+    if picture is None or sound is None:
         return None
-    picture, sound = (float(stream.start_time * stream.time_base) for stream in streams)
     if not picture - sound < timeline.LONGEST_GAP_S:
         raise timeline.TimelineError(f"its picture begins {picture - sound:.0f} s after its sound")
     return picture - max(0, floor((picture - sound) * VIDEO_RATE + 1e-6)) / VIDEO_RATE
+
+
+def _start(stream: av.VideoStream | av.AudioStream | None) -> float | None:
+    """Seconds at which a stream starts; None without a stream, or where the file does not say."""
+    if stream is None or stream.start_time is None or stream.time_base is None:
+        return None
+    return float(stream.start_time * stream.time_base)

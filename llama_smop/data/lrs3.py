@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, read_video
+from llama_smop.data.media import MediaError, audio_path, read_audio, read_video
 from llama_smop.data.noise import Noise
 from llama_smop.data.transforms import ClipTransform, clip_rng
+from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME
 
-MODALITIES = ("audio", "video", "audiovisual")
-SPARE_FRAMES = 12  # half a second, by which sound may be longer than its label: a codec's last block, a late stop
-MOST_FRAMES = 10_000_000  # of a clip, four days
-ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # would end a line for `splitlines`
+SPARE_FRAMES = 12  # half a second that a clip may be longer than its label, as by a codec's last block
+MOST_FRAMES = 10_000_000  # four days; a label with more is damaged
+ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # `splitlines` would end a line at these
 
 
 class LabelError(ValueError):
@@ -53,7 +53,8 @@ def read_labels(root: str | os.PathLike, label_file: str | os.PathLike) -> list[
     path = Path(root, "labels", label_file)
     if not os.path.exists(path) and os.path.exists(label_file):
         path = Path(label_file)
-    clips, seen = [], {}
+    clips: list[Clip] = []
+    seen: dict[str, int] = {}  # lines by clip
     for number, line in enumerate(read_text(path, "label file").split("\n"), start=1):
         if not line.strip():
             continue
@@ -120,7 +121,7 @@ class Lrs3Dataset(Dataset):
 
     An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
     `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
-    generator seeded by (seed, epoch, index): items do not depend on the order they are asked for, nor on the worker.
+    generator seeded by (seed, index): items do not depend on the order they are asked for, nor on the worker.
     `lengths` are the labels' frame counts; nothing is decoded for them. longest: frames that the model takes; a clip
     that is longer, by less than SPARE_FRAMES, is cut to its label's length. unfit: says why the model cannot take a
     clip of so many samples and frames, or None. Raises MediaError naming the file where a clip cannot be used.
@@ -146,8 +147,6 @@ class Lrs3Dataset(Dataset):
         self.noise = noise
         self.seed = seed
         self.longest, self.unfit = longest, unfit
-        # In shared memory, so that workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -156,23 +155,15 @@ class Lrs3Dataset(Dataset):
     def lengths(self) -> list[int]:
         return [clip.n_frames for clip in self.clips]
 
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of an epoch; the Trainer calls it."""
-        self._epoch.fill_(epoch)
-
     def __getitem__(self, index: int) -> dict:
         clip = self.clips[index]
         audio, video = load_clip(clip.video_path(self.root), self.modality)
-        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_FRAME), self._cut(video, clip.n_frames, 1)
+        audio, video = self._cut(audio, clip.n_frames, SAMPLES_PER_VIDEO_FRAME), self._cut(video, clip.n_frames, 1)
         if self.unfit is not None:
             reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is not None:
                 raise MediaError(clip.video_path(self.root), f"{reason} (its label says {clip.n_frames} frames)")
-        rng = clip_rng(self.seed, self.epoch, index)
+        rng = clip_rng(self.seed, 0, index)
         audio, video = self.transform(audio, video, rng, self.noise)
         return {
             "audio": audio,
@@ -188,7 +179,7 @@ class Lrs3Dataset(Dataset):
 
 
 def load_clip(path: str | os.PathLike, modality: str = "audiovisual") -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What a modality needs of the clip at `path`: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
+    """The streams of a clip that a modality needs: samples (n,) at 16 kHz or None, frames uint8 (T, 96, 96, 3) or None.
 
     The sound comes from the .wav beside the clip, which begins with its first frame, or from the clip itself where
     there is none. Raises MediaError.

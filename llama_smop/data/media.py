@@ -1,7 +1,7 @@
 """Reading and writing clips and recordings: by PyAV, sound files by soundfile.
 
-Whatever comes in, it leaves here as uint8 RGB frames at 25 a second and float32 mono at 16 kHz, each where its
-timestamp puts it (timeline.py), the picture as a player shows it. Files are written aside and renamed, so an
+Everything is read as uint8 RGB frames at 25 a second and float32 mono samples at 16 kHz, each at the time of its
+timestamp (timeline.py), the picture upright and with square pixels. Files are written aside and renamed, so an
 interrupted write leaves nothing that looks like a clip.
 """
 
@@ -21,7 +21,6 @@ from av.video.reformatter import VideoReformatter
 from llama_smop import files
 from llama_smop.data import timeline
 from llama_smop.data.container import (
-    VIDEO_RATE,
     MediaError,
     beginning,
     byte_count,
@@ -33,16 +32,18 @@ from llama_smop.data.container import (
     sound_of,
     whole_packets,
 )
+from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
 
-AUDIO_RATE = 16000
 VIDEO_SIZE = 96
-SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE  # 640
 SOUND_RATES = (1_000, 768_000)  # Hz; a header that declares another is damaged
-LONGEST_VIDEO_S, LONGEST_AUDIO_S = 2 * 3600, 12 * 3600  # that are read into memory at once
+LONGEST_VIDEO_S, LONGEST_AUDIO_S = 2 * 3600, 12 * 3600  # the most that is read into memory at once
 
 
 def streams(path: str | os.PathLike, content: bytes | None = None) -> tuple[str, ...]:
-    """What a file holds, of "audio" and "video", by what is in it. content: as in `read_video`. Raises MediaError."""
+    """The streams of a file, of "audio" and "video", judged by its content. content: as in `stream_video`.
+
+    Raises MediaError.
+    """
     with naming(path):
         byte_count(path, content)
         with raw_bytes(path, content) as file:
@@ -85,7 +86,7 @@ def stream_video(
     size: None = as the first frame is shown; else each is scaled so that the shorter side fits and cropped around the
     centre to (size, size, 3). content: the file's bytes where they are in memory already; `path` then only names it.
     with_sound: begin where `stream_audio` of the same file begins, with the first frame for longer where sound comes
-    earlier; without, at the first frame. The same array may come several times: it is not to be written to.
+    earlier; without, at the first frame. The same array may be yielded several times: do not write to it.
 
     Raises:
         MediaError: the file is missing, empty, truncated, or has no video; timestamps that cannot be right.
@@ -103,9 +104,10 @@ def stream_video(
             float(1 / rate) if rate else None,
         )
         picture = _Picture(size, stream.sample_aspect_ratio)
-        last = image = None
+        last = None
+        image: np.ndarray | None = None
         for frame in shown:
-            if frame is not last:
+            if image is None or frame is not last:
                 last, image = frame, picture(frame)
             yield image
         if last is None:
@@ -208,7 +210,7 @@ def _finite(path: str | os.PathLike, blocks: Iterator[np.ndarray]) -> Iterator[n
 
 
 def _is_sound_file(head: bytes) -> bool:
-    """Whether a file that begins so is read by soundfile. Not a FLAC of unknown length, in which it cannot move."""
+    """Whether soundfile reads a file with this head. It cannot seek in a FLAC of unknown length."""
     if head[:4] == b"fLaC":
         return int.from_bytes(head[18:26], "big") % (1 << 36) > 0
     mpeg_audio = head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE0 == 0xE0 and bool(head[1] & 0x06)
@@ -217,7 +219,7 @@ def _is_sound_file(head: bytes) -> bool:
 
 
 def _open_sound_file(file) -> soundfile.SoundFile | None:
-    """None where soundfile cannot, as with other codecs in a .wav."""
+    """None where soundfile cannot read it, as with other codecs in a .wav."""
     file.seek(0)
     try:
         if isinstance(file, io.BytesIO):
@@ -242,7 +244,7 @@ def _sound_file_blocks(path: str | os.PathLike, sound: soundfile.SoundFile):
         except (soundfile.SoundFileError, RuntimeError) as error:
             reason = str(error).rstrip(".").split(": ")[-1]
             raise MediaError(path, f"cannot be read as sound beyond sample {read} ({reason})") from None
-        if read < declared and sound.format != "MP3":  # whose length is an estimate
+        if read < declared and sound.format != "MP3":  # an MP3's declared length is an estimate
             raise MediaError(path, f"is truncated: {read} of {declared} samples")
 
 
@@ -267,9 +269,9 @@ def _decoded_samples(path, container, stream, size: int) -> Iterator[tuple[int, 
         for packet in whole_packets(path, container, stream, size):
             for frame in packet.decode():
                 if frame.sample_rate != rate and rate is not None:
-                    raise MediaError(path, f"its sound changes from {rate} to {frame.sample_rate} Hz on the way")
+                    raise MediaError(path, f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
                 rate, time = frame.sample_rate, frame.time
-                # PyAV reads beyond the planes of eight channels and more, and takes the process with it.
+                # PyAV reads out of bounds, and crashes, for planar sound of eight channels and more.
                 wide = frame.format.is_planar and frame.layout.nb_channels >= 8
                 for part in packed.resample(frame) if wide else (frame,):
                     yield rate, time, _mono(part)
@@ -279,20 +281,20 @@ def _decoded_samples(path, container, stream, size: int) -> Iterator[tuple[int, 
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
-    values = frame.to_ndarray()
+    values: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
     if values.dtype == np.uint8:
         values = (values.astype(np.float32) - 128) / 128
     elif values.dtype.kind == "i":
-        values = values.astype(np.float32) / np.float32(-float(np.iinfo(values.dtype).min))
+        values = values.astype(np.float32) / np.float32(2.0 ** (8 * values.dtype.itemsize - 1))
     if len(values) > 1:
         return values.mean(axis=0, dtype=np.float32)
     return values[0].astype(np.float32, copy=False)
 
 
 def audio_path(video_path: str | os.PathLike) -> Path:
-    """Where the sound of a clip lies: the .wav beside it, or the video itself where there is none."""
+    """The file with a clip's sound: the .wav beside it, or the video itself where there is none."""
     wav = Path(video_path).with_suffix(".wav")
     with naming(wav):
         try:
@@ -308,7 +310,7 @@ def audio_path(video_path: str | os.PathLike) -> Path:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file aside and renames it; where that fails (MediaError), an earlier file of that name is untouched."""
     try:
-        files.write_bytes(path, content)
+        files.write_bytes(Path(path), content)
     except OSError as error:
         raise MediaError(path, f"cannot be written ({error.strerror or error})") from None
 
@@ -335,25 +337,25 @@ def write_video(
         raise ValueError(f"expected uint8 frames (T, H, W, 3), got {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"expected an even height and width for H.264, got {frames.shape[1]}×{frames.shape[2]}")
-    # In memory first: the codecs' libraries would not say that a disk is full.
+    # In memory first: the codec libraries do not report a full disk.
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         picture = container.add_stream("libx264", rate=fps)
         picture.height, picture.width = frames.shape[1:3]
         picture.pix_fmt = "yuv420p"
         picture.thread_count = 1
-        # Without x264's lookahead, whose macroblock tree gives other bytes from time to time.
+        # Without x264's lookahead, whose macroblock tree is not deterministic.
         picture.options = {"preset": "superfast", "crf": "20", "x264-params": "mbtree=0:rc-lookahead=0"}
         if audio is not None:
             sound = container.add_stream("aac", rate=rate, layout="mono", format="fltp")
             sound.bit_rate = 48000
             sound.options = {"aac_coder": "fast"}
             sound.codec_context.flags |= av.codec.context.Flags.bitexact
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, dtype=np.float32)[None], "fltp", "mono")
-            frame.rate = rate
-            frame.pts = 0
-            frame.time_base = Fraction(1, rate)
-            container.mux(sound.encode(frame))
+            samples = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, dtype=np.float32)[None], "fltp", "mono")
+            samples.rate = rate
+            samples.pts = 0
+            samples.time_base = Fraction(1, rate)
+            container.mux(sound.encode(samples))
             container.mux(sound.encode(None))
         scaler = VideoReformatter()
         for image in frames:

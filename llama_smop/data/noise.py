@@ -14,7 +14,7 @@ from llama_smop.data.media import MediaError, audio_path, read_audio
 
 logger = logging.getLogger(__name__)
 
-SUBSTITUTES = 10  # for a clip that cannot be read, in babble
+SUBSTITUTES = 10  # clips tried in place of one that cannot be read
 RECIPE_SNRS = (-5, 0, 5, 10, 15, 20, None)
 
 
@@ -83,7 +83,7 @@ class Babble:
         return total
 
     def _voice(self, first: int) -> np.ndarray | None:
-        """Of that clip, or where it cannot be read of the next: no fault of the clip that the noise is for.
+        """The sound of a clip, or of the next one that can be read: damaged clips do not stop the noise.
 
         Raises:
             MediaError: SUBSTITUTES more cannot be read either.
@@ -91,19 +91,22 @@ class Babble:
         clips = [self.clips[(first + n) % len(self.clips)] for n in range(SUBSTITUTES + 1)]
         for clip in clips:
             try:
-                return _babbler(clip)
+                return _normalised_voice(clip)
             except MediaError as error:
-                if error.path not in _named:
+                if error.path not in _warned_about:
                     logger.warning("%s: %s; in babble the next clip takes its place", error.path, error.reason)
-                    _named.add(error.path)
-        raise MediaError(clips[0].path if isinstance(clips[0], Sound) else clips[0], "no clip from here on can be read")
+                    _warned_about.add(error.path)
+        raise MediaError(
+            clips[0].path if isinstance(clips[0], Sound) else clips[0],
+            f"this clip and the next {SUBSTITUTES} cannot be read",
+        )
 
 
-_named: set[str] = set()  # bad clips, each in one warning of a process
+_warned_about: set[str] = set()  # damaged clips; a process warns once of each
 
 
-@lru_cache(maxsize=256)  # a shard's clips; those of LRS3 take 80 MB
-def _babbler(clip: Path | Sound) -> np.ndarray | None:
+@lru_cache(maxsize=256)  # as many as a shard has; 80 MB of LRS3
+def _normalised_voice(clip: Path | Sound) -> np.ndarray | None:
     """A clip's sound at a level of 1; None where it is silent."""
     voice = read_audio(clip.path, content=clip.content) if isinstance(clip, Sound) else read_audio(audio_path(clip))
     level = float(np.sqrt(np.mean(np.square(voice, dtype=np.float64))))

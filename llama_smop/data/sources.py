@@ -1,4 +1,4 @@
-"""Where the clips of a training come from: what every source can do, and the one that reads the LRS3 layout."""
+"""Sources of training clips: their protocol, and the one that reads the LRS3 layout."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch.utils.data import Sampler
 
-from llama_smop.data.batching import FrameBatchSampler, nearest_in_length
+from llama_smop.data.batching import EpochBatches, FrameBatchSampler, nearest_in_length
 from llama_smop.data.lrs3 import load_clip, read_labels
 from llama_smop.data.noise import Babble
+from llama_smop.models.units import STREAMS, streams_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class LoadedClip:
 class ClipSource(Protocol):
     """Clips by number, from 0: their lines in the label file."""
 
-    texts: Sequence[str]  # between them every word that is said
-    babble: Babble  # of these clips
+    texts: Sequence[str]  # together they hold every word of the corpus
+    babble: Babble  # noise made of these clips
 
     def __len__(self) -> int: ...
 
@@ -39,8 +39,8 @@ class ClipSource(Protocol):
     def nearest(self, number: int) -> Iterator[int]:
         """Other clips that could take this one's place, the nearest in length first."""
 
-    def batches(self, rank: int, world: int, **settings) -> Sampler[list[int]]:
-        """One process's batches of numbers: `len`, `set_epoch` and `settings` as of `FrameBatchSampler`."""
+    def batches(self, rank: int, world: int, **settings) -> EpochBatches:
+        """One rank's batches of numbers; `settings` as of `FrameBatchSampler`."""
 
 
 class FolderClips:
@@ -53,7 +53,7 @@ class FolderClips:
     def __init__(self, root: str | os.PathLike, label_file: str, seed: int = 0, keep_decoded: bool = False):
         self.root, self.seed = Path(root), seed
         self.clips = read_labels(root, label_file)
-        self._decoded: dict[tuple[int, str], np.ndarray] | None = {} if keep_decoded else None
+        self._decoded: dict[tuple[int, str], np.ndarray | None] | None = {} if keep_decoded else None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -85,9 +85,9 @@ class FolderClips:
         path = self.clips[number].video_path(self.root)
         if self._decoded is None:
             return load_clip(path, modality)
-        streams = ("audio", "video") if modality == "audiovisual" else (modality,)
+        streams = streams_of(modality)
         for stream in streams:
             if (number, stream) not in self._decoded:
-                both = load_clip(path, stream)
-                self._decoded[number, stream] = both[0] if stream == "audio" else both[1]
-        return tuple(self._decoded[number, s] if s in streams else None for s in ("audio", "video"))
+                self._decoded[number, stream] = load_clip(path, stream)[STREAMS.index(stream)]
+        audio, video = (self._decoded[number, s] if s in streams else None for s in STREAMS)
+        return audio, video

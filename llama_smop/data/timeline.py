@@ -1,4 +1,4 @@
-"""Frames and samples at an even rate, by the timestamps they come with.
+"""Frames and samples at a constant rate, placed by their timestamps.
 
 Everything here is a generator that holds a moment of its input, so memory does not grow with the length of a recording.
 Times are seconds on the container's clock.
@@ -15,10 +15,10 @@ from scipy.signal import firwin, resample_poly
 Item = TypeVar("Item")
 
 LONGEST_GAP_S = 600  # between two timestamps; beyond that one of them is wrong
-SET_BACK_S = 1.0  # a clock that goes back by more began anew, as where two recordings were joined
+SET_BACK_S = 1.0  # a clock that goes back by more was restarted, as where two recordings were joined
 SOUND_TOLERANCE_S = 0.02  # half a frame, by which sound may leave its timestamps: many containers round them
 LONGEST_TAIL_S = 10.0  # for which the last frame is shown
-BLOCK_S = 10  # of sound that is resampled at a time
+BLOCK_S = 10  # length of sound resampled at once
 
 
 class TimelineError(ValueError):
@@ -26,7 +26,7 @@ class TimelineError(ValueError):
 
 
 class _Clock:
-    """Timestamps as they come, made continuous: a missing one is as expected, a clock that was set back goes on."""
+    """Makes timestamps continuous: a missing one is as expected, and a restarted clock continues from there."""
 
     def __init__(self):
         self._added = 0.0
@@ -59,20 +59,20 @@ def even_frames(
         TimelineError: timestamps more than LONGEST_GAP_S apart.
     """
     clock, given, count = _Clock(), 0, 0
-    shown = at = first = None
+    first = at = begun = 0.0
+    shown: Item | None = None
     for stamp, frame in frames:
-        time = clock.time(stamp, None if shown is None else first + at + (interval or 1 / fps))
-        if shown is None:
+        time = clock.time(stamp, first + at + (interval or 1 / fps) if count else None)
+        if not count:
             first = time if start is None else start
+            begun = time - first
         elif time - first <= at:
             continue
-        else:
+        elif shown is not None:
             while given / fps - at <= time - first - given / fps:
                 yield shown
                 given += 1
         shown, at, count = frame, time - first, count + 1
-        if count == 1:
-            begun = at
     if shown is None:
         return
     if interval is None:

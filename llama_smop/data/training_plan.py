@@ -1,4 +1,4 @@
-"""What a training run draws, step by step: which clips, in which epoch of theirs, as audio, video or both.
+"""The draws of a training run, step by step: which clips, of which epoch, as audio, video or both.
 
 The plan is a function of its seed alone, so a run that resumes at step n draws what it would have drawn, and a data
 worker needs no state: everything a clip's augmentation depends on is in its `Draw`.
@@ -12,6 +12,7 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from llama_smop.data.batching import EpochBatches
 from llama_smop.data.noise import Noise
 from llama_smop.data.sources import ClipSource
 from llama_smop.data.transforms import ClipTransform, clip_rng
@@ -24,22 +25,22 @@ class Draw:
     index: int
     epoch: int
     modality: str
-    noisy: bool
+    noise: bool
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is drawn before step `until`: modalities by their relative frequency, with noise or clean."""
+    """The draws before step `until`: modalities by their relative frequency, with noise or clean."""
 
     until: int
     modalities: Mapping[str, float]
-    noisy: bool
+    noise: bool
 
 
 class TrainingPlan(Sampler[list[Draw]]):
     """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality."""
 
-    def __init__(self, batches: Sampler[list[int]], stages: Sequence[Stage], seed: int = 0):
+    def __init__(self, batches: EpochBatches, stages: Sequence[Stage], seed: int = 0):
         self.batches, self.stages, self.seed = batches, tuple(stages), seed
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class TrainingPlan(Sampler[list[Draw]]):
             names = sorted(stage.modalities)
             shares = np.array([stage.modalities[name] for name in names])
             modality = names[rng.choice(len(names), p=shares / shares.sum())]
-            yield [Draw(index, epoch, modality, stage.noisy) for index in batch]
+            yield [Draw(index, epoch, modality, stage.noise) for index in batch]
 
     def _epochs(self) -> Iterator[tuple[int, list[int]]]:
         for epoch in count():
@@ -61,8 +62,8 @@ class TrainingPlan(Sampler[list[Draw]]):
                 yield epoch, batch
 
 
-def batches_in(batches: Sampler[list[int]], epochs: float) -> int:
-    """How many batches so many epochs are, from the first on; their lengths may differ."""
+def batches_in(batches: EpochBatches, epochs: float) -> int:
+    """The number of batches in the first `epochs` epochs, whose lengths may differ."""
     part, whole = math.modf(epochs)
     lengths = []
     for epoch in range(int(whole) + bool(part)):
@@ -87,5 +88,5 @@ class DrawnClips(Dataset):
     def __getitem__(self, draw: Draw) -> dict:
         clip = self.source.load(draw.index, draw.modality, draw.epoch)
         rng = clip_rng(self.seed, draw.epoch, draw.index)
-        audio, video = self.transform(clip.audio, clip.video, rng, self.noise if draw.noisy else None)
+        audio, video = self.transform(clip.audio, clip.video, rng, self.noise if draw.noise else None)
         return {"audio": audio, "video": video, "text": clip.text, "id": clip.id}

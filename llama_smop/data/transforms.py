@@ -5,13 +5,15 @@ Video: /255, crop 88, grey, time mask (training), (x − 0.421) / 0.165. Audio: 
 clip's augmentation is a function of (seed, epoch, index) and of nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from llama_smop.data.media import SAMPLES_PER_FRAME
+from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE, cut_or_pad
 
 CROP = 88
+AddNoise = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # (audio, rng) -> audio
 GREY = (0.2989, 0.587, 0.114)
 MEAN, STD = 0.421, 0.165
 
@@ -19,13 +21,6 @@ MEAN, STD = 0.421, 0.165
 def clip_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one clip's augmentation in one epoch."""
     return np.random.default_rng([seed, epoch, index])
-
-
-def cut_or_pad(audio: np.ndarray, samples: int) -> np.ndarray:
-    """`audio` (n,) cut to `samples`, or padded with zeros at its end."""
-    if len(audio) >= samples:
-        return audio[:samples]
-    return np.pad(audio, (0, samples - len(audio)))
 
 
 def layer_norm(audio: np.ndarray, eps: float = 1e-8) -> np.ndarray:
@@ -65,7 +60,7 @@ class VideoTransform:
 
     train: bool = False
     mask_window: int = 10  # frames
-    mask_stride: int = 25
+    mask_stride: int = VIDEO_RATE
 
     def __call__(self, video: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
@@ -74,28 +69,30 @@ class VideoTransform:
             raise ValueError("training transforms need a random generator: clip_rng(seed, epoch, index)")
         cropped = crop(video, rng=rng if self.train else None)
         grey = cropped @ (np.array(GREY, dtype=np.float32) / 255)
-        if self.train:
+        if self.train and rng is not None:
             grey = time_mask(grey, self.mask_window, self.mask_stride, rng)
         return ((grey - np.float32(MEAN)) / np.float32(STD))[:, None]
 
 
 @dataclass(frozen=True)
 class AudioTransform:
-    """float32 (n,) at 16 kHz → float32 (n,), masked in training, noisy where `noise` is given, normalised."""
+    """float32 (n,) at 16 kHz → float32 (n,), masked in training, with `noise` added where it is given, normalised."""
 
     train: bool = False
-    mask_window: int = 6400  # samples
-    mask_stride: int = 16000
+    mask_window: int = 10 * SAMPLES_PER_VIDEO_FRAME
+    mask_stride: int = AUDIO_RATE
 
-    def __call__(self, audio: np.ndarray, rng: np.random.Generator | None = None, noise=None) -> np.ndarray:
+    def __call__(
+        self, audio: np.ndarray, rng: np.random.Generator | None = None, noise: AddNoise | None = None
+    ) -> np.ndarray:
         """noise: called as `noise(audio, rng)`, see noise.py."""
         if audio.ndim != 1:
             raise ValueError(f"expected mono samples (n,), got shape {audio.shape}")
         if rng is None and (self.train or noise is not None):
             raise ValueError("training transforms and noise need a random generator: clip_rng(seed, epoch, index)")
-        if self.train:
+        if self.train and rng is not None:
             audio = time_mask(audio, self.mask_window, self.mask_stride, rng)
-        if noise is not None:
+        if noise is not None and rng is not None:
             audio = noise(audio, rng)
         return layer_norm(audio)
 
@@ -109,10 +106,6 @@ class ClipTransform:
     video: VideoTransform = VideoTransform()
 
     @classmethod
-    def training(cls) -> "ClipTransform":
-        return cls(AudioTransform(train=True), VideoTransform(train=True))
-
-    @classmethod
     def testing(cls) -> "ClipTransform":
         return cls()
 
@@ -121,10 +114,10 @@ class ClipTransform:
         audio: np.ndarray | None,
         video: np.ndarray | None,
         rng: np.random.Generator | None = None,
-        noise=None,
+        noise: AddNoise | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         if audio is not None and video is not None:
-            audio = cut_or_pad(audio, len(video) * SAMPLES_PER_FRAME)
+            audio = cut_or_pad(audio, len(video) * SAMPLES_PER_VIDEO_FRAME)
         if video is not None:
             video = self.video(video, rng)
         if audio is not None:

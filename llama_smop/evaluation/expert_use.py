@@ -1,13 +1,18 @@
-"""How a router spreads tokens over its experts: what a training logs, and what a test set shows."""
+"""How a router spreads a test set's tokens over its experts."""
 
 import torch
 
-MODALITIES = ("audio", "video")
+from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.units import STREAMS
 
 
 @torch.inference_mode()
-def expert_activation(model, processor, data) -> dict | None:
-    """Shares of each modality's choices by expert over clips with all that the model takes, and which experts a
+def expert_activation(
+    model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, data: Lrs3Dataset
+) -> dict | None:
+    """Each modality's share of choices by expert over clips with all of the model's streams, and which experts each
     modality can choose; None for a dense projector."""
     projector = model.multi_modal_projector
     if model.config.projector_config.kind != "smop":
@@ -26,10 +31,10 @@ def expert_activation(model, processor, data) -> dict | None:
     separate = X == 2 * E
     return {
         "sharing": projector.sharing,
-        "shares": {m: (counts[i] / counts[i].sum()).tolist() for i, m in enumerate(MODALITIES) if m in present},
+        "shares": {m: (counts[i] / counts[i].sum()).tolist() for i, m in enumerate(STREAMS) if m in present},
         "experts_of": {
             m: list(range(i * E, (i + 1) * E)) if separate else list(range(E))
-            for i, m in enumerate(MODALITIES)
+            for i, m in enumerate(STREAMS)
             if m in present
         },
     }

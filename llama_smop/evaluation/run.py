@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
-from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError
+from llama_smop.data.media import MediaError
 from llama_smop.data.noise import Noise, NoiseFile
 from llama_smop.data.sources import FolderClips
 from llama_smop.evaluation.wer import per_cent, snr_label, snr_order, word_errors
 from llama_smop.models.decoding import transcribe_batch
-
-MODALITIES = ("audio", "video", "audiovisual")
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME, SAMPLES_PER_WHISPER_FRAME, STREAMS
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Row:
 
 
 def evaluate(
-    model,
-    processor,
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
     root: str | Path,
     labels: str,
     *,
@@ -79,9 +80,9 @@ def evaluate(
     rows, transcripts = [], []
     clips = Lrs3Dataset(root, labels)
     heard, seen = (any(modality != other for modality, _ in conditions) for other in ("video", "audio"))
-    for clip in clips.clips:  # the longest come last: better now than after hours
+    for clip in clips.clips:  # checked first: the longest clips are transcribed last
         reason = processor.unfit(
-            samples=clip.n_frames * SAMPLES_PER_FRAME if heard else None, frames=clip.n_frames if seen else None
+            samples=clip.n_frames * SAMPLES_PER_VIDEO_FRAME if heard else None, frames=clip.n_frames if seen else None
         )
         if reason is not None:
             raise MediaError(clip.id, reason)
@@ -97,7 +98,7 @@ def evaluate(
                 modality,
                 noise=added,
                 seed=seed,
-                longest=processor.audio_window // 2,  # 50 a second
+                longest=processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME,
                 unfit=processor.unfit,
             )
             texts = transcribe_dataset(
@@ -122,22 +123,22 @@ def evaluate(
     return rows, transcripts
 
 
-def supported(model) -> tuple[str, ...]:
-    """The modalities a model can be given."""
+def supported(model: LlamaSmopForConditionalGeneration) -> tuple[str, ...]:
+    """The modalities that a model takes."""
     towers = tuple(model.config.modalities)
     return MODALITIES if len(towers) == 2 else towers
 
 
 def transcribe_dataset(
-    model,
-    processor,
-    data,
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    data: Lrs3Dataset,
     *,
     num_beams: int = 1,
     max_frames: int = 1500,
     workers: int = 0,
     distributed: bool = False,
-    bar=None,
+    bar: tqdm | None = None,
 ) -> list[str]:
     """The model's text for every clip, in the data's order; `workers` and `distributed` as in `evaluate`."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -156,9 +157,11 @@ def transcribe_dataset(
     return [found[index] for index in range(len(data))]
 
 
-def transcribe_items(model, processor, items: Sequence[dict], num_beams: int = 1) -> list[str]:
+def transcribe_items(
+    model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, items: Sequence[dict], num_beams: int = 1
+) -> list[str]:
     """The model's text for transformed clips that share their modality."""
-    streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0].get(name) is not None}
+    streams = {name: [item[name] for item in items] for name in STREAMS if items[0].get(name) is not None}
     return transcribe_batch(model, processor, num_beams=num_beams, **streams)
 
 

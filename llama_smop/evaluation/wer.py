@@ -43,7 +43,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
         raise ValueError("the references hold no word, so a word error rate is undefined")
     spoken = [(r, h) for r, h in pairs if r]
     counts = jiwer.process_words([r for r, _ in spoken], [h for _, h in spoken])
-    # jiwer takes no empty reference: whatever is heard in a silent clip is inserted.
+    # jiwer takes no empty reference: all words that are found in a silent clip are insertions.
     heard_in_silence = sum(len(h.split()) for r, h in pairs if not r)
     return WordErrors(
         words=counts.hits + counts.substitutions + counts.deletions,

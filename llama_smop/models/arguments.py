@@ -1,4 +1,4 @@
-"""Which keywords a forward takes that hands on what it does not know."""
+"""Keyword arguments of a forward that passes them on to the language model: which are known, an error for others."""
 
 import difflib
 import inspect
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers.utils import TransformersKwargs
 
-# Of transformers' loss functions, which get what is left over.
-OF_THE_LOSS = ("shift_labels", "ignore_index")
+# Arguments of transformers' loss functions, which receive all remaining keywords.
+LOSS_ARGUMENTS = ("shift_labels", "ignore_index")
 
 
 def known_to(*models: nn.Module) -> frozenset[str]:
-    """The keywords that the forward of one of these models, or transformers behind it, does something with."""
+    """The keywords that the forward of one of these models, or transformers called by it, uses."""
     own = [p for model in models for p in inspect.signature(type(model).forward).parameters.values()]
     named = {p.name for p in own if p.kind is not p.VAR_KEYWORD} - {"self"}
-    return frozenset(named | TransformersKwargs.__annotations__.keys() | set(OF_THE_LOSS))
+    return frozenset(named | TransformersKwargs.__annotations__.keys() | set(LOSS_ARGUMENTS))
 
 
 def refuse_unknown(given: Mapping[str, object], known: Iterable[str]) -> None:
-    """TypeError for a keyword that nothing reads, with the one that it may stand for; None counts as not given."""
+    """TypeError for a keyword that nothing reads, with the nearest known one; None counts as not given."""
     for name, value in given.items():
         if value is not None and name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=1)

@@ -13,7 +13,7 @@ from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEnco
 
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
 
-# Blocks in front of the layers that one device must hold whole.
+# Blocks before the layers that must not be split over devices.
 FRONT_BLOCKS = ("ResidualBlock", "HubertPositionalConvEmbedding")
 
 
@@ -60,7 +60,7 @@ class LipFrontend(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         B, T = video.shape[:2]
         x = self.conv(video.transpose(1, 2))
-        # Frames join the batch here: all that follows sees one frame at a time.
+        # Frames join the batch: the ResNet sees one frame at a time.
         x = x.transpose(1, 2).flatten(0, 1)
         x = self.pool(self.act(self.norm(x)))
         for stage in self.trunk.values():
@@ -101,7 +101,7 @@ class AvHubertVideoEncoder(PreTrainedModel):
                 padding: padded frames are the zeros that the convolutions see beyond the end of an unpadded clip.
 
         Returns:
-            `last_hidden_state` (B, T, D); what stands at padded frames means nothing.
+            `last_hidden_state` (B, T, D); values at padded frames are undefined.
         """
         if video_values.dim() != 5 or video_values.shape[2] != 1:
             raise ValueError(f"video_values must be (B, T, 1, H, W), got {tuple(video_values.shape)}")
@@ -112,11 +112,11 @@ class AvHubertVideoEncoder(PreTrainedModel):
                 )
             video_mask = video_mask.bool()
             video_values = video_values.masked_fill(~video_mask[:, :, None, None, None], 0)
-        # The encoder's own config is not seen by set_attn_implementation, which walks over sub-configs.
+        # `set_attn_implementation` reaches sub-configs only, and the encoder's own config is none.
         self.encoder.config._attn_implementation = self._encoder_attention()
         x = self.proj(self.frontend(video_values))
         x = self.layer_norm(torch.cat([torch.zeros_like(x), x], dim=-1))
-        # A copy, since the encoder zeroes padded frames in place, which a quantised layer's output does not allow.
+        # A copy: the encoder zeroes padded frames in place, which the output of a quantised layer does not allow.
         return self.encoder(self.post_extract_proj(x).clone(), attention_mask=video_mask)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -129,7 +129,7 @@ class AvHubertVideoEncoder(PreTrainedModel):
         return None
 
     def _encoder_attention(self) -> str:
-        """The padding mask is lost under an implementation that has no mask function, so one is always named."""
+        """The chosen attention, or "sdpa" where that has no mask function and would ignore the padding mask."""
         chosen = self.config._attn_implementation
         return chosen if chosen in ALL_MASK_ATTENTION_FUNCTIONS else "sdpa"
 

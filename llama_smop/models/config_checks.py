@@ -1,4 +1,4 @@
-"""Types and bounds of configurations: nonsense is refused before anything is built of it.
+"""Types and bounds of configurations: invalid values are refused before a model is built.
 
 Each function raises a ValueError of one line that names the field, what it must be, and what it is.
 """
@@ -9,10 +9,10 @@ from collections.abc import Collection
 import torch
 from transformers import PreTrainedConfig
 
-# Far above any model there is; what they keep out is a slip that would fill the memory.
+# Far above any published model; they catch a typing error that would exhaust the memory.
 LAYERS, WIDTH, VOCABULARY = (1, 1024), (1, 2**17), (1, 2**23)
-# Of the configurations that are transformers' own, where they have such a field.
-OF_ANY_TRANSFORMER = {
+# Bounds for the fields of transformers' own configurations, where those have them.
+TRANSFORMERS_FIELDS = {
     "num_hidden_layers": LAYERS,
     "encoder_layers": LAYERS,
     "hidden_size": WIDTH,
@@ -28,7 +28,7 @@ OF_ANY_TRANSFORMER = {
     "max_source_positions": (1, 2**20),
     "max_position_embeddings": (1, 2**31),
 }
-SHARES = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -63,7 +63,7 @@ def number(config: object, part: str = "", **bounds: tuple[float, float]) -> Non
     for name, (least, most) in bounds.items():
         value = getattr(config, name)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (real and least <= value <= most):  # which NaN is not
+        if not (real and least <= value <= most):  # False for NaN
             _refuse(part, name, f"a number from {least:g} to {most:g}", value)
 
 
@@ -81,22 +81,22 @@ def choice(config: object, part: str = "", **choices: Collection[str]) -> None:
 
 
 def transformer(config: PreTrainedConfig, part: str = "") -> None:
-    """What a configuration of transformers' own, which checks its types itself, leaves open."""
-    for name, bounds in OF_ANY_TRANSFORMER.items():
+    """Check what transformers leaves unchecked in a configuration of its own: bounds, probabilities, RoPE's base."""
+    for name, bounds in TRANSFORMERS_FIELDS.items():
         if is_whole(getattr(config, name, None)):
             whole(config, part, **{name: bounds})
-    for name in SHARES:
+    for name in PROBABILITIES:
         if hasattr(config, name):
             number(config, part, **{name: (0, 1)})
     rope = getattr(config, "rope_parameters", None) or {}
     theta = rope.get("rope_theta", 1.0)
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
         _refuse(part, "rope_parameters.rope_theta", "a positive number", theta)
-    anything(config, part)
+    finite_with_dtype(config, part)
 
 
-def anything(config: PreTrainedConfig, part: str = "") -> None:
-    """No number of it is infinite or NaN, and its dtype is one that a model is made in."""
+def finite_with_dtype(config: PreTrainedConfig, part: str = "") -> None:
+    """All numbers are finite, and the dtype is one that models are made in."""
     if config.dtype not in DTYPES:
         _refuse(part, "dtype", "float32, float16, bfloat16 or float64", config.dtype)
     for name, value in vars(config).items():

@@ -8,11 +8,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llama_smop.models import config_checks as check
 from llama_smop.models.lora import lora_settings
+from llama_smop.models.units import (
+    LLAMA_3_BOS,
+    LLAMA_3_EOS,
+    LLAMA_3_IDS,
+    LLAMA_3_TOKENS,
+    SPECIAL_TOKEN_FIELDS,
+    SPECIAL_TOKENS,
+    STREAMS,
+)
 from llama_smop.ops import checks, dispatch
 
-MODALITIES = ("audio", "video")
 SHARED_EXPERTS = ("JEJR", "JEDR")
-WHISPER_FRAMES_PER_SECOND = 50
+MARKER_FIELDS = SPECIAL_TOKEN_FIELDS[1:]  # all but the pad token's
 
 
 class AvHubertVideoConfig(PreTrainedConfig):
@@ -60,7 +68,7 @@ class AvHubertVideoConfig(PreTrainedConfig):
         check.number(self, part, **dict.fromkeys(names, share), layer_norm_eps=share, initializer_range=(0, 10))
         check.flag(self, part, "frontend_pool", "layer_norm_first")
         check.choice(self, part, norm=("batch", "group"), hidden_act=ACT2FN)
-        check.anything(self, part)
+        check.finite_with_dtype(self, part)
         self.trunk_channels, self.trunk_blocks = list(self.trunk_channels), list(self.trunk_blocks)
         if len(self.trunk_channels) != len(self.trunk_blocks):
             raise ValueError(
@@ -104,7 +112,7 @@ class ProjectorConfig(PreTrainedConfig):
             self, part, kind=("smop", "dense"), sharing=(*SHARED_EXPERTS, "DEDR"), backend=("auto", *dispatch.BACKENDS)
         )
         check.choice(self, part, recompute=checks.RECOMPUTE, activation=checks.ACTIVATIONS)
-        check.anything(self, part)
+        check.finite_with_dtype(self, part)
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"projector_config.top_k must lie in [1, num_experts] = [1, {self.num_experts}], got {self.top_k}"
@@ -141,7 +149,7 @@ class LlamaSmopConfig(PreTrainedConfig):
         "projector_config": ProjectorConfig,
     }
 
-    # What the Trainer leaves out of an evaluation's predictions, which are the logits alone.
+    # Outputs that the Trainer leaves out of its predictions, which are the logits alone.
     keys_to_ignore_at_inference = [  # noqa: RUF012 - a list by transformers' protocol
         *("past_key_values", "lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss"),
         *("expert_counts", "router_entropy", "router_logits"),
@@ -151,17 +159,17 @@ class LlamaSmopConfig(PreTrainedConfig):
     audio_config: dict | PreTrainedConfig | None = None
     video_config: dict | PreTrainedConfig | None = None
     projector_config: dict | PreTrainedConfig | None = None
-    modalities: list[str] | tuple[str, ...] = MODALITIES
+    modalities: list[str] | tuple[str, ...] = STREAMS
     rate_audio: int = 4
     rate_video: int = 2
     compression: str = "pool"
-    audio_token_id: int = 128257
-    audio_end_token_id: int = 128258
-    video_token_id: int = 128259
-    video_end_token_id: int = 128260
-    pad_token_id: int | None = 128256
-    bos_token_id: int | None = 128000
-    eos_token_id: int | list[int] | None = 128001
+    audio_token_id: int = LLAMA_3_IDS["audio_token_id"]
+    audio_end_token_id: int = LLAMA_3_IDS["audio_end_token_id"]
+    video_token_id: int = LLAMA_3_IDS["video_token_id"]
+    video_end_token_id: int = LLAMA_3_IDS["video_end_token_id"]
+    pad_token_id: int | None = LLAMA_3_IDS["pad_token_id"]
+    bos_token_id: int | None = LLAMA_3_BOS
+    eos_token_id: int | list[int] | None = LLAMA_3_EOS
     load_balancing_coef: float = 0.01
     router_z_coef: float = 0.001
     ctc_weight: float = 0.0
@@ -178,12 +186,12 @@ class LlamaSmopConfig(PreTrainedConfig):
         self.video_config = _part("video_config", self.video_config, AvHubertVideoConfig)
         self.projector_config = _part("projector_config", self.projector_config, ProjectorConfig)
         if not isinstance(self.modalities, list | tuple):
-            raise ValueError(f"modalities must be a list of {MODALITIES}, got {self.modalities!r}")
+            raise ValueError(f"modalities must be a list of {STREAMS}, got {self.modalities!r}")
         for name in ("lora", "sources"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ValueError(f"{name} must be settings by part, got {getattr(self, name)!r}")
-        self.modalities = [m for m in MODALITIES if m in self.modalities] + [
-            m for m in self.modalities if m not in MODALITIES
+        self.modalities = [m for m in STREAMS if m in self.modalities] + [
+            m for m in self.modalities if m not in STREAMS
         ]
         self.lora, self.sources = dict(self.lora or {}), dict(self.sources or {})
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -205,18 +213,17 @@ class LlamaSmopConfig(PreTrainedConfig):
         """The markers' and, if there is such a row, the pad token's, ascending."""
         padded = self.pad_token_id is not None and self.pad_token_id < self.text_config.vocab_size
         pad = (self.pad_token_id,) if padded else ()
-        markers = (self.audio_token_id, self.audio_end_token_id, self.video_token_id, self.video_end_token_id)
-        return sorted({*markers, *pad})
+        return sorted({*(getattr(self, name) for name in MARKER_FIELDS), *pad})
 
     @property
     def projector_sharing(self) -> str:
-        """With a single modality every sharing is the same thing, and JEJR is it without idle parameters."""
+        """The configured sharing; JEJR for one modality, where all compute the same and JEJR has no idle parameters."""
         return self.projector_config.sharing if len(self.modalities) == 2 else "JEJR"
 
     def _check(self) -> None:
-        unknown = [m for m in self.modalities if m not in MODALITIES]
+        unknown = [m for m in self.modalities if m not in STREAMS]
         if unknown or not self.modalities or len(set(self.modalities)) < len(self.modalities):
-            raise ValueError(f"modalities must be of {MODALITIES}, got {list(self.modalities)}")
+            raise ValueError(f"modalities must be of {STREAMS}, got {list(self.modalities)}")
         check.choice(self, compression=("pool", "stack"))
         check.whole(self, rate_audio=(1, 1000), rate_video=(1, 1000))
         weights = ("load_balancing_coef", "router_z_coef", "ctc_weight")
@@ -224,7 +231,7 @@ class LlamaSmopConfig(PreTrainedConfig):
         check.flag(self, "", "freeze_towers", "tower_batch_norm_train")
         check.transformer(self.text_config, "text_config.")
         check.transformer(self.audio_config, "audio_config.")
-        check.anything(self)
+        check.finite_with_dtype(self)
         widths = self.token_features
         shared = self.projector_config.kind == "smop" and self.projector_sharing in SHARED_EXPERTS
         if shared and len(set(widths.values())) > 1:
@@ -247,10 +254,9 @@ class LlamaSmopConfig(PreTrainedConfig):
 
     def _check_tokens(self) -> None:
         vocabulary = self.text_config.vocab_size
-        names = ("audio_token_id", "audio_end_token_id", "video_token_id", "video_end_token_id")
         needed = ("pad_token_id",) if self.ctc_weight else ()  # CTC's blank
         added = () if self.first_added_token is None else ("first_added_token",)
-        for name in (*names, *needed, *added):
+        for name in (*MARKER_FIELDS, *needed, *added):
             value = getattr(self, name)
             if not check.is_whole(value) or not 0 <= value < vocabulary:
                 raise ValueError(
@@ -277,7 +283,7 @@ _WHISPER_MEDIUM_EN = {
 }
 # Llama 3.2-1B with the five special tokens.
 LLAMA_3_2_1B = {
-    "vocab_size": 128261,
+    "vocab_size": LLAMA_3_TOKENS + len(SPECIAL_TOKENS),
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_hidden_layers": 16,
@@ -287,8 +293,8 @@ LLAMA_3_2_1B = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
+    "bos_token_id": LLAMA_3_BOS,
+    "eos_token_id": LLAMA_3_EOS,
     "rope_parameters": {
         "rope_type": "llama3",
         "rope_theta": 500000.0,

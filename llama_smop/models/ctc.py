@@ -1,4 +1,4 @@
-"""CTC on a tower's tokens, an auxiliary loss that helps when the towers are trained from scratch."""
+"""CTC on a tower's tokens: an auxiliary loss for towers that are trained from scratch."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""From clips to text, with a length limit that fits each clip."""
+"""Transcribe clips, each under a length limit of its own."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 
-from llama_smop.models.processing_llama_smop import SAMPLES_PER_FRAME
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.units import VIDEO_RATE, WHISPER_RATE
 
 # Fast speech is about 4.5 words or 7 tokens a second.
 TOKENS_PER_SECOND, LEAST_TOKENS = 8, 16
-VIDEO_FRAMES_PER_SECOND = 25
 
 
 class PerClipLimit(StoppingCriteria):
@@ -19,7 +20,7 @@ class PerClipLimit(StoppingCriteria):
     def __init__(self, prompt_length: int, limits: Tensor):
         self.prompt_length, self.limits = prompt_length, limits
 
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         rows = input_ids.shape[0] // len(self.limits)  # beams
         limits = self.limits.to(input_ids.device).repeat_interleave(rows)
         return input_ids.shape[1] - self.prompt_length >= limits
@@ -28,15 +29,21 @@ class PerClipLimit(StoppingCriteria):
 def token_limits(batch: BatchFeature) -> Tensor:
     """(B,) new tokens that each clip's duration leaves room for: 16 + 8 a second."""
     if "audio_mask" in batch:
-        seconds = batch["audio_mask"].sum(1) * SAMPLES_PER_FRAME / 16000
+        seconds = batch["audio_mask"].sum(1) / WHISPER_RATE
     else:
-        seconds = batch["video_mask"].sum(1) / VIDEO_FRAMES_PER_SECOND
+        seconds = batch["video_mask"].sum(1) / VIDEO_RATE
     return LEAST_TOKENS + (seconds * TOKENS_PER_SECOND).ceil().long()
 
 
 @torch.inference_mode()
 def transcribe_batch(
-    model, processor, *, audio: Sequence | None = None, video: Sequence | None = None, num_beams: int = 1, **settings
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    *,
+    audio: Sequence | None = None,
+    video: Sequence | None = None,
+    num_beams: int = 1,
+    **settings,
 ) -> list[str]:
     """Texts of transformed clips, greedy or by beam search, deterministic.
 

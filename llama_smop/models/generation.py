@@ -1,11 +1,11 @@
-"""`generate` of a model that hears and sees: towers and projector run once a clip, then the language model alone."""
+"""`generate` with speech inputs: towers and projector run once a clip, then the language model alone."""
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-SPEECH_INPUTS = ("input_features", "audio_mask", "audio_states", "video_values", "video_mask", "video_states")
-# Ways of decoding that feed the prompt again, or in parts, by its ids: the speech at its placeholders would be lost.
+SPEECH_INPUTS = ("input_features", "audio_mask", "video_values", "video_mask")
+# Settings under which transformers feeds the prompt's ids again or in parts, without the speech at the placeholders.
 BY_IDS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "prefill_chunk_size")
 
 

@@ -1,10 +1,11 @@
-"""Getting configs, tokenizers and weights by name or folder, with errors that say what to do."""
+"""Fetch configs, tokenizers and weights by name or folder, with errors that say what to do."""
 
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from transformers.utils.hub import cached_file, create_and_tag_model_card
@@ -25,7 +26,7 @@ class Source:
         return str(Path(self.name, self.where["subfolder"])) if self.where.get("subfolder") else self.name
 
     def file(self, name: str) -> Path | None:
-        """Where a file of it is on this disk, fetched if need be; None if it has no such file."""
+        """Path of one of its files, downloaded if necessary; None if it has no such file."""
         found = cached_file(
             self.name,
             name,
@@ -47,7 +48,10 @@ def upload(
     token: str | bool | None = None,
     **repository,
 ) -> None:
-    """Put files of `folder`, by name, and a model card into a repository of the hub; `repository` to make it with."""
+    """Put files of `folder`, by name, and a model card into a repository of the hub.
+
+    repository: further arguments of `create_repo`.
+    """
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, exist_ok=True, **repository).repo_id
     create_and_tag_model_card(repo_id, tags, token=token).save(folder / "README.md")
@@ -60,7 +64,7 @@ def upload(
     )
 
 
-def fetch(kind, name: str | Path, **kwargs):
+def fetch(kind: Any, name: str | Path, **kwargs) -> Any:
     """`kind.from_pretrained(name)`, for any transformers class; `name` may be a folder, a .gguf file, or a hub name,
     which is looked up in the cache first.
 
@@ -81,7 +85,7 @@ def fetch(kind, name: str | Path, **kwargs):
     try:
         return kind.from_pretrained(str(name), local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
-        if not _hub_answers():
+        if not _hub_reachable():
             raise ValueError(
                 f"{name}: no such folder, not in the cache, and the hub does not answer; download it where there is a "
                 f"network (hf download {name}) and give the folder's path"
@@ -89,11 +93,11 @@ def fetch(kind, name: str | Path, **kwargs):
     try:
         return kind.from_pretrained(str(name), **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: neither a folder here nor to be had from the hub ({_first_line(error)})") from error
+        raise ValueError(f"{name}: no such folder, and the hub does not have it ({_first_line(error)})") from error
 
 
-def _hub_answers() -> bool:
-    """One quick question first: transformers asks for many files, and waits long for each."""
+def _hub_reachable() -> bool:
+    """Whether the hub answers one short request: transformers requests many files and waits long for each."""
     if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
         return False
     try:

@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
+from llama_smop.models.units import IGNORED_LABEL
 from llama_smop.ops.operator import autocast_dtype
 
-IGNORED_LABEL = -100
 KINDS = ("auto", "chunked", "liger", "plain")
 CHUNK = 128  # positions; with a vocabulary of 128k their logits are 66 MB in float32
-# Causal models whose logits are the head's product and nothing else: no scale, no soft cap.
+# Causal models whose logits are the head's plain product, without a scale or a soft cap.
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_fused_loss(kind: str, device: torch.device) -> None:
-    """Whether that loss can be computed on that device.
+    """Check that a kind of loss can be computed on a device.
 
     Raises:
         ValueError: an unknown name; "liger" away from a GPU or without the package.
@@ -58,7 +58,7 @@ def _obstacle(language_model: PreTrainedModel) -> str | None:
         return f"knows the heads of {', '.join(PLAIN_HEADS)}, this language model is a {model_type}"
     if nn.Linear not in (type(head), *_under_fsdp2(head)) or head.bias is not None:
         return f"needs a linear head without a bias, got {head}"
-    # accelerate's offloading, and others', fetches a weight where its module is called.
+    # Offloading, as accelerate's, fetches a weight when its module is called.
     called = hasattr(head, "_hf_hook") or head._forward_pre_hooks or head._forward_hooks
     if called and not isinstance(head, FSDPModule):
         return "needs a head without hooks, which offloading adds"
@@ -68,22 +68,22 @@ def _obstacle(language_model: PreTrainedModel) -> str | None:
 
 
 def _under_fsdp2(module: nn.Module) -> tuple[type, ...]:
-    """What it was before FSDP2 gave it a class that is derived from both."""
+    """The classes of a module before FSDP2 replaced its class by one derived from it and from FSDPModule."""
     return type(module).__bases__ if isinstance(module, FSDPModule) else ()
 
 
 def without_logits(
     kind: str, language_model: PreTrainedModel, labels: Tensor | None, kwargs: dict, *, strict: bool
 ) -> str | None:
-    """How the loss is computed when no logits are wanted, None where it takes them all the same.
+    """The kind of loss to compute without logits, "chunked" or "liger"; None where the loss needs the logits.
 
-    kwargs: the language model's other arguments. strict: not to have a way is an error.
+    kwargs: the language model's other arguments. strict: raise where the loss needs the logits.
 
     Raises:
-        ValueError: as `resolve`; no way, when `strict`.
+        ValueError: as `resolve`; with `strict`, a loss that needs the logits.
     """
     asked, kind = kind, resolve(kind, language_model)
-    own = {"shift_labels", "ignore_index"} & kwargs.keys()  # of the language model's own loss function
+    own = {"shift_labels", "ignore_index"} & kwargs.keys()  # arguments of the language model's own loss function
     if labels is None:
         lacking = "needs labels"
     elif kind == "plain":
@@ -114,7 +114,7 @@ def forward_without_logits(
     num_items_in_batch: Tensor | int | None = None,
     **arguments,
 ) -> CausalLMOutputWithPast:
-    """What `language_model(labels=labels, **arguments)` returns, but for the logits; `kind` "chunked" or "liger".
+    """The output of `language_model(labels=labels, **arguments)` without logits; `kind` is "chunked" or "liger".
 
     positions: of `target_positions`, made here when None. num_items_in_batch: what the sum is divided by in place of
     the number of labels.
@@ -124,7 +124,7 @@ def forward_without_logits(
     rows = outputs.last_hidden_state.flatten(0, 1)[positions]
     targets = labels.flatten()[positions + 1]
     head = language_model.get_output_embeddings()
-    if isinstance(head, FSDPModule):  # which gathers its weight where it is called, and holds it up to the backward
+    if isinstance(head, FSDPModule):  # gathers its weight when called, and keeps it until the backward
         head(rows[:0])
     if isinstance(head.weight, DTensor):
         raise ValueError(f'fused_loss "{kind}" needs a head that is not resharded after its forward; or use "plain"')

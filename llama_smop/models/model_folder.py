@@ -52,7 +52,7 @@ def load(
         with quietly():
             model = LlamaSmopForConditionalGeneration.from_pretrained(folder, local_files_only=True)
             processor = LlamaSmopProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of a malformed file
+    except Exception as error:  # transformers raises many types for a malformed file
         if str(error).startswith(f"{folder}: "):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -62,7 +62,7 @@ def load(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' bars over the weights of even the smallest model, and its notes on sharding."""
+    """Hide transformers' progress bars over weights and its notes on sharding."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

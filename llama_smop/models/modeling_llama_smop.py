@@ -1,10 +1,11 @@
 """Llama-SMoP: Whisper's encoder, AV-HuBERT, one projector and a language model, for audio, video or both."""
 
 import logging
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -13,13 +14,14 @@ from transformers.utils.import_utils import is_tracing
 
 from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
-from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.ctc import ctc_loss
 from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
-from llama_smop.models.lm_loss import IGNORED_LABEL, forward_without_logits, without_logits
+from llama_smop.models.lm_loss import forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures, router_entropy
 from llama_smop.models.pretrained import CheckpointMixin
+from llama_smop.models.units import IGNORED_LABEL, STREAMS
 from llama_smop.models.vocabulary import VocabularyMixin
 from llama_smop.projector import DenseProjector, SMoPProjector
 
@@ -29,12 +31,12 @@ logger = logging.getLogger(__name__)
 class LlamaSmopPreTrainedModel(CheckpointMixin, VocabularyMixin, PreTrainedModel):
     config: LlamaSmopConfig
     base_model_prefix = "model"
-    input_modalities = ("audio", "video", "text")
+    input_modalities = (*STREAMS, "text")
     supports_gradient_checkpointing = True
-    # The parts' own are added to these.
+    # transformers adds those of the parts.
     _no_split_modules = ("WhisperEncoderLayer", "SMoPProjector", "DenseProjector")
     _skip_keys_device_placement = ("past_key_values",)
-    # Nor are LoRA's factors quantised, which learn.
+    # LoRA's factors are trained, so they are not quantised.
     _keep_in_fp32_modules = ("lora_A.default", "lora_B.default")
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -69,7 +71,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if "video" in config.modalities:
             self.video_tower = AvHubertVideoEncoder(config.video_config)
         self.multi_modal_projector = _projector(config)
-        # In the dtype of the other parts, whatever the language model's own config says.
+        # In the dtype of the other parts, not in that of the language model's own config.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self._known_arguments = arguments.known_to(self, self.language_model)
         if config.ctc_weight:
@@ -94,10 +96,10 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             frozen |= {f"{m}_tower" for m in self.config.modalities}
         for part in frozen:
             for name, parameter in getattr(self, part).named_parameters():
-                if parameter.is_floating_point():  # a quantised one never learns
+                if parameter.is_floating_point():  # quantised parameters are never trained
                     parameter.requires_grad_("lora_" in name)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """Frozen towers stay in eval mode: no dropout, and BatchNorm keeps its statistics."""
         super().train(mode)
         if self.config.freeze_towers:
@@ -119,7 +121,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         """Lip frames (B, T, 1, H, W) at 25 Hz -> AV-HuBERT frames (B, T, D)."""
         tower = self.video_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
-            # Of the first layer: quantised weights of the linear ones do not have the dtype that they compute in.
+            # The first layer's dtype: quantised linear layers compute in another dtype than their weights'.
             return tower(video_values.to(tower.frontend.conv.weight.dtype), video_mask).last_hidden_state
 
     def get_speech_features(
@@ -128,8 +130,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         audio_mask: Tensor | None = None,
         video_values: Tensor | None = None,
         video_mask: Tensor | None = None,
-        audio_states: Tensor | None = None,
-        video_states: Tensor | None = None,
     ) -> SpeechFeatures:
         """Towers, compression and one projector call over the audio and video tokens together.
 
@@ -137,31 +137,28 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             input_features: (B, mels, 2·positions) log-mel of the whole Whisper window.
             audio_mask: (B, F) bool, the Whisper frames that belong to each clip, real ones first; F ≤ positions.
             video_values, video_mask: (B, T, 1, H, W) and (B, T) bool.
-            audio_states, video_states: tower outputs made before (a feature cache), in place of the inputs above;
-                (B, F, D) and (B, T, D), under the same masks.
         """
         states, masks = {}, {}
-        if input_features is not None or audio_states is not None:
+        if input_features is not None:
             self._expect("audio", audio_mask)
-            audio_states = self.get_audio_states(input_features) if audio_states is None else audio_states
-            states["audio"], masks["audio"] = audio_states[:, : audio_mask.shape[1]], audio_mask.bool()
-        if video_values is not None or video_states is not None:
+            states["audio"] = self.get_audio_states(input_features)[:, : audio_mask.shape[1]]
+            masks["audio"] = audio_mask.bool()
+        if video_values is not None:
             self._expect("video", video_mask)
-            video_mask = video_mask.bool()
-            states["video"] = self.get_video_states(video_values, video_mask) if video_states is None else video_states
-            masks["video"] = video_mask
+            masks["video"] = video_mask.bool()
+            states["video"] = self.get_video_states(video_values, masks["video"])
         if not states:
             raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
         tokens, token_masks, modality = [], [], []
         projector_width = max(self.config.token_features.values())
         for name, frames in states.items():
             x, mask = self.compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
-            # Zeros add nothing to a product: the narrower modality of separate experts is filled up with them.
+            # Separate experts may take streams of two widths: the narrower is padded with zeros, which add nothing.
             tokens.append(nn.functional.pad(x, (0, projector_width - x.shape[-1])))
             token_masks.append(mask)
             modality.append(torch.full_like(mask, self.config.modalities.index(name), dtype=torch.int32))
         mask = torch.cat(token_masks, 1)
-        # Any of its parameters: with LoRA on them the projector is inside a module without their names.
+        # Any of its parameters: under LoRA the projector is wrapped in a module without their names.
         dtype = next(self.multi_modal_projector.parameters()).dtype
         projection = self.multi_modal_projector(torch.cat(tokens, 1).to(dtype), torch.cat(modality, 1), mask)
         return SpeechFeatures(
@@ -232,12 +229,10 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         video_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        audio_states: Tensor | None = None,
-        video_states: Tensor | None = None,
         target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
@@ -257,14 +252,14 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         """
         arguments.refuse_unknown(kwargs, self._known_arguments)
         speech = None
-        given = (input_features, audio_mask, audio_states, video_values, video_mask, video_states)
+        given = (input_features, audio_mask, video_values, video_mask)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
         if any(v is not None for v in given):
             speech = self.get_speech_features(**speech_inputs)
             inputs_embeds, input_ids = self.place_speech(input_ids, speech, inputs_embeds), None
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            # With a cache the mask also covers what is in it, and the new tokens are its last.
+            # With a cache the mask also covers the cached tokens; the new tokens are its last.
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         kwargs |= {
             "input_ids": input_ids if inputs_embeds is None else None,
@@ -303,10 +298,10 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if config.projector_config.kind == "smop":
             result.load_balancing_loss, result.router_z_loss = projection.load_balancing_loss, projection.router_z_loss
             entropy = router_entropy(projection.router_logits, speech.mask, speech.audio_tokens)
-            first = MODALITIES.index(config.modalities[0])
+            first = STREAMS.index(config.modalities[0])
             result.router_entropy = entropy[first : first + len(config.modalities)]
         if labels is None:
-            self._warn_of_a_loss_made_elsewhere()
+            self._warn_without_auxiliary_losses()
             return
         share = 1 if items is None else (labels[:, 1:] != IGNORED_LABEL).sum() / items
         if config.projector_config.kind == "smop":
@@ -319,7 +314,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             result.ctc_loss = sum(self._ctc_loss(m, speech, labels) for m in speech.states)
             result.loss = result.loss + share * config.ctc_weight * result.ctc_loss
 
-    def _warn_of_a_loss_made_elsewhere(self) -> None:
+    def _warn_without_auxiliary_losses(self) -> None:
         if not self.training or self._warned or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         smop = self.config.projector_config.kind == "smop"
@@ -337,7 +332,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             )
 
     def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
-        """On compressed tokens: with fewer places between the words than on frames, it is learned much sooner."""
+        """On compressed tokens, not frames: with fewer blanks between the words it is learned much sooner."""
         rate = getattr(self.config, f"rate_{modality}")
         tokens, mask = self.compress(speech.states[modality], speech.state_masks[modality], rate)
         ignored = (IGNORED_LABEL, *_as_tuple(self.config.eos_token_id))
@@ -383,7 +378,7 @@ def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
 
 
 AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
-# By this list the Trainer's label smoothing knows that logits are those of the next token.
+# The Trainer's label smoothing shifts the labels of the models in this list.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LlamaSmopConfig.model_type] = LlamaSmopForConditionalGeneration.__name__
 
 __all__ = ["LlamaSmopForConditionalGeneration", "LlamaSmopOutput", "SpeechFeatures"]

@@ -1,4 +1,4 @@
-"""What the model returns, and what passes from its towers to its language model."""
+"""The model's outputs, and the speech features between its towers and its language model."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from llama_smop.functional import SMoPOutput
 
 @dataclass
 class SpeechFeatures:
-    """What the towers and the projector make of a batch.
+    """The outputs of the towers and the projector for a batch.
 
     tokens: (B, S, O) projected tokens, the audio tokens of every clip first, then the video tokens.
     mask: (B, S) bool, True = real token.
-    audio_tokens: how many of the S places are audio's.
-    projection: the projector's output over the same (B, S) places.
+    audio_tokens: the number of audio tokens among the S.
+    projection: the projector's output for the same (B, S) tokens.
     states, state_masks: tower frames (B, F, D) before compression and their masks (B, F), by modality.
     """
 
@@ -59,7 +59,7 @@ def router_entropy(logits: Tensor, mask: Tensor, audio_tokens: int) -> Tensor:
 
     Args:
         logits: (B, S, E) over speech tokens, audio before video.  mask: (B, S) bool, True = real token.
-        audio_tokens: how many of the S places are audio's.
+        audio_tokens: the number of audio tokens among the S.
 
     Returns:
         (2,) float32, audio then video; NaN for a modality without a real token. Stays on the device.

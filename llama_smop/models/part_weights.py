@@ -1,4 +1,4 @@
-"""Weights that are not in our checkpoints but with their makers: fetched by name or path, part by part."""
+"""The parts' published weights, which checkpoints may leave out: fetched by name or path."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, WhisperConfig, WhisperModel
 
 from llama_smop.models.avhubert import AvHubertVideoEncoder
-from llama_smop.models.fit import refuse_non_finite
+from llama_smop.models.checkpoint_checks import refuse_non_finite
 from llama_smop.models.hub import fetch
 
 PARTS = ("audio_tower", "video_tower", "language_model")
@@ -18,7 +18,7 @@ def part_weights(part: str, source: str | Path, dtype: torch.dtype | None = None
     from a fairseq file or the folder it was converted to.
 
     Raises:
-        ValueError: a source that cannot be had or is of another kind.
+        ValueError: a source that cannot be found or is of another kind.
     """
     if part == "audio_tower":
         return fetch(WhisperModel, source, dtype=dtype).encoder.state_dict()

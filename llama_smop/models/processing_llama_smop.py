@@ -5,15 +5,27 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from llama_smop.models import config_checks as check
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
-from llama_smop.models.word_tokenizer import AUDIO, AUDIO_END, PROMPTS, SPECIAL_TOKENS, VIDEO, VIDEO_END
+from llama_smop.models.tokenizer import PROMPTS
+from llama_smop.models.units import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_RATE,
+    IGNORED_LABEL,
+    PAD,
+    SAMPLES_PER_VIDEO_FRAME,
+    SAMPLES_PER_WHISPER_FRAME,
+    SPECIAL_TOKENS,
+    STREAMS,
+    VIDEO,
+    VIDEO_END,
+    WHISPER_RATE,
+    cut_or_pad,
+)
 
-SAMPLING_RATE = 16000
-SAMPLES_PER_FRAME = 320  # one Whisper frame, 1/50 s
-SAMPLES_PER_VIDEO_FRAME = 640  # one video frame, 1/25 s
 MIN_AUDIO_FRAMES = 25
 
 
@@ -25,24 +37,18 @@ class LlamaSmopProcessor(ProcessorMixin):
         tokenizer: any tokenizer that knows `<pad> <audio> </audio> <video> </video>`, BOS and EOS.
         rate_audio, rate_video: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
-        prompts: the text after the speech tokens for "audio", "video" and "audio_video".
-        published_padding: parity with the published run, where every clip counts as long as the longest of its
-            batch, and the language model attends to the padding.
-        published_audio_count: parity with its count of audio frames, computed in "float32" or "bfloat16", which
-            loses frames at some lengths; None counts in integers.
+        prompts: the text after the speech tokens for "audio", "video" and "audiovisual".
     """
 
     def __init__(
         self,
-        feature_extractor,
-        tokenizer,
+        feature_extractor: WhisperFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
         rate_audio: int = 4,
         rate_video: int = 2,
         audio_window: int = 1500,
         prompts: dict[str, str] | None = None,
-        published_padding: bool = False,
-        published_audio_count: str | None = None,
-        chat_template=None,
+        chat_template: str | None = None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
@@ -51,24 +57,24 @@ class LlamaSmopProcessor(ProcessorMixin):
             isinstance(prompts, dict) and all(isinstance(p, str) for p in prompts.values())
         ):
             raise ValueError(f"the processor's prompts must be a text for each modality, got {prompts!r:.60}")
-        self.prompts = {**PROMPTS, **(prompts or {})}
-        self.published_padding, self.published_audio_count = published_padding, published_audio_count
-        if published_audio_count not in (None, "float32", "bfloat16"):
-            raise ValueError(
-                f'published_audio_count must be None, "float32" or "bfloat16", got {published_audio_count!r}'
-            )
+        own = dict(prompts or {})
+        if "audio_video" in own:  # as earlier versions saved it
+            own.setdefault("audiovisual", own.pop("audio_video"))
+        self.prompts = PROMPTS | own
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if missing:
             raise ValueError(
                 f"the tokenizer lacks the special tokens {' '.join(missing)}; add them with "
-                "llama_smop.models.word_tokenizer.add_special_tokens and resize the model's embeddings"
+                "llama_smop.models.tokenizer.add_special_tokens and resize the model's embeddings"
             )
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer must have a BOS and an EOS token")
 
     @classmethod
-    def for_config(cls, config: LlamaSmopConfig, feature_extractor, tokenizer) -> "LlamaSmopProcessor":
+    def for_config(
+        cls, config: LlamaSmopConfig, feature_extractor: WhisperFeatureExtractor, tokenizer: PreTrainedTokenizerBase
+    ) -> "LlamaSmopProcessor":
         return cls(
             feature_extractor,
             tokenizer,
@@ -87,8 +93,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio: Sequence | None = None,
         video: Sequence | None = None,
         *,
-        audio_states: Sequence[Tensor] | None = None,
-        video_states: Sequence[Tensor] | None = None,
         prompt: str | None = None,
         padding_side: str | None = None,
     ) -> BatchFeature:
@@ -99,15 +103,13 @@ class LlamaSmopProcessor(ProcessorMixin):
             audio: for each clip (N,) or (N, 1) floats at 16 kHz, transformed already. With video it is cut or padded
                 with zeros to the video's length.
             video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
-            audio_states, video_states: tower frames (F, D) of each clip from a `FeatureCache`, in place of the clip.
                 A single clip need not be in a list.
             prompt: in place of the modality's own.
             padding_side: "right" with text, "left" without.
 
         Returns:
             input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
-            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool; of states
-            audio_states or video_states (B, F, D) and their mask.
+            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool.
 
         Raises:
             ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
@@ -115,9 +117,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else text
         audio, video = _listed(audio, 1), _listed(video, 4)
-        audio_states, video_states = _listed(audio_states, 2), _listed(video_states, 2)
-        streams = {"audio": audio_states if audio is None else audio, "video": video_states if video is None else video}
-        streams = {modality: clips for modality, clips in streams.items() if clips is not None}
+        streams = {name: clips for name, clips in zip(STREAMS, (audio, video), strict=True) if clips is not None}
         if not streams:
             raise ValueError("expected audio, video or both, got neither")
         clips = len(next(iter(streams.values())))
@@ -129,25 +129,21 @@ class LlamaSmopProcessor(ProcessorMixin):
         batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
         if video is not None:
             video = [_as_video(v) for v in video]
-            counts["video"] = self._together([self.video_tokens(len(v)) for v in video])
+            counts["video"] = [self.video_tokens(len(v)) for v in video]
             batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
         if audio is not None:
             audio = [_as_audio(a) for a in audio]
             if video is not None:
-                audio = [fit(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
-            samples = self._together([len(a) for a in audio])
-            counts["audio"] = [self.audio_tokens(n) for n in samples]
-            batch |= self._log_mel(audio, [self.audio_frames(n) for n in samples])
-        for modality, rate in (("audio", self.rate_audio), ("video", self.rate_video)):
-            if modality in streams and f"{modality}_mask" not in batch:
-                batch |= _pad_states(modality, streams[modality])
-                counts[modality] = [self._tokens(len(s), rate, modality) for s in streams[modality]]
-        prompt_ids = self.encode(self.prompts["_".join(streams)] if prompt is None else prompt)
+                audio = [cut_or_pad(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
+            counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
+            batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
+        modality = "audiovisual" if len(streams) == 2 else next(iter(streams))
+        prompt_ids = self.encode(self.prompts[modality] if prompt is None else prompt)
         prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
         return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
 
     def unfit(self, samples: int | None = None, frames: int | None = None, text: str = "") -> str | None:
-        """Why a clip of so many audio samples and video frames, None = without, cannot be in a batch; None = it can."""
+        """Why the model cannot take a clip, None where it can. samples, frames: its lengths, None = no such stream."""
         try:
             if frames is not None:
                 self.video_tokens(frames)
@@ -164,15 +160,12 @@ class LlamaSmopProcessor(ProcessorMixin):
         """Whisper frames of a clip: 50 a second in integer arithmetic, at least 25, at most the window."""
         if samples < 1:
             raise ValueError("a clip has no audio samples")
-        if samples > self.audio_window * SAMPLES_PER_FRAME:
+        if samples > self.audio_window * SAMPLES_PER_WHISPER_FRAME:
             raise ValueError(
-                f"a clip of {samples / SAMPLING_RATE:.2f} s is longer than the audio window of "
-                f"{self.audio_window / 50:.2f} s; cut it, as `llama-smop transcribe` does"
+                f"a clip of {samples / AUDIO_RATE:.2f} s is longer than the audio window of "
+                f"{self.audio_window / WHISPER_RATE:.2f} s; cut it, as `llama-smop transcribe` does"
             )
-        frames = samples * 50 // SAMPLING_RATE
-        if self.published_audio_count:
-            dtype = getattr(torch, self.published_audio_count)
-            frames = int(torch.tensor(samples, dtype=dtype) / SAMPLING_RATE * 50)
+        frames = samples // SAMPLES_PER_WHISPER_FRAME
         return min(max(frames, MIN_AUDIO_FRAMES), self.audio_window)
 
     def audio_tokens(self, samples: int) -> int:
@@ -180,9 +173,6 @@ class LlamaSmopProcessor(ProcessorMixin):
 
     def video_tokens(self, frames: int) -> int:
         return self._tokens(frames, self.rate_video, "video")
-
-    def _together(self, lengths: list[int]) -> list[int]:
-        return [max(lengths)] * len(lengths) if self.published_padding else lengths
 
     @staticmethod
     def _tokens(frames: int, rate: int, modality: str) -> int:
@@ -195,20 +185,20 @@ class LlamaSmopProcessor(ProcessorMixin):
     # -- features --------------------------------------------------------------------------------------------------
 
     def _log_mel(self, audio: list[np.ndarray], frames: list[int]) -> dict[str, Tensor]:
-        # Clips fill little of the window. Beyond the longest one all columns of silence are alike: one is computed.
-        extractor, window = self.feature_extractor, self.audio_window * SAMPLES_PER_FRAME
+        # Beyond the longest clip all columns of silence are equal: one is computed, and fills the rest of the window.
+        extractor, window = self.feature_extractor, self.audio_window * SAMPLES_PER_WHISPER_FRAME
         hop = extractor.hop_length
         samples = min(window, -(-(max(map(len, audio)) + extractor.n_fft) // hop) * hop)
-        mel = extractor(
-            audio, sampling_rate=SAMPLING_RATE, padding="max_length", max_length=samples, return_tensors="pt"
-        )["input_features"]
-        features = _for_a_batch(*mel.shape[:2], window // hop)
+        mel = extractor(audio, sampling_rate=AUDIO_RATE, padding="max_length", max_length=samples, return_tensors="pt")[
+            "input_features"
+        ]
+        features = _batch_buffer(*mel.shape[:2], window // hop)
         features[..., : mel.shape[2]] = mel
         features[..., mel.shape[2] :] = mel[..., -1:]
         return {"input_features": features, "audio_mask": prefix_mask(frames)}
 
     def _pad_video(self, video: list[Tensor], frames: list[int]) -> dict[str, Tensor]:
-        values = _for_a_batch(len(video), max(frames), *video[0].shape[1:])
+        values = _batch_buffer(len(video), max(frames), *video[0].shape[1:])
         for i, (clip, n) in enumerate(zip(video, frames, strict=True)):
             n = min(n, len(clip))
             values[i, :n], values[i, n:] = clip[:n], 0
@@ -236,7 +226,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         ids = [self.tokenizer.bos_token_id]
         for count, start, end in ((audio, AUDIO, AUDIO_END), (video, VIDEO, VIDEO_END)):
             if count:
-                # The first stands for itself, the others are places for the clip's tokens.
+                # The first marker keeps its embedding; the others are placeholders for the clip's tokens.
                 ids += self.tokenizer.convert_tokens_to_ids([start] * (count + 1) + [end])
         return ids
 
@@ -248,8 +238,8 @@ class LlamaSmopProcessor(ProcessorMixin):
             raise ValueError(f'padding_side must be "left" or "right", got {side!r}')
         length = max(len(p) + len(t) for p, t in zip(prefixes, targets, strict=True))
         shape = (len(prefixes), length)
-        ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0]))
-        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(PAD))
+        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED_LABEL)
         for i, (prefix, target) in enumerate(zip(prefixes, targets, strict=True)):
             n = len(prefix) + len(target)
             begin = length - n if side == "left" else 0
@@ -257,8 +247,6 @@ class LlamaSmopProcessor(ProcessorMixin):
             mask[i, begin : begin + n] = 1
             if target:
                 labels[i, begin + len(prefix) : begin + n] = torch.tensor(target)
-        if self.published_padding:
-            mask.fill_(1)
         return {"input_ids": ids, "attention_mask": mask} | ({} if texts is None else {"labels": labels})
 
     def decode_new(self, generated: Tensor, prompt_length: int) -> list[str]:
@@ -266,13 +254,8 @@ class LlamaSmopProcessor(ProcessorMixin):
         return [t.strip() for t in self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)]
 
 
-def fit(audio: np.ndarray, samples: int) -> np.ndarray:
-    """Cut or pad with zeros to `samples`."""
-    return np.pad(audio[:samples], (0, max(0, samples - len(audio))))
-
-
-def _for_a_batch(*shape: int) -> Tensor:
-    """float32, to be filled; in a data worker in shared memory, so that the batch is not copied on its way out."""
+def _batch_buffer(*shape: int) -> Tensor:
+    """Uninitialised float32; in a data worker in shared memory, so that the batch is not copied to the main process."""
     values = torch.empty(shape)
     return values if torch.utils.data.get_worker_info() is None else values.share_memory_()
 
@@ -280,11 +263,6 @@ def _for_a_batch(*shape: int) -> Tensor:
 def prefix_mask(lengths: Sequence[int]) -> Tensor:
     """(B, max length) bool, True on the first `lengths[b]` places."""
     return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-
-
-def _pad_states(modality: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
-    padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-    return {f"{modality}_states": padded, f"{modality}_mask": prefix_mask([len(s) for s in states])}
 
 
 def _listed(clips, dimensions: int):

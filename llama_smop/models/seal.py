@@ -1,4 +1,4 @@
-"""The seal of a folder that this package wrote: the SHA-256 of every file, by which a damaged one is known."""
+"""The seal of a folder that this package wrote: the SHA-256 of every file, which shows damage."""
 
 import hashlib
 import logging
@@ -13,17 +13,17 @@ from llama_smop import files
 logger = logging.getLogger(__name__)
 
 SEAL = "sha256.json"
-TRAINER_STATE = "trainer_state.json"  # transformers' name: a checkpoint to go on from
+TRAINER_STATE = "trainer_state.json"  # transformers' name; marks a checkpoint that training resumes from
 
 
 def seal(folder: Path) -> None:
-    """Write down the SHA-256 of every file, last of all."""
+    """Write the SHA-256 of every file; to be called when all files are written."""
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     files.write_json(folder / SEAL, hashes)
 
 
 def renew(folder: Path, written: Iterable[str]) -> None:
-    """After others' files were put into a sealed folder: take note of them, and of those that are gone."""
+    """Update the seal of a folder, if it has one, after the files `written` were added and others removed."""
     hashes = read(folder)
     if hashes is None:
         return
@@ -85,8 +85,11 @@ def write_sealed(folder: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def check_target(folder: str | Path) -> None:
-    """Raises OSError: no place for a folder of ours: not empty and not sealed, a checkpoint of a training, a file, or
-    not writable."""
+    """Check that a sealed folder may be written there.
+
+    Raises:
+        OSError: it is a file, not writable, a training's checkpoint, or neither empty nor sealed.
+    """
     if (files.check_folder(folder, owned) / TRAINER_STATE).exists():
         raise FileExistsError(f"{folder}: is a checkpoint of a training; name a new or empty folder")
 

@@ -4,15 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from transformers import LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
-from llama_smop.models.configuration_llama_smop import (
-    MODALITIES,
-    AvHubertVideoConfig,
-    LlamaSmopConfig,
-    ProjectorConfig,
-)
+from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig, LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import AUDIO, AUDIO_END, PAD, VIDEO, VIDEO_END, word_tokenizer
+from llama_smop.models.tokenizer import token_ids, word_tokenizer
+from llama_smop.models.units import STREAMS, WHISPER_RATE
 
 
 def build_tiny(
@@ -28,7 +24,7 @@ def build_tiny(
     video_layers: int = 2,
     text_layers: int = 3,
     max_seconds: float = 3.0,
-    modalities: Sequence[str] = MODALITIES,
+    modalities: Sequence[str] = STREAMS,
     rate_audio: int = 4,
     rate_video: int = 2,
     compression: str = "pool",
@@ -45,13 +41,8 @@ def build_tiny(
     Parameters are drawn from torch's generator: seed it for the same model twice.
     """
     tokenizer = word_tokenizer(words)
-    ids = dict(
-        zip(
-            (PAD, AUDIO, AUDIO_END, VIDEO, VIDEO_END),
-            tokenizer.convert_tokens_to_ids([PAD, AUDIO, AUDIO_END, VIDEO, VIDEO_END]),
-            strict=True,
-        )
-    )
+    ids = token_ids(tokenizer)
+    own_ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaSmopConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
@@ -63,9 +54,7 @@ def build_tiny(
             max_position_embeddings=512,
             initializer_range=0.08,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=ids[PAD],
+            **own_ids,
         ),
         audio_config=WhisperConfig(
             vocab_size=len(tokenizer),
@@ -76,11 +65,9 @@ def build_tiny(
             decoder_layers=1,
             decoder_attention_heads=4,
             decoder_ffn_dim=width,
-            max_source_positions=round(max_seconds * 50),
+            max_source_positions=round(max_seconds * WHISPER_RATE),
             init_std=0.12,
-            pad_token_id=ids[PAD],
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **own_ids,
             decoder_start_token_id=tokenizer.bos_token_id,
         ),
         video_config=AvHubertVideoConfig(
@@ -110,13 +97,7 @@ def build_tiny(
         rate_audio=rate_audio,
         rate_video=rate_video,
         compression=compression,
-        audio_token_id=ids[AUDIO],
-        audio_end_token_id=ids[AUDIO_END],
-        video_token_id=ids[VIDEO],
-        video_end_token_id=ids[VIDEO_END],
-        pad_token_id=ids[PAD],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **ids,
         ctc_weight=ctc_weight,
         **settings,
         freeze_towers=False,

@@ -1,4 +1,4 @@
-"""The language model's embeddings, and what else has a row for each token."""
+"""The language model's embeddings, and the CTC heads, which have a row for each token too."""
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class VocabularyMixin:
 
 @torch.no_grad()
 def _resized(head: nn.Linear, rows: int) -> nn.Linear:
-    """The same head for another number of tokens; new rows start as the mean of the old, as good a guess as any."""
+    """The same head for another number of tokens; new rows start as the mean of the old."""
     new = nn.Linear(head.in_features, rows, device=head.weight.device, dtype=head.weight.dtype)
     new.requires_grad_(head.weight.requires_grad).train(head.training)
     kept = min(rows, head.out_features)

@@ -36,7 +36,7 @@ def _from_scratch(config: TrainConfig, texts: Sequence[str]):
 
 
 def _from_parts(config: TrainConfig):
-    from llama_smop.models.parts import assemble
+    from llama_smop.models.assemble import assemble
 
     section = config.model
     model, processor = assemble(

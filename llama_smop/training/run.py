@@ -14,7 +14,7 @@ from transformers.training_args import ParallelMode
 
 from llama_smop.models import model_folder
 from llama_smop.models.lm_loss import check_fused_loss
-from llama_smop.models.partial_checkpoint import put_special_token_rows
+from llama_smop.models.pretrained import put_special_token_rows
 from llama_smop.models.seal import check_target
 from llama_smop.training import build, checkpoints, fsdp
 from llama_smop.training.averaging import average, newest

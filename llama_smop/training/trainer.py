@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from llama_smop.data.training_plan import TrainingPlan
-from llama_smop.models.lm_loss import IGNORED_LABEL
+from llama_smop.models.units import IGNORED_LABEL
 from llama_smop.training import checkpoints, fsdp, weight_decay
 from llama_smop.training.setbacks import Setbacks
 from llama_smop.training.signals import StopRequest, ignore_first_signal

@@ -5,14 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llama_smop.data.media import (
-    SAMPLES_PER_FRAME,
-    VIDEO_RATE,
-    VIDEO_SIZE,
-    audio_path,
-    stream_audio,
-    stream_video,
-)
+from llama_smop.data.media import VIDEO_SIZE, audio_path, stream_audio, stream_video
+from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.transcription.voice_activity import Span
 
 
@@ -30,7 +24,7 @@ def cut_sound(path: str | os.PathLike, spans: Sequence[Span]) -> Iterator[np.nda
     kept, offset = np.zeros(0, np.float32), 0  # samples since the last span's start, and where they begin
     blocks = stream_audio(path)
     for span in spans:
-        first, end = (frame * SAMPLES_PER_FRAME for frame in frames_of(span))
+        first, end = (frame * SAMPLES_PER_VIDEO_FRAME for frame in frames_of(span))
         while True:
             cut = max(0, min(first - offset, len(kept)))
             kept, offset = kept[cut:], offset + cut

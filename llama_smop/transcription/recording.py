@@ -10,19 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from llama_smop.data.faces.speaker import choose, sound_envelope
-from llama_smop.data.media import (
-    SAMPLES_PER_FRAME,
-    VIDEO_RATE,
-    VIDEO_SIZE,
-    MediaError,
-    audio_path,
-    stream_audio,
-    stream_video,
-    streams,
-)
+from llama_smop.data.media import VIDEO_SIZE, MediaError, audio_path, stream_audio, stream_video, streams
 from llama_smop.data.transforms import ClipTransform
 from llama_smop.extras import remedy
 from llama_smop.models.decoding import transcribe_batch
+from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of, new_words
 from llama_smop.transcription.voice_activity import JOIN_S, Span, speech_pieces, speech_probabilities
 
@@ -159,15 +151,15 @@ class Recording:
             for block in stream_audio(self._sound):
                 samples += len(block)
                 left = np.concatenate([left, block])
-                whole = len(left) // SAMPLES_PER_FRAME
+                whole = len(left) // SAMPLES_PER_VIDEO_FRAME
                 levels.append(sound_envelope(left, whole))
-                left = left[whole * SAMPLES_PER_FRAME :]
-                self._progress("listening", samples // SAMPLES_PER_FRAME, 0)
+                left = left[whole * SAMPLES_PER_VIDEO_FRAME :]
+                self._progress("listening", samples // SAMPLES_PER_VIDEO_FRAME, 0)
                 yield block
 
         # A frame shorter than the model takes, since both ends are moved to the next frame.
         spans = list(speech_pieces(speech_probabilities(blocks()), self._longest - 1 / VIDEO_RATE))
-        self.seconds = math.ceil(samples / SAMPLES_PER_FRAME) / VIDEO_RATE
+        self.seconds = math.ceil(samples / SAMPLES_PER_VIDEO_FRAME) / VIDEO_RATE
         self._envelope = np.concatenate([*levels, sound_envelope(left, 1)])
         return [replace(span, end=min(span.end, self.seconds)) for span in spans]
 

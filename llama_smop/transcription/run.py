@@ -11,7 +11,7 @@ from llama_smop import files
 from llama_smop.data.media import MediaError
 from llama_smop.evaluation.run import supported
 from llama_smop.models import model_folder
-from llama_smop.models.processing_llama_smop import SAMPLES_PER_FRAME, SAMPLING_RATE
+from llama_smop.models.units import WHISPER_RATE
 from llama_smop.transcription import subtitles
 from llama_smop.transcription.recording import Options, Piece, Recording
 
@@ -78,7 +78,7 @@ def transcripts(
     known = supported(loaded)
     if options.modality is not None and options.modality not in known:
         raise ValueError(f"{model} takes {', '.join(known)}, not {options.modality}")
-    window = processor.audio_window * SAMPLES_PER_FRAME / SAMPLING_RATE
+    window = processor.audio_window / WHISPER_RATE
     failed = 0
     for path in map(Path, paths):
         transcript = Transcript(path)

@@ -11,6 +11,7 @@ from llama_smop.convert import convert
 from llama_smop.convert.authors import AUTHORS_RULES, convert_authors, dense_rules
 from llama_smop.models.formats.key_map import rename
 from tests.golden_files import GOLDEN, golden
+from tests.published_run import PublishedProcessor
 from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
 
 FULL = GOLDEN / "full_model"
@@ -41,7 +42,7 @@ def model(folder):
 def train_batch(folder):
     """Their collated batch, under their padding."""
     data, notes = golden("full_model/train_step")
-    processor = LlamaSmopProcessor.from_pretrained(folder, published_padding=True)
+    processor = PublishedProcessor.from_pretrained(folder)
     return data, processor(
         text=notes["texts"],
         audio=[a[:n] for a, n in zip(data["audio"], data["lengths"].tolist(), strict=True)],

@@ -4,6 +4,9 @@ import pytest
 
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.synthetic.corpus import make_corpus
+from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform
+
+TRAINING = ClipTransform(AudioTransform(train=True), VideoTransform(train=True))
 
 
 @pytest.fixture(scope="session")

@@ -53,37 +53,6 @@ def test_ranks_share_every_clip_in_equally_many_batches(lengths, world, max_fram
     assert len(counts) == 1, f"ranks got {counts} batches and would wait for each other forever"
 
 
-@given(lengths_of, st.integers(0, 10**6), st.data())
-@few
-def test_resuming_gives_the_rest_of_the_epoch(lengths, seed, data):
-    def fresh():
-        return FrameBatchSampler(lengths, 400, num_buckets=8, seed=seed)
-
-    whole = fresh()
-    whole.set_epoch(2)
-    batches = list(whole)
-    stop = data.draw(st.integers(0, len(batches)))
-    interrupted = fresh()
-    interrupted.set_epoch(2)
-    given_so_far = [batch for batch, _ in zip(interrupted, range(stop), strict=False)]
-    state = interrupted.state_dict() | {"batch": stop}
-    resumed = fresh()
-    resumed.load_state_dict(state)
-    resumed.set_epoch(2)  # as the Trainer does
-    assert given_so_far + list(resumed) == batches
-    resumed.set_epoch(3)
-    whole.set_epoch(3)
-    assert list(resumed) == list(whole), "the epoch after a resumed one differs"
-
-
-def test_state_counts_the_batches_given():
-    sampler = FrameBatchSampler([10] * 12, max_clips=3)
-    batches = iter(sampler)
-    next(batches), next(batches)
-    assert sampler.state_dict()["batch"] == 2
-    assert len(list(sampler)) == 4, "a new iteration starts from the beginning"
-
-
 def test_epochs_differ_and_seeds_differ_but_runs_do_not():
     lengths = [50 + i % 30 for i in range(200)]
 
@@ -123,9 +92,3 @@ def test_order_of_length_without_shuffling():
 def test_wrong_settings_are_refused(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         FrameBatchSampler(**arguments)
-
-
-def test_a_state_of_another_corpus_is_refused():
-    state = FrameBatchSampler([10] * 5, max_clips=2).state_dict()
-    with pytest.raises(ValueError, match="had clips 5, this one has 6"):
-        FrameBatchSampler([10] * 6, max_clips=2).load_state_dict(state)

@@ -21,8 +21,8 @@ from llama_smop.data.shards.read import ShardClips
 from llama_smop.data.shards.write import write_shards
 from llama_smop.data.sources import FolderClips
 from llama_smop.data.training_plan import Draw, DrawnClips, Stage, TrainingPlan, batches_in
-from llama_smop.data.transforms import ClipTransform
 from llama_smop.training.setbacks import ReplacedClips
+from tests.data.conftest import TRAINING
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("webdataset")
@@ -48,13 +48,13 @@ def clips(source, **settings_):
 
 
 def drawn(source, noise=None, seed=0):
-    return DrawnClips(source, ClipTransform.training(), noise, seed)
+    return DrawnClips(source, TRAINING, noise, seed)
 
 
 def plan(source, batches=None, seed=0, **settings_):
     """Clean audio only, over as many batches as asked for or one epoch."""
     made = source.batches(**{"max_clips": 2, **settings_})
-    return TrainingPlan(made, [Stage(batches or len(made), {"audio": 1}, noisy=False)], seed)
+    return TrainingPlan(made, [Stage(batches or len(made), {"audio": 1}, noise=False)], seed)
 
 
 def loader(source, plan, **settings_):
@@ -104,7 +104,7 @@ def test_unusable_clips_and_folders_are_named(small_corpus, corpus_copy, tmp_pat
     with pytest.raises(MediaError, match=rf"{clip.name}: no such file"):
         write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=2, progress=False)
     assert not (tmp_path / "shards" / "index.json").exists()
-    with pytest.raises(ShardError, match="of other clips_per_shard: choose another folder"):
+    with pytest.raises(ShardError, match=r"other settings \(clips_per_shard\): choose another folder"):
         write_shards(corpus_copy, "train.csv", tmp_path / "shards", clips_per_shard=3, progress=False)
     with pytest.raises(ShardError, match="is not empty and holds no shards"):
         write_shards(small_corpus, "train.csv", small_corpus / "labels", progress=False)
@@ -181,7 +181,7 @@ def test_epochs_and_seeds_shuffle_and_every_epoch_has_its_own_length(shards):
 
 
 def test_ranks_of_a_step_draw_one_modality_and_share_the_clips(shards):
-    stages = [Stage(12, {"audio": 1, "video": 1, "audiovisual": 1}, noisy=True)]
+    stages = [Stage(12, {"audio": 1, "video": 1, "audiovisual": 1}, noise=True)]
     source = clips(shards, world=2, workers=2)
     plans = [list(TrainingPlan(source.batches(rank, 2, max_clips=2), stages)) for rank in range(2)]
     for step in zip(*plans, strict=True):
@@ -199,7 +199,7 @@ def test_items_are_those_of_the_plain_source(small_corpus, shards):
     for modality in ("audio", "video", "audiovisual"):
         for epoch in (0, 1):
             for number in range(9):
-                draw = Draw(number, epoch, modality, noisy=False)
+                draw = Draw(number, epoch, modality, noise=False)
                 same(sharded[draw], plain[draw])
 
 
@@ -311,7 +311,7 @@ def test_babble_comes_from_the_first_shard(shards, fetched):
     np.testing.assert_array_equal(first, again)
     assert first.std() > 0
     noisy = drawn(source, Noise(babble, (0,)))
-    draws = [Draw(n, 0, "audio", noisy=True) for n in range(9)]
+    draws = [Draw(n, 0, "audio", noise=True) for n in range(9)]
     forwards = [noisy[draw]["audio"] for draw in draws]
     backwards = [drawn(clips(shards), Noise(clips(shards).babble, (0,)))[draw]["audio"] for draw in reversed(draws)]
     for one, other in zip(forwards, reversed(backwards), strict=True):

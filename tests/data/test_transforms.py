@@ -7,15 +7,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from llama_smop.data.noise import add_noise
-from llama_smop.data.transforms import (
-    AudioTransform,
-    ClipTransform,
-    VideoTransform,
-    clip_rng,
-    cut_or_pad,
-    layer_norm,
-    time_mask,
-)
+from llama_smop.data.transforms import AudioTransform, ClipTransform, VideoTransform, clip_rng, layer_norm, time_mask
+from llama_smop.models.units import cut_or_pad
+from tests.data.conftest import TRAINING
 from tests.rounding import two_orders
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transforms"
@@ -108,7 +102,7 @@ def test_random_crop_moves_between_clips_and_holds_within_one():
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
     frames = np.random.default_rng(0).integers(0, 255, (30, 96, 96, 3), dtype=np.uint8)
     audio = np.random.default_rng(1).standard_normal(30 * 640).astype(np.float32)
-    transform = ClipTransform.training()
+    transform = TRAINING
 
     def draw(*key):
         return np.concatenate([part.ravel() for part in transform(audio, frames, clip_rng(*key))])

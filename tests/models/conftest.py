@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llama_smop.models.tiny import build_tiny
+from llama_smop.models.units import STREAMS, streams_of
 
 GRAMMAR = "bin lay place set blue green red at by with f g two three now please again soon"
 WORDS = GRAMMAR.split()
@@ -17,8 +18,8 @@ def clip(frames: int, seed: int):
 
 
 def chosen(clips, modality: str) -> dict:
-    """The processor's arguments for "audio", "video" or "audio_video"."""
-    return {m: [c[i] for c in clips] for i, m in enumerate(("audio", "video")) if m in modality.split("_")}
+    """The processor's arguments for "audio", "video" or "audiovisual"."""
+    return {m: [c[i] for c in clips] for i, m in enumerate(STREAMS) if m in streams_of(modality)}
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from llama_smop.models.units import streams_of
 from tests.models.conftest import chosen, clip
 from tests.rounding import TINY_MODEL, assert_same_sums
 
 CLIPS = [clip(31, 1), clip(17, 2), clip(26, 3)]
 TEXTS = ["bin blue at f two now", "set red", "lay green by g three please again"]
-MODALITIES = ["audio", "video", "audio_video"]
+MODALITIES = ["audio", "video", "audiovisual"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -42,7 +43,7 @@ def test_logits_and_losses(model, processor, modality, side):
 
 
 def _mean_over_modalities(model, router_logits, clips, modality):
-    per_modality = {m: [] for m in modality.split("_")}
+    per_modality = {m: [] for m in streams_of(modality)}
     for logits, (audio, _) in zip(router_logits, clips, strict=True):
         n_audio = max(len(audio) * 50 // 16000, 25) // model.config.rate_audio if "audio" in per_modality else 0
         for m, part in (("audio", logits[:n_audio]), ("video", logits[n_audio:])):
@@ -55,16 +56,16 @@ def _mean_over_modalities(model, router_logits, clips, modality):
 def test_transcripts(model, processor, beams):
     # No early end, so that an untrained model has something to disagree about.
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams}
-    together = model.generate(**processor(**chosen(CLIPS, "audio_video")), **settings)[:, -6:]
+    together = model.generate(**processor(**chosen(CLIPS, "audiovisual")), **settings)[:, -6:]
     for i, one in enumerate(CLIPS):
-        alone = model.generate(**processor(**chosen([one], "audio_video")), **settings)[:, -6:]
+        alone = model.generate(**processor(**chosen([one], "audiovisual")), **settings)[:, -6:]
         assert torch.equal(alone[0], together[i])
     assert len(together.unique()) > 1
 
 
 def test_generation_is_the_argmax_of_forward(model, processor):
     """Prefill with cached keys and positions from the mask agree with one long forward."""
-    batch = processor(**chosen(CLIPS, "audio_video"))
+    batch = processor(**chosen(CLIPS, "audiovisual"))
     ids = model.generate(**batch, max_new_tokens=4, min_new_tokens=4)
     prompt = batch["input_ids"].shape[1]
     ones = torch.ones(3, ids.shape[1] - prompt, dtype=torch.long)
@@ -81,14 +82,14 @@ def test_towers_run_once_whatever_the_number_of_beams(model, processor):
         tower.register_forward_hook(lambda m, i, o: calls.append(len(o.last_hidden_state)))
         for tower in model.towers.values()
     ]
-    model.generate(**processor(**chosen(CLIPS[:2], "audio_video")), max_new_tokens=3, num_beams=4)
+    model.generate(**processor(**chosen(CLIPS[:2], "audiovisual")), max_new_tokens=3, num_beams=4)
     for handle in handles:
         handle.remove()
     assert calls == [2, 2]
 
 
 def test_padding_gets_no_gradient(model, processor):
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     batch["video_values"].requires_grad_()
     model(**batch).loss.backward()
     gradient, real = batch["video_values"].grad, batch["video_mask"]

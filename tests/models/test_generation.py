@@ -13,7 +13,7 @@ CLIPS = [clip(45, 1), clip(20, 2), clip(31, 3)]
 @pytest.fixture
 def prompt(processor):
     """Left-padded, of clips of different lengths."""
-    return dict(processor(**chosen(CLIPS, "audio_video")))
+    return dict(processor(**chosen(CLIPS, "audiovisual")))
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def test_a_tuple_on_request(model, prompt):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("modality", ["audio", "video", "audio_video"])
+@pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
 def test_embeddings_in_place_of_ids(model, processor, modality):
     prompt = dict(processor(**chosen(CLIPS, modality)))
     ids = prompt.pop("input_ids")
@@ -71,7 +71,7 @@ def test_speech_without_a_place_for_it_is_refused(model, prompt):
     ids=str,
 )
 def test_ways_of_decoding_that_lose_the_speech_are_refused(model, processor, setting):
-    prompt = processor(**chosen(CLIPS[:1], "audio_video"))
+    prompt = processor(**chosen(CLIPS[:1], "audiovisual"))
     if "assistant_model" in setting:
         setting = {"assistant_model": model.language_model}
     name = "prefill_chunk_size" if "generation_config" in setting else next(iter(setting))

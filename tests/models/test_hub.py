@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models import hub, partial_checkpoint
-from llama_smop.models.parts import assemble
+from llama_smop.models import hub, pretrained
+from llama_smop.models.assemble import assemble
 from tests.golden_files import GOLDEN
 
 
@@ -47,7 +47,7 @@ def test_by_hub_name(assembled, cache):
 
 
 def test_by_hub_name_without_its_special_rows(cache):
-    (rows,) = cache.rglob(partial_checkpoint.SPECIAL_TOKENS_FILE)
+    (rows,) = cache.rglob(pretrained.SPECIAL_TOKENS_FILE)
     rows.unlink()
     with pytest.raises(ValueError, match=r"user/trained: lacks special_tokens\.safetensors"):
         LlamaSmopForConditionalGeneration.from_pretrained("user/trained", cache_dir=cache, local_files_only=True)
@@ -108,7 +108,7 @@ def test_a_pushed_model_is_whole(assembled, tmp_path, hub_folder, way):
         "config.json",
         "generation_config.json",
         "model.safetensors",
-        partial_checkpoint.SPECIAL_TOKENS_FILE,
+        pretrained.SPECIAL_TOKENS_FILE,
     }
     assert same(LlamaSmopForConditionalGeneration.from_pretrained(pushed), assembled)
 
@@ -128,7 +128,7 @@ def test_only_what_was_saved_last_is_loaded(pair, assembled, tmp_path):
         assert files == expected
     assembled.save_pretrained(tmp_path)
     assembled.save_pretrained(tmp_path, complete=True)
-    assert not (tmp_path / partial_checkpoint.SPECIAL_TOKENS_FILE).exists()
+    assert not (tmp_path / pretrained.SPECIAL_TOKENS_FILE).exists()
     (tmp_path / "notes.safetensors").write_bytes(b"mine")
     assembled.save_pretrained(tmp_path, variant="other")
     kept = {"model.safetensors", "model.other.safetensors", "notes.safetensors"}

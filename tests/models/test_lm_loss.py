@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from llama_smop.models import lm_loss
-from llama_smop.models.lm_loss import IGNORED_LABEL, linear_cross_entropy, target_positions
+from llama_smop.models.lm_loss import linear_cross_entropy, target_positions
 from llama_smop.models.tiny import build_tiny
+from llama_smop.models.units import IGNORED_LABEL
 from tests.models.conftest import WORDS, chosen, clip
 from tests.rounding import TINY_MODEL, assert_same_gradients, assert_same_sums
 from tests.training import children
@@ -118,7 +119,7 @@ def small(speech=False, **changes):
         text = model.config.text_config.to_dict() | changes.pop("text_config", {})
         config = type(model.config)(**model.config.to_dict() | {"text_config": text} | changes)
         model = type(model)(config)
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     text = ("input_ids", "attention_mask", "labels")
     return model.train(), batch if speech else {k: batch[k] for k in text}
 

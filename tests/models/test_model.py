@@ -29,7 +29,7 @@ def variant(model, **changes):
 def test_it_learns(kind):
     model, processor = small(kind=kind, width=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     losses = []
     for _ in range(30):
         output = model(**batch)
@@ -38,13 +38,13 @@ def test_it_learns(kind):
         optimizer.zero_grad()
         losses.append(output.lm_loss.item())
     assert losses[-1] < 0.3 * losses[0], f"{kind}: {losses[0]:.2f} -> {losses[-1]:.2f}"
-    prompt = processor(**chosen(CLIPS, "audio_video"))
+    prompt = processor(**chosen(CLIPS, "audiovisual"))
     texts = processor.decode_new(model.eval().generate(**prompt, max_new_tokens=5), prompt["input_ids"].shape[1])
     assert texts == TEXTS
 
 
 def test_loss_is_the_sum_of_its_parts(model, processor):
-    output = model(**processor(text=TEXTS, **chosen(CLIPS, "audio_video")))
+    output = model(**processor(text=TEXTS, **chosen(CLIPS, "audiovisual")))
     parts = (
         output.lm_loss
         + 0.01 * output.load_balancing_loss
@@ -55,7 +55,7 @@ def test_loss_is_the_sum_of_its_parts(model, processor):
 
 
 def test_every_trainable_parameter_gets_a_gradient(model, processor):
-    model(**processor(text=TEXTS, **chosen(CLIPS, "audio_video"))).loss.backward()
+    model(**processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))).loss.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
     assert without == []
@@ -116,12 +116,12 @@ def test_published_lora_start_is_not_zero():
 
 
 @pytest.mark.parametrize("sharing", ["JEJR", "JEDR", "DEDR"])
-@pytest.mark.parametrize("modality", ["audio", "video", "audio_video"])
+@pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
 def test_every_sharing_takes_every_modality(sharing, modality):
     model, processor = small(sharing=sharing)
     output = model(**processor(text=TEXTS, **chosen(CLIPS, modality)))
     assert output.loss.isfinite()
-    if sharing == "DEDR" and modality != "audio_video":
+    if sharing == "DEDR" and modality != "audiovisual":
         audio, video = output.expert_counts.view(2, -1).sum(1)
         assert (audio > 0, video > 0) == (modality == "audio", modality == "video")
 
@@ -130,7 +130,7 @@ def test_every_sharing_takes_every_modality(sharing, modality):
 def test_stacked_tokens_of_different_widths_are_filled_up_with_zeros(kind):
     model, processor = small(compression="stack", kind=kind)
     assert model.multi_modal_projector.in_features == 4 * 32
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     before = model.eval()(**batch).logits
     with torch.no_grad():
         model.multi_modal_projector.w1.view(2, -1, *model.multi_modal_projector.w1.shape[1:])[1, :, :, 64:] += 1.0
@@ -145,21 +145,9 @@ def test_one_modality_makes_one_tower_and_one_router():
         model(**processor(text=TEXTS, **chosen(CLIPS, "video")))
 
 
-def test_precomputed_states_stand_in_for_the_towers(model, processor):
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
-    with torch.no_grad():
-        speech = model.get_speech_features(
-            **{k: batch[k] for k in ("input_features", "audio_mask", "video_values", "video_mask")}
-        )
-        expected = model(**batch).loss
-        cached = {k: v for k, v in batch.items() if k not in ("input_features", "video_values")}
-        loss = model(**cached, audio_states=speech.states["audio"], video_states=speech.states["video"]).loss
-    assert_same_sums(loss, expected, TINY_MODEL, "the loss")
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     model, processor = small()
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     model.train()(**batch).loss.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -171,14 +159,14 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_bfloat16(processor):
     model = small()[0].bfloat16()
-    output = model(**small()[1](text=TEXTS, **chosen(CLIPS, "audio_video")), skip_logits=False)
+    output = model(**small()[1](text=TEXTS, **chosen(CLIPS, "audiovisual")), skip_logits=False)
     output.loss.backward()
     assert output.loss.isfinite()
     assert output.logits.dtype == torch.bfloat16
 
 
 def test_errors_say_what_was_expected(model, processor):
-    batch = processor(text=TEXTS, **chosen(CLIPS, "audio_video"))
+    batch = processor(text=TEXTS, **chosen(CLIPS, "audiovisual"))
     with pytest.raises(ValueError, match="placeholders"):
         model(**dict(batch) | {"audio_mask": torch.ones_like(batch["audio_mask"])})
     with pytest.raises(ValueError, match="audio_mask is required"):

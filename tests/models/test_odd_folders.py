@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models import model_folder
-from llama_smop.models.parts import assemble
+from llama_smop.models.assemble import assemble
 from llama_smop.models.tiny import build_tiny
 from llama_smop.training import checkpoints
 from tests.golden_files import GOLDEN
@@ -122,7 +122,7 @@ def test_a_damaged_file(folder, name, content):
     if content.startswith('{"') and name not in ("config.json", "tokenizer.json"):
         pytest.skip("which says nothing, so that the defaults hold")
     (folder / name).write_text(content, encoding="latin-1")
-    expect_one_line(folder.load, folder, f"{name} of {content!r:.20}")
+    expect_one_line(model_folder.load, folder, f"{name} of {content!r:.20}")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_damaged_file(folder, name, content):
 def test_a_malformed_processor(folder, changes):
     settings = json.loads((folder / "processor_config.json").read_text())
     (folder / "processor_config.json").write_text(json.dumps(settings | changes))
-    expect_one_line(folder.load, folder)
+    expect_one_line(model_folder.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_weight_that_is_not_finite(folder, name, value):
     state = load_file(folder / "model.safetensors")
     state[name].view(-1)[3] = value
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    for load in (folder.load, LlamaSmopForConditionalGeneration.from_pretrained):
+    for load in (model_folder.load, LlamaSmopForConditionalGeneration.from_pretrained):
         assert f"{name} holds NaN or infinity" in expect_one_line(load, folder)
 
 

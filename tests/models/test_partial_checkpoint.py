@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_smop import LlamaSmopConfig, LlamaSmopForConditionalGeneration
-from llama_smop.models import partial_checkpoint
-from llama_smop.models.parts import assemble
+from llama_smop.models import pretrained
+from llama_smop.models.assemble import assemble
 from tests.golden_files import GOLDEN
 from tests.models.conftest import chosen, clip
 
@@ -20,7 +20,7 @@ CLIPS = [clip(20, 1), clip(25, 2)]
 def test_round_trip(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     loaded = LlamaSmopForConditionalGeneration.from_pretrained(tmp_path / "model")
-    batch = processor(**chosen(CLIPS, "audio_video"))
+    batch = processor(**chosen(CLIPS, "audiovisual"))
     assert torch.equal(model(**batch).logits, loaded(**batch).logits)
     assert torch.equal(model.generate(**batch, max_new_tokens=4), loaded.generate(**batch, max_new_tokens=4))
     assert not loaded.training
@@ -105,13 +105,13 @@ def test_what_can_be_fetched_again_is_not_saved(assembled, tmp_path):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
-    batch = processor(text=["hello", "world"], **chosen(CLIPS, "audio_video"))
+    batch = processor(text=["hello", "world"], **chosen(CLIPS, "audiovisual"))
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, loaded(**batch).loss)
 
     model.save_pretrained(tmp_path / "whole", complete=True)
     assert len(load_file(tmp_path / "whole/model.safetensors")) > len(kept)
-    (tmp_path / "small" / partial_checkpoint.SPECIAL_TOKENS_FILE).unlink()
+    (tmp_path / "small" / pretrained.SPECIAL_TOKENS_FILE).unlink()
     _expect_one_line(tmp_path / "small", "lacks special_tokens.safetensors")
 
 

@@ -17,7 +17,7 @@ def test_lora_on_the_projector(kind, names):
     torch.manual_seed(0)
     sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "max_seconds": 1.0}
     model, processor = build_tiny(WORDS, kind=kind, **sizes)
-    batch, prompt = processor(text=TEXTS, **chosen(CLIPS, "audio_video")), processor(**chosen(CLIPS, "audio_video"))
+    batch, prompt = processor(text=TEXTS, **chosen(CLIPS, "audiovisual")), processor(**chosen(CLIPS, "audiovisual"))
     expected = model(**batch).loss.detach()
     targets = [f"multi_modal_projector.{name}" for name in names]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))

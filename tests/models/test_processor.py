@@ -1,26 +1,29 @@
 """What the processor makes of clips and text, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import word_tokenizer
+from llama_smop.models.tokenizer import word_tokenizer
+from llama_smop.models.units import streams_of
 from tests.models.conftest import chosen, clip
 from tests.rounding import assert_same_sums
 
 PROMPT = {
     "audio": "transcribe speech to text.",
     "video": "transcribe video to text.",
-    "audio_video": "transcribe speech and video to text.",
+    "audiovisual": "transcribe speech and video to text.",
 }
 
 
 @pytest.mark.parametrize("modality", list(PROMPT))
 def test_the_sequence_is_the_recipes(processor, modality):
     batch = processor(text=["set blue now"], **chosen([clip(27, 0)], modality))
-    A = 54 // 4 if "audio" in modality else 0
-    V = 27 // 2 if "video" in modality else 0
+    A = 54 // 4 if "audio" in streams_of(modality) else 0
+    V = 27 // 2 if "video" in streams_of(modality) else 0
     speech = ["<audio>"] * (A + 1) * bool(A) + ["</audio>"] * bool(A)
     speech += ["<video>"] * (V + 1) * bool(V) + ["</video>"] * bool(V)
     expected = ["<|begin_of_text|>", *speech, *PROMPT[modality].split(), "set", "blue", "now", "<|end_of_text|>"]
@@ -88,18 +91,26 @@ def test_a_single_clip_need_not_be_in_a_list(processor):
         for picture in (video, video.numpy(), video[None]):
             found = processor(text="bin", audio=sound, video=picture)
             assert all(torch.equal(found[k], expected[k]) for k in expected)
-    states = torch.randn(20, 8)
-    listed = processor(video_states=[states])
-    assert torch.equal(processor(video_states=states)["video_states"], listed["video_states"])
 
 
 def test_save_and_load(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = LlamaSmopProcessor.from_pretrained(tmp_path)
     clips = [clip(20, 0), clip(25, 1)]
-    ours = processor(text=["set red", "bin"], **chosen(clips, "audio_video"))
-    theirs = loaded(text=["set red", "bin"], **chosen(clips, "audio_video"))
+    ours = processor(text=["set red", "bin"], **chosen(clips, "audiovisual"))
+    theirs = loaded(text=["set red", "bin"], **chosen(clips, "audiovisual"))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_prompt(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["prompts"] = {"audio": "hear", "video": "see", "audio_video": "set red now"}
+    settings |= {"published_padding": False, "published_audio_count": None}
+    file.write_text(json.dumps(settings))
+    batch = LlamaSmopProcessor.from_pretrained(tmp_path)(**chosen([clip(20, 0)], "audiovisual"))
+    assert processor.tokenizer.decode(batch["input_ids"][0, -3:]) == "set red now"
 
 
 def test_text_round_trip(processor):

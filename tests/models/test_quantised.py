@@ -64,7 +64,7 @@ def trainable(model) -> set[str]:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "all trainable"])
-@pytest.mark.parametrize("modality", ["audio", "video", "audio_video"])
+@pytest.mark.parametrize("modality", ["audio", "video", "audiovisual"])
 def test_it_runs_and_only_what_learnt_before_learns(modality, lora):
     model, processor = made(lora)
     batch = processor(text=["bin blue", "set red at"], **chosen(CLIPS, modality))
@@ -90,7 +90,7 @@ def test_with_bitsandbytes(tmp_path, bits, lora):
     loaded = LlamaSmopForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings)
     assert {n for n in trainable(loaded) if "lora_" in n} == {n for n in trainable(model) if "lora_" in n}
     loaded.save_pretrained(tmp_path / "again")  # before it is used: bitsandbytes may pack weights anew where they are
-    batch = processor(text=["bin blue", "set red at"], **chosen(CLIPS, "audio_video"))
+    batch = processor(text=["bin blue", "set red at"], **chosen(CLIPS, "audiovisual"))
     loss = loaded(**batch).loss
     torch.testing.assert_close(loss.float(), model.eval()(**batch).loss, rtol=0.2, atol=0)
     loss.backward()

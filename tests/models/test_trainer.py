@@ -31,7 +31,7 @@ def trainer(folder, metrics=None, steps=2, **settings):
 
     def collate(items):
         clips, texts = zip(*items, strict=True)
-        return dict(processor(text=list(texts), **chosen(clips, "audio_video")))
+        return dict(processor(text=list(texts), **chosen(clips, "audiovisual")))
 
     data = {"train_dataset": CLIPS, "eval_dataset": CLIPS}
     return Trainer(model=model, args=arguments, data_collator=collate, compute_metrics=metrics, **data), collate

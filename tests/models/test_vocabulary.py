@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models.parts import assemble
+from llama_smop.models.assemble import assemble
 from llama_smop.models.tiny import build_tiny
 from tests.golden_files import GOLDEN
 from tests.models.conftest import WORDS, chosen, clip
@@ -29,7 +29,7 @@ def made(kind: str):
 @pytest.mark.parametrize("steps", [[7], [10, 3], [4, 0], ["to a multiple of 64"]], ids=str)
 def test_resized_saved_and_loaded(kind, steps, tmp_path):
     model, processor = made(kind)
-    modality = "audio" if kind == "fetched parts" else "audio_video"
+    modality = "audio" if kind == "fetched parts" else "audiovisual"
     texts = ["hello", "world"] if kind == "fetched parts" else ["bin", "set"]
     batch = processor(text=texts, **chosen(CLIPS, modality))
     vocabulary = model.config.text_config.vocab_size

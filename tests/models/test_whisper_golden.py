@@ -8,8 +8,9 @@ from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.part_weights import load_part, part_weights
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import word_tokenizer
+from llama_smop.models.tokenizer import word_tokenizer
 from tests.golden_files import GOLDEN, golden
+from tests.published_run import PublishedProcessor
 from tests.rounding import TINY_MODEL, assert_same_sums
 
 HF_MODEL = GOLDEN / "whisper/hf_model"
@@ -56,13 +57,8 @@ def pooled(model, batch, rate):
 @pytest.mark.parametrize("case", ["batch2_pool4", "len27200_pool3", "len33920_f32trunc_pool1", "len4800_pool4_min25"])
 def test_features_match(case, model, tokenizer, feature_extractor):
     data, notes = golden(f"whisper/{case}")
-    parity = LlamaSmopProcessor(
-        feature_extractor,
-        tokenizer,
-        rate_audio=notes["pool"],
-        published_padding=True,
-        published_audio_count="float32",
-    )
+    parity = PublishedProcessor(feature_extractor, tokenizer, rate_audio=notes["pool"])
+    parity.count_dtype = torch.float32
     clips = [clip[:n, 0] for clip, n in zip(data["audio"], notes["lengths"], strict=True)]
     batch = parity(audio=clips)
     frames = data["log_mel_head"].shape[2]
@@ -87,7 +83,8 @@ def test_features_match(case, model, tokenizer, feature_extractor):
 def test_published_token_counts_for_every_video_length(dtype, tokenizer, feature_extractor):
     name = {"float32": "float32", "bfloat16": "bf16"}[dtype]
     table = golden("whisper/lightning_bf16_true")[0][f"token_counts_{name}_by_video_frames_1_to_750"]
-    parity = LlamaSmopProcessor(feature_extractor, tokenizer, published_audio_count=dtype)
+    parity = PublishedProcessor(feature_extractor, tokenizer)
+    parity.count_dtype = getattr(torch, dtype)
     exact = LlamaSmopProcessor(feature_extractor, tokenizer)
     ours = [parity.audio_frames(640 * frames) for frames in range(1, 751)]
     assert ours == table.clamp(max=1500).tolist()  # they slice 1500 frames past their end

@@ -40,7 +40,7 @@ def step(kind, folder, micro_batches, precision: str, ctc_weight: float):
     """(loss, gradient of everything that learns) of one training step over `micro_batches` of texts."""
     model, processor = model_and_processor(ctc_weight)
     trainer = trainer_of(kind, model, folder, len(micro_batches), precision)
-    streams = chosen(CLIPS, "audio_video")
+    streams = chosen(CLIPS, "audiovisual")
     inputs = []
     for texts in micro_batches:
         repeated = {name: values * (len(texts) // len(CLIPS)) for name, values in streams.items()}

@@ -9,7 +9,8 @@ import numpy as np
 from llama_smop.data.faces.crop import Selection, crop_mouths, find_faces, warnings
 from llama_smop.data.faces.sheet import write_sheet
 from llama_smop.data.faces.speaker import choose, sound_envelope
-from llama_smop.data.media import SAMPLES_PER_FRAME, MediaError, audio_path, read_audio, streams, write_video
+from llama_smop.data.media import MediaError, audio_path, read_audio, streams, write_video
+from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def crop_video(
         logger.warning("%s: face %d: %s", path, chosen, line)
     crops = next(crop_mouths(path, [Selection(track.first, track.end, track)]))
     if sound is not None:
-        sound = sound[track.first * SAMPLES_PER_FRAME : track.end * SAMPLES_PER_FRAME]
-        sound = np.pad(sound, (0, len(crops) * SAMPLES_PER_FRAME - len(sound)))
+        sound = sound[track.first * SAMPLES_PER_VIDEO_FRAME : track.end * SAMPLES_PER_VIDEO_FRAME]
+        sound = np.pad(sound, (0, len(crops) * SAMPLES_PER_VIDEO_FRAME - len(sound)))
     write_video(out, crops, audio=sound)
     return Path(out)

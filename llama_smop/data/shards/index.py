@@ -1,4 +1,4 @@
-"""Where shards are and what is in them."""
+"""The index of a folder of shards: reading it, and opening files of the folder."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import re
 import reprlib
 import shlex
 from dataclasses import dataclass
+from types import ModuleType
+from typing import IO
 
 from llama_smop.extras import remedy
 
 INDEX = "index.json"
 FORMAT = 2
-SILENCE_S = 60  # after which a server that sends nothing is given up
+SILENCE_S = 60  # without data, after which a download is abandoned
 
 
 class ShardError(ValueError):
@@ -22,8 +24,8 @@ class ShardError(ValueError):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-def webdataset():
-    """The library, which is an extra."""
+def webdataset() -> ModuleType:
+    """The library. Raises ShardError where the extra is not installed."""
     try:
         import webdataset
     except ImportError:
@@ -55,7 +57,7 @@ class ShardIndex:
 
 
 def read_index(source: str | os.PathLike) -> ShardIndex:
-    """What is in `source`: a folder, or what webdataset opens.
+    """The index of `source`: a folder, or what webdataset opens.
 
     That is `https://bucket/folder`, or a command such as `pipe:aws s3 cp s3://bucket/folder/{name} -`.
     """
@@ -78,7 +80,7 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
     except (TypeError, ValueError) as error:
         raise ShardError(f"{where}: not the index of written shards ({first_line(error)})") from None
     for shard in shards:
-        if not re.fullmatch(r"\w[\w.-]*", shard.name, re.ASCII):  # it may become part of a command
+        if not re.fullmatch(r"\w[\w.-]*", shard.name, re.ASCII):  # a name may become part of a shell command
             raise ShardError(f"{where}: expected plain names of shards, got {shard.name!r}")
     numbers = sorted(number for shard in shards for number in shard.numbers)
     if not numbers or numbers != list(range(len(numbers))):
@@ -103,18 +105,20 @@ def place(source: str | os.PathLike, name: str) -> str:
 
 
 def is_remote(source: str | os.PathLike) -> bool:
-    """Whether reading from `source` may fail now and work a moment later."""
+    """Whether `source` is read over a network, where a failed read may succeed when tried again."""
     return os.fspath(source).startswith("pipe:") or "://" in os.fspath(source)
 
 
-def open_file(source: str | os.PathLike, name: str):
+def open_file(source: str | os.PathLike, name: str) -> IO[bytes]:
+    """A file of `source`, to be read from its beginning to its end."""
     where = place(source, name)
-    if where.startswith(("http://", "https://")):  # webdataset's own curl waits for ever for a server that falls silent
+    if where.startswith(("http://", "https://")):  # webdataset's own curl has no timeout
         where = f"pipe:curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time {SILENCE_S} {shlex.quote(where)}"
     return webdataset().gopen(where)
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's text, for a message of one line."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     status = re.search(r"\bexit (\d+) \(read\)", text)  # webdataset prints all its arguments
     return f"the command ended with {status[1]}" if status else text

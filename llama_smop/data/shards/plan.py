@@ -1,4 +1,4 @@
-"""Who reads which shards, and which batches are made of them: functions of a seed and the number of the epoch.
+"""Which data worker reads which shards, and the batches made of them: functions of a seed and the epoch's number.
 
 A consumer is one data worker of one process. It is dealt whole shards and reads them in order, a window of several at a
 time; every batch is made of clips of one window.
@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from llama_smop.data.batching import FrameBatchSampler, split_fullest
 from llama_smop.data.shards.index import Shard, ShardError
 
-CLIPS_A_BUCKET = 10  # fewer would meet in the same batches every time
+CLIPS_A_BUCKET = 10  # with fewer, the same clips would share a batch in every epoch
 
 
 class Deal:
@@ -80,15 +80,16 @@ class ShardBatches(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides who reads which shards, and in which order."""
         self.epoch = epoch
         self._samplers: list[list[tuple[list[int], FrameBatchSampler]]] | None = None
 
     def __len__(self) -> int:
         """Batches of the chosen epoch on this rank."""
-        return len(self.own) * self._most()
+        return len(self.own) * self._batches_per_consumer()
 
     def __iter__(self) -> Iterator[list[int]]:
-        most = self._most()
+        most = self._batches_per_consumer()
         plans = [self._batches(self._plan()[consumer], most) for consumer in self.own]
         for turn in zip(*plans, strict=True):
             yield from turn
@@ -112,7 +113,7 @@ class ShardBatches(Sampler[list[int]]):
         sampler.set_epoch(self.epoch)
         return numbers, sampler
 
-    def _most(self) -> int:
+    def _batches_per_consumer(self) -> int:
         """Batches of the consumer that needs most of them."""
         plan = self._plan()
         most = max(sum(len(sampler) for _, sampler in windows) for windows in plan)

@@ -21,15 +21,15 @@ from llama_smop.data.sources import LoadedClip
 
 logger = logging.getLogger(__name__)
 
-TWICE = ""  # the suffix under which a clip has that of a file that is there twice
-WAITS_S = (2, 10, 30, 120)  # before a shard that could not be fetched is tried again
+DUPLICATE = ""  # key under which a clip's files note the suffix that occurs twice
+WAITS_S = (2, 10, 30, 120)  # before each retry of a shard that could not be fetched
 
 
 def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
     """A shard's clips by number, each as its files by suffix, still encoded.
 
     Raises:
-        ShardError: it cannot be read or lacks clips; from a remote source, when trying again did not help.
+        ShardError: it cannot be read or lacks clips; from a remote source, after all retries.
     """
     for wait in WAITS_S if is_remote(source) else ():
         try:
@@ -41,18 +41,20 @@ def read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
 
 
 def _read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
-    where, clips = place(source, shard.name), {}
+    where = place(source, shard.name)
+    clips: dict[int, dict[str, bytes]] = {}
     try:
         with open_file(source, shard.name) as stream:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
                 for member in tar:
                     number, _, suffix = member.name.rpartition("/")[2].lower().partition(".")
-                    if member.isreg() and number.isdecimal() and suffix:
+                    content = tar.extractfile(member) if member.isreg() else None
+                    if content is not None and number.isdecimal() and suffix:
                         files = clips.setdefault(int(number), {})
                         if suffix in files:
-                            files[TWICE] = suffix.encode()
-                        files[suffix] = tar.extractfile(member).read()
-            while stream.read(1 << 20):  # what follows the archive's end: closed before, a command would fail
+                            files[DUPLICATE] = suffix.encode()
+                        files[suffix] = content.read()
+            while stream.read(1 << 20):  # read past the archive's end: a command whose output is closed early fails
                 pass
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
         raise ShardError(f"{where}: cannot be read ({first_line(error)})") from None
@@ -63,11 +65,10 @@ def _read_shard(source: str, shard: Shard) -> dict[int, dict[str, bytes]]:
 
 
 class ShardClips:
-    """The clips of shards, by number; made to be asked in the order of `batches`.
+    """The clips of shards, by number; quick when loaded in the order of `batches`.
 
-    A process that asks for a clip holds, still encoded, the window of shards the clip is in and the one after it, which
-    a thread reads meanwhile. What it gives does not depend on that: a run that goes on in the middle of an epoch reads
-    the shards it needs from there on, and no others.
+    A process holds, still encoded, the window of shards of the clip it loads; a thread prefetches the next window. The
+    clips do not depend on that: a run that resumes in the middle of an epoch reads only the shards it needs from there.
 
     world, workers: processes, and data workers of each; the shards are dealt out to all of them. window, seed: as in
     `Deal`.
@@ -107,7 +108,7 @@ class ShardClips:
 
     @cached_property
     def babble(self) -> Babble:
-        """Of the clips of the first shard, which are a random choice; read once."""
+        """Babble of the clips of the first shard, which are a random choice; read once."""
         first = self.index.shards[0]
         clips = read_shard(self.index.source, first)
         return Babble([_sound(first, number, clips[number]) for number in first.numbers if _has_media(clips[number])])
@@ -118,8 +119,8 @@ class ShardClips:
         about, name = _about(clip), _name(shard, number, clip)
         if about is None:
             raise MediaError(name, "its .json does not say its id and text")
-        if TWICE in clip:
-            raise MediaError(name, f"has its .{clip[TWICE].decode()} twice, of which one may be another clip's")
+        if DUPLICATE in clip:
+            raise MediaError(name, f"has its .{clip[DUPLICATE].decode()} twice, of which one may be another clip's")
         sound, picture = _sound(shard, number, clip), _picture(shard, number, clip)
         audio = video = None
         if modality != "audio":
@@ -129,17 +130,17 @@ class ShardClips:
         return LoadedClip(about["id"], about["text"], audio, video)
 
     def _hold(self, position: int, epoch: int) -> dict[int, dict[str, bytes]]:
-        """The shard at `position`, when its window comes up in an epoch."""
-        if self._held_by != os.getpid():  # forked: the thread that reads for the parent does not run here
+        """The clips of the shard at `position`; starts the thread that reads its window in this epoch, and the next."""
+        if self._held_by != os.getpid():  # forked: the parent's thread does not run here
             self._held, self._window, self._held_by = {}, (-1, ()), os.getpid()
         if self._window[0] != epoch or position not in self._window[1]:
             now, after = self._windows_from(position, epoch)
             for gone in self._held.keys() - {*now, *after}:
                 self._held.pop(gone).cancel()
-            wanted = {p: Future() for p in (*now, *after) if p not in self._held}
+            wanted: dict[int, Future] = {p: Future() for p in (*now, *after) if p not in self._held}
             self._held |= wanted
             self._window = (epoch, now)
-            # A daemon, so that the end of the training does not wait for it.
+            # A daemon, so that the process can end without waiting for it.
             threading.Thread(target=self._read, args=(wanted,), daemon=True).start()
         return self._held[position].result()
 
@@ -175,18 +176,18 @@ def _about(clip: dict[str, bytes]) -> dict[str, str] | None:
 
 
 def _name(shard: Shard, number: int, clip: dict[str, bytes]) -> str:
-    """A clip's place and its id, or its number in the tar where it does not say."""
+    """A clip's shard and id, or its number in the shard where it has no id."""
     about = _about(clip)
     return f"{shard.name}/{f'{number:08d}' if about is None else about['id']}"
 
 
 def _has_media(clip: dict[str, bytes]) -> bool:
-    return bool(clip.keys() - {"json", TWICE})
+    return bool(clip.keys() - {"json", DUPLICATE})
 
 
 def _member(shard: Shard, number: int, clip: dict[str, bytes], first: str) -> Sound:
-    """The `first` of a clip's files that is there, else what else there is."""
-    suffixes = sorted(clip.keys() - {"json", TWICE}, key=lambda suffix: (suffix == "wav") != (first == "wav"))
+    """A clip's file with the suffix `first`, else another of its media files."""
+    suffixes = sorted(clip.keys() - {"json", DUPLICATE}, key=lambda suffix: (suffix == "wav") != (first == "wav"))
     if not suffixes:
         raise MediaError(_name(shard, number, clip), "has no media file in its shard")
     suffix = suffixes[0]

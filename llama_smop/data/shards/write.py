@@ -1,4 +1,4 @@
-"""From the LRS3 layout to shards."""
+"""Write clips of the LRS3 layout as shards."""
 
 import io
 import json
@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_smop import files
+from llama_smop.data.claim import claim_folder
 from llama_smop.data.container import naming, read_whole
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import write_bytes
@@ -39,10 +40,10 @@ def write_shards(
     clips = read_labels(root, label_file)
     digest = sha256("\n".join(f"{c.id},{c.n_frames},{c.text}" for c in clips).encode()).hexdigest()
     settings = {"labels": digest, "clips_per_shard": clips_per_shard, "seed": seed}
-    _claim(out, settings)
+    claim_folder(out, settings, "shards", ShardError)
 
     order = np.random.default_rng([seed, 0x5D]).permutation(len(clips))
-    shards = []
+    shards: list[Shard] = []
     with tqdm(total=len(clips), desc="shards", unit="clip", disable=not progress) as bar:
         for chosen in np.array_split(order, -(-len(clips) // clips_per_shard)):
             numbers = chosen.tolist()
@@ -70,16 +71,3 @@ def _members(root: Path, clip) -> dict[str, bytes]:
                 members[path.suffix[1:].lower() or "clip"] = read_whole(path)
     members["json"] = json.dumps({"id": clip.id, "text": clip.text}).encode()
     return members
-
-
-def _claim(out: Path, settings: dict) -> None:
-    note = out / "settings.json"
-    if note.exists():
-        found = files.read_json(note)
-        if found != settings:
-            differing = [key for key in settings if found.get(key) != settings[key]]
-            raise ShardError(f"{out} holds shards made of other {', '.join(differing)}: choose another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise ShardError(f"{out} is not empty and holds no shards: choose another folder")
-    else:
-        files.write_json(note, settings)

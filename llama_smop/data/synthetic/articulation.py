@@ -1,4 +1,4 @@
-"""How the mouth moves: phonemes with times → articulation parameters, 25 times a second.
+"""Articulation parameters of a mouth, 25 a second, from phonemes with their times.
 
 Each phoneme is a viseme, a target for eight parameters. Targets are blended over time by dominance functions (Cohen
 and Massaro, "Modeling coarticulation in synthetic visual speech", 1993), so that a bilabial closes fully, a rounded
@@ -9,8 +9,7 @@ alike here.
 import numpy as np
 
 from llama_smop.data.synthetic.speech import Segment
-
-FPS = 25
+from llama_smop.models.units import VIDEO_RATE
 
 PARAMETERS = ("jaw", "open", "spread", "round", "teeth", "tongue", "tuck", "press")
 _ANY = float("nan")  # the viseme leaves this parameter to its neighbours
@@ -113,12 +112,12 @@ def articulation(phonemes: tuple[Segment, ...], n_frames: int, offset: float = 0
         ends += list(edges[1:])
     names.append("rest")
     starts.append(max(ends) + 0.02)
-    ends.append(n_frames / FPS + 1.0)
+    ends.append(n_frames / VIDEO_RATE + 1.0)
 
     targets = np.array([_VISEMES[name] for name in names])  # (N, 8)
     strength = np.array([_STRENGTH.get(name, 1.0) for name in names])
     begin, finish = np.array(starts), np.array(ends)
-    time = (np.arange(n_frames) + 0.5) / FPS
+    time = (np.arange(n_frames) + 0.5) / VIDEO_RATE
     centre, half = (begin + finish) / 2, (finish - begin) / 2
     away = np.maximum(np.abs(time[:, None] - centre) - 0.5 * half, 0.0)  # (n_frames, N)
     reach = np.clip(0.5 * half, 0.02, 0.04)

@@ -9,7 +9,8 @@ import numpy as np
 
 from llama_smop import files
 from llama_smop.data.lrs3 import Clip, LabelError, load_clip, read_labels
-from llama_smop.data.media import AUDIO_RATE, VIDEO_RATE, write_bytes
+from llama_smop.data.media import write_bytes
+from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
 
 _FRAMES = 16  # columns of the strip
 
@@ -31,7 +32,8 @@ def _choose(root: Path, n: int) -> list[tuple[str, Clip]]:
         pools.append([pool[i] for i in np.argsort(rank, kind="stable")])
     # The largest split first: it has most of the speakers.
     pools.sort(key=len, reverse=True)
-    chosen, speakers = [], set()
+    chosen: list[tuple[str, Clip]] = []
+    speakers: set[str] = set()
     for fresh in (True, False):
         for pool in pools:
             for item in pool:
@@ -65,7 +67,7 @@ def contact_sheet(root: str | os.PathLike, out_png: str | os.PathLike, n: int = 
 
     Words are put where they are said if the corpus has a `clips.jsonl` with their times.
     """
-    from matplotlib.figure import Figure  # no pyplot: it would choose a screen
+    from matplotlib.figure import Figure  # not pyplot, which needs a display
 
     root, out = Path(root), Path(out_png)
     files.check_file(out)
@@ -79,6 +81,7 @@ def contact_sheet(root: str | os.PathLike, out_png: str | os.PathLike, n: int = 
     grid = figure.add_gridspec(4 * n, 1, height_ratios=heights, hspace=0, left=0.06, right=0.995, top=top, bottom=0.0)
     for row, (split, clip) in enumerate(chosen):
         samples, video = load_clip(clip.video_path(root))
+        assert samples is not None and video is not None, "an audiovisual clip has both"
         duration = len(video) / VIDEO_RATE
         picks = ((np.arange(_FRAMES) + 0.5) / _FRAMES * len(video)).astype(int)
 

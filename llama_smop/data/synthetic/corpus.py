@@ -5,8 +5,8 @@
     OUT/clips.jsonl                                 one line a clip: words with their times, hashes
     OUT/manifest.json                               settings, versions, counts, hashes of the labels
 
-Clip i is a function of (settings, i) alone, so the same seed gives the same bytes whatever the number of workers, and
-an interrupted run goes on where it stopped. All of it is synthetic: good for seeing a recogniser learn, no measure of
+Clip i is a function of (settings, i) alone, so the same seed gives the same bytes with any number of workers, and
+an interrupted run resumes where it stopped. All of it is synthetic: good for seeing a recogniser learn, no measure of
 how well one reads people's lips.
 """
 
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -31,11 +31,13 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from llama_smop import files
-from llama_smop.data.media import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE, write_audio, write_video
+from llama_smop.data.claim import claim_folder
+from llama_smop.data.media import write_audio, write_video
 from llama_smop.data.synthetic import mouth
 from llama_smop.data.synthetic.articulation import articulation
 from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
 from llama_smop.data.synthetic.speech import speak
+from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.processes import exit_with_parent
 
 DATASET = "generated"
@@ -131,7 +133,9 @@ def _plan(settings: Settings) -> list[_Task]:
     return tasks
 
 
-def make_clip(words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int, index: int):
+def make_clip(
+    words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int, index: int
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
     """One clip: frames uint8 (T, 96, 96, 3), samples float32 (T·640,), and words with their times in seconds."""
     rng = np.random.default_rng([seed, index])
     speech = speak(
@@ -144,13 +148,13 @@ def make_clip(words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int,
     lead, tail = rng.uniform(0.08, 0.20, 2)
     voiced = resample_poly(speech.samples.astype(np.float64) / 32768, 320, 441)  # 22 050 Hz to 16 000
     n_frames = ceil((lead + len(voiced) / AUDIO_RATE + tail) * VIDEO_RATE)
-    samples = rng.normal(0, 10 ** (-58 / 20), n_frames * SAMPLES_PER_FRAME)  # a room is never quite silent
+    samples = rng.normal(0, 10 ** (-58 / 20), n_frames * SAMPLES_PER_VIDEO_FRAME)  # the noise floor of a room
     start = round(lead * AUDIO_RATE)
     loudness = 10 ** (rng.uniform(-26, -20) / 20)
     samples[start : start + len(voiced)] += voiced * (loudness / np.sqrt(np.mean(voiced**2)))
     samples = np.clip(samples, -1, 1).astype(np.float32)
 
-    face = replace(  # the lamp is not where it was in the last clip
+    face = replace(  # the light differs a little from clip to clip
         voice.face,
         light=voice.face.light + rng.uniform(-0.25, 0.25),
         brightness=voice.face.brightness * rng.uniform(0.92, 1.06),
@@ -186,8 +190,8 @@ def _make(task: _Task, root: Path, grammar: Grammar, seed: int) -> dict:
 
 
 @contextmanager
-def _deaf_to_ctrl_c():
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses signal handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -198,7 +202,7 @@ def _deaf_to_ctrl_c():
 
 
 def _start_worker(parent: int) -> None:
-    """A worker uses one core, and ends itself when its parent has been killed."""
+    """Limit a worker to one core, and end it when its parent has been killed."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -206,8 +210,8 @@ def _start_worker(parent: int) -> None:
     exit_with_parent(parent)
 
 
-def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -> Iterator[dict]:
-    """Makes the clips and yields their records, in whatever order they end."""
+def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -> Generator[dict, None, None]:
+    """Make the clips and yield their records as they finish."""
     if workers <= 1:
         for task in tasks:
             yield _make(task, root, settings.grammar, settings.seed)
@@ -216,7 +220,7 @@ def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
-        with _deaf_to_ctrl_c():  # the workers inherit it and start in silence
+        with _ignoring_interrupts():  # the workers inherit it: an interrupt is for this process alone
             jobs = [pool.submit(_make, task, root, settings.grammar, settings.seed) for task in tasks]
         for job in as_completed(jobs):
             yield job.result()
@@ -251,26 +255,6 @@ def _finished(root: Path, tasks: list[_Task]) -> dict[int, dict]:
     return kept
 
 
-def _claim(root: Path, settings: Settings) -> None:
-    """Makes `root` this corpus's folder, or sees that it already is."""
-    wanted = settings.as_json()
-    note = root / "settings.json"
-    if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            raise CorpusError(
-                f"{root} holds a corpus made with other settings ({', '.join(differing)}): "
-                "choose another folder or delete it"
-            )
-    elif root.exists() and any(root.iterdir()):
-        raise CorpusError(f"{root} is not empty and holds no generated corpus: choose another folder")
-    else:
-        files.write_text(note, json.dumps(wanted, indent=1) + "\n")
-    for leftover in root.glob(f"{DATASET}/*/.*.writing-*"):
-        leftover.unlink()
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -289,7 +273,7 @@ def make_corpus(
     progress: bool = True,
     workers: int | None = None,
 ) -> Path:
-    """Writes a corpus into the folder `out` and returns it; run again after an interruption, it goes on.
+    """Writes a corpus into the folder `out` and returns it; run again after an interruption, it resumes.
 
     workers: processes, by default one a core; the bytes do not depend on it. Raises CorpusError where the folder holds
     something else or the extra `[corpus]` is not installed.
@@ -298,7 +282,9 @@ def make_corpus(
         raise CorpusError(f"{' and '.join(missing)} not installed: pip install 'llama-smop[corpus]'")
     root = Path(out)
     settings = Settings(clips, seed, grammar, tuple(voices), tuple(unseen_voices), tuple(shares))
-    _claim(root, settings)
+    claim_folder(root, settings.as_json(), "generated corpus", CorpusError)
+    for leftover in root.glob(f"{DATASET}/*/.*.writing-*"):
+        leftover.unlink()
     tasks = _plan(settings)
     records = _finished(root, tasks)
     todo = [task for task in tasks if task.index not in records]

@@ -1,4 +1,4 @@
-"""What the generated speakers say: sentences of one word from each slot."""
+"""The sentences of the generated speakers: one word from each slot."""
 
 import os
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ class Grammar:
 
     @property
     def size(self) -> int:
-        """How many different sentences there are."""
+        """The number of different sentences."""
         return prod(len(words) for _, words in self.slots)
 
     def sentence(self, number: int) -> tuple[str, ...]:
@@ -66,6 +66,7 @@ class Grammar:
         return tuple(reversed(words))
 
     def as_spoken(self, words: Iterable[str]) -> str:
+        """The sentence as espeak-ng is given it, with the respellings."""
         respelt = dict(self.spoken)
         return " ".join(respelt.get(word, word) for word in words)
 

@@ -7,24 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_smop.data.synthetic.articulation import FPS, PARAMETERS
+from llama_smop.data.synthetic.articulation import PARAMETERS
+from llama_smop.models.units import VIDEO_RATE
 
 SIZE = 96
 
 
 @dataclass(frozen=True)
 class Face:
-    """What stays the same while somebody speaks. Colours are RGB, 0 to 255; lengths are relative to the average."""
+    """A speaker's fixed appearance. Colours are RGB, 0 to 255; lengths are relative to the average."""
 
     skin: tuple[int, int, int]
     lips: tuple[int, int, int]
     wall: tuple[int, int, int]
-    light: float  # where the light comes from, radians from straight above, positive to the right
+    light: float  # direction of the light, radians from straight above, positive to the right
     brightness: float
     mouth_width: float
     lip_thickness: float
     face_width: float
     stubble: float
+
+
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(c) for c in colour)
+    return red, green, blue
 
 
 _SKINS = (
@@ -45,8 +51,8 @@ def draw_face(seed: int, bearded: bool = False) -> Face:
     rose = np.array((176, 76, 82), dtype=np.float64)
     lips = (0.50 * skin + 0.50 * rose) * rng.uniform(0.86, 0.98)
     return Face(
-        skin=tuple(int(c) for c in skin),
-        lips=tuple(int(c) for c in lips),
+        skin=_rgb(skin),
+        lips=_rgb(lips),
         wall=_WALLS[rng.integers(len(_WALLS))],
         light=float(rng.uniform(-0.9, 0.9)),
         brightness=float(rng.uniform(0.92, 1.06)),
@@ -159,7 +165,7 @@ def _lip_contours(a: np.ndarray, face: Face) -> dict[str, np.ndarray]:
 
 def _head_motion(n_frames: int, rng: np.random.Generator) -> np.ndarray:
     """Slow sway of the head: affine matrices (T, 2, 3) from the drawing to the 96×96 frame."""
-    t = np.arange(n_frames) / FPS
+    t = np.arange(n_frames) / VIDEO_RATE
     sway = np.zeros((4, n_frames))
     for row, size in enumerate((1.1, 0.8, 1.3, 0.010)):  # pixels, pixels, degrees, relative scale
         for _ in range(2):

@@ -58,7 +58,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Speech:
-    """What `speak` returns: int16 samples at `rate` Hz, phonemes and words in order of time."""
+    """The result of `speak`: int16 samples at `rate` Hz, phonemes and words in order of time."""
 
     samples: np.ndarray
     rate: int

@@ -3,6 +3,7 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def is_avhubert(state: dict[str, Tensor]) -> bool:
     return any(k.removeprefix(FINE_TUNED).startswith("feature_extractor_video.") for k in state)
 
 
-def model_settings(checkpoint, source: str | Path = "AV-HuBERT") -> dict:
+def model_settings(checkpoint: Any, source: str | Path = "AV-HuBERT") -> dict:
     """fairseq's settings of the encoder ("cfg" or "args"), {} where the file has none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Renaming the tensors of a checkpoint by a table of rules, with an account of every key."""
+"""Rename the tensors of a checkpoint by a table of rules, and report what became of every key."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -94,7 +94,7 @@ def rename(
     optional: Iterable[str] = (),
     pad_columns: Iterable[str] = (),
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    """Tensors under the model's names, and the account of all keys.
+    """Tensors under the model's names, and the report of all keys.
 
     Args:
         expected: the model's names and shapes.

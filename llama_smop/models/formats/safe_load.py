@@ -1,4 +1,4 @@
-"""Reading checkpoints of others without ever running what they may carry."""
+"""Read other projects' checkpoints without running code in them."""
 
 import argparse
 import pickle
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Inert:
-    """Stands for a class that fairseq pickles beside its tensors: takes any arguments and any state, does nothing."""
+    """Stub of a class that fairseq pickles beside its tensors: accepts any arguments and state, and does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -21,7 +21,7 @@ class Inert:
         self.state = state
 
 
-# fairseq checkpoints name these. Nothing else is let through.
+# The classes that fairseq checkpoints name; all others are refused.
 STUBS = [
     (Inert, "fairseq.data.dictionary.Dictionary"),
     (Inert, "numpy.core.multiarray.scalar"),
@@ -33,7 +33,7 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """What a .safetensors, .pt, .pth, .ckpt or .bin file holds, tensors on the CPU; no code in it is run.
+    """The content of a .safetensors, .pt, .pth, .ckpt or .bin file, tensors on the CPU; no code in it is run.
 
     Raises:
         FileNotFoundError: no such file. ValueError: another kind of file, a truncated one, or a pickle that asks for
@@ -52,7 +52,7 @@ def load_checkpoint(path: str | Path) -> Any:
         raise ValueError(_refusal(path, str(error))) from None
     except MemoryError:
         raise
-    except Exception as error:  # a pickle that is none can make torch raise anything
+    except Exception as error:  # torch raises many types for a damaged pickle
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: truncated or damaged ({reason}); fetch the file again") from None
     raise ValueError(

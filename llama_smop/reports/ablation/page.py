@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 
 from llama_smop import files
 from llama_smop.evaluation.wer import snr_label
+from llama_smop.models.units import MODALITIES
 from llama_smop.reports.ablation.plots import pictures
 from llama_smop.reports.ablation.results import (
-    MODALITIES,
     Condition,
     Difference,
     by_setting,

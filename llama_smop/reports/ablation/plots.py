@@ -10,7 +10,8 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
-from llama_smop.reports.ablation.results import MODALITIES, Setting, by_setting, conditions, mean_wer, wers
+from llama_smop.models.units import MODALITIES
+from llama_smop.reports.ablation.results import Setting, by_setting, conditions, mean_wer, wers
 from llama_smop.reports.plots import NAMES, draw_expert_activation, subplots
 
 SHARINGS = {"JEJR": "#7b2d8b", "JEDR": "#00897b", "DEDR": "#d1495b", "dense": "#555555"}

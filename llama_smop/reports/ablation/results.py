@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 from scipy.stats import t as student_t
 
 from llama_smop.evaluation.wer import snr_order
+from llama_smop.models.units import MODALITIES
 
-MODALITIES = ("audio", "video", "audiovisual")
 CONFIDENCE = 0.95
 Condition = tuple[str | None, float | None]  # (noise kind, SNR); (None, None) is clean
 

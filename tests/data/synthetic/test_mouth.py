@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from llama_smop.data.synthetic.articulation import FPS, PARAMETERS, articulation, visemes
+from llama_smop.data.synthetic.articulation import PARAMETERS, articulation, visemes
 from llama_smop.data.synthetic.corpus import UNSEEN_VOICES, VOICES
 from llama_smop.data.synthetic.mouth import draw_face, render
 from llama_smop.data.synthetic.speech import Segment, speak
+from llama_smop.models.units import VIDEO_RATE
 
 COLUMN = {name: i for i, name in enumerate(PARAMETERS)}
 
@@ -54,7 +55,7 @@ def test_rounding_spreads_to_neighbouring_consonants():
 
 def test_the_mouth_rests_before_and_after_and_never_jumps():
     speech = speak("set white with f seven now")
-    count = int(speech.phonemes[-1].end * FPS) + 20
+    count = int(speech.phonemes[-1].end * VIDEO_RATE) + 20
     mouth = articulation(speech.phonemes, count, offset=0.3)
     assert mouth[:4].max() < 0.05 and mouth[-4:].max() < 0.05
     assert mouth.min() >= 0 and mouth.max() <= 1

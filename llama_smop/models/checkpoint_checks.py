@@ -1,4 +1,4 @@
-"""Whether a model folder's config and weights fit together, found out before memory is taken for them."""
+"""Checks that a model folder's config and weights agree, made before memory is allocated for them."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -15,9 +15,10 @@ from llama_smop.models.hub import Source
 
 
 def check_folder(kind: type, source: Source) -> None:
-    """Read the config of a local folder and compare the shapes it asks for with those of the weights there.
+    """Compare the shapes that a local folder's config asks for with those of its weights.
 
-    Quantised weights and hub names are not judged, nor is what is missing where weights have names of their own.
+    Hub names and quantised weights are not checked. Missing weights are reported where the folder has only names that
+    the config knows.
 
     Raises:
         ValueError: a config that no model can be made of, or weights of other shapes; one line with the folder.
@@ -34,7 +35,7 @@ def check_folder(kind: type, source: Source) -> None:
         with torch.device("meta"), init.no_init_weights():
             model = kind(config)
         asked = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    except Exception as error:  # whatever transformers and torch make of nonsense
+    except Exception as error:  # transformers and torch raise many types for an invalid config
         reason = " ".join(f"{error or type(error).__name__}".split())[:300]
         raise ValueError(f"{folder}: no model can be made of its {CONFIG_NAME}: {reason}") from error
     if settings.get("quantization_config"):
@@ -47,13 +48,15 @@ def check_folder(kind: type, source: Source) -> None:
 
 
 def absent(missing: Collection[str], config: LlamaSmopConfig) -> tuple[list[str], list[str]]:
-    """Of weights that a checkpoint lacks: the parts to fetch from their sources, and the names that are lost."""
+    """The parts to fetch from their sources for the weights a checkpoint lacks, and the names that no source has."""
     fetched = [part for part in config.sources if any(name.startswith(f"{part}.") for name in missing)]
     prefixes = tuple(f"{part}." for part in fetched)
     return fetched, [name for name in missing if not name.startswith(prefixes) or "lora_" in name]
 
 
-def refuse_disagreement(source: Source, *, lost=(), unexpected=(), wrong=()) -> None:
+def refuse_disagreement(
+    source: Source, *, lost: Collection[str] = (), unexpected: Collection[str] = (), wrong: Collection[str] = ()
+) -> None:
     """ValueError of one line for weights, by name, that disagree with the config."""
     for keys, what in (
         (lost, "lacks"),
@@ -68,7 +71,7 @@ def refuse_disagreement(source: Source, *, lost=(), unexpected=(), wrong=()) -> 
 
 
 def _check_generation_settings(folder: Path) -> None:
-    """transformers says nothing of a damaged file, and takes its defaults."""
+    """ValueError for a damaged file, which transformers would silently replace by its defaults."""
     file = folder / GENERATION_CONFIG_NAME
     try:
         if file.exists() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
@@ -78,7 +81,7 @@ def _check_generation_settings(folder: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of the weights that `from_pretrained` would take; without those of files that cannot be read."""
+    """Shapes of the weights that `from_pretrained` would load; unreadable files are left out."""
     files = [folder / SAFE_WEIGHTS_NAME]
     if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         files = sorted(folder.glob("model-*-of-*.safetensors"))
@@ -88,7 +91,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(file, "pt") as weights:
                 shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
-            continue  # loading says what is wrong with it
+            continue  # loading reports what is wrong with it
     return shapes
 
 
@@ -105,7 +108,7 @@ def refuse_non_finite(weights: Mapping[str, Tensor], source: Source | str | Path
 
 
 def _finite(value: Tensor) -> bool:
-    whole = not value.is_floating_point() or value.element_size() < 2  # as quantised weights are
+    whole = not value.is_floating_point() or value.element_size() < 2  # as in quantised weights
     if whole or value.is_meta or value.numel() == 0:
         return True
-    return bool(torch.stack(torch.aminmax(value)).isfinite().all())  # NaN is passed on; no copy of the weight
+    return bool(torch.stack(torch.aminmax(value)).isfinite().all())  # aminmax passes NaN on and copies nothing

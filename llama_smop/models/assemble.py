@@ -1,4 +1,4 @@
-"""A Llama-SMoP of real components: Whisper, AV-HuBERT and a language model by name or path, and a fresh projector."""
+"""Build a Llama-SMoP of Whisper, AV-HuBERT and a language model, each by name or path, and a new projector."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from llama_smop.models.configuration_llama_smop import MODALITIES, LlamaSmopConfig, ProjectorConfig
+from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
 from llama_smop.models.hub import fetch
 from llama_smop.models.lora import lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.part_weights import load_part, part_config, part_weights
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.word_tokenizer import SPECIAL_TOKENS, add_special_tokens
+from llama_smop.models.tokenizer import add_special_tokens, token_ids
+from llama_smop.models.units import STREAMS
 
 
 def assemble(
@@ -36,7 +37,7 @@ def assembled_config(
     lora: str | dict | None = None,
     **settings,
 ) -> tuple[LlamaSmopConfig, PreTrainedTokenizerBase, WhisperFeatureExtractor]:
-    """What the parts' own configurations make together.
+    """The configuration, tokenizer and feature extractor that the parts' own make together.
 
     Args:
         language_model: a causal language model with a tokenizer: hub name, folder, or .gguf file.
@@ -49,7 +50,7 @@ def assembled_config(
         settings: further fields of `LlamaSmopConfig` (rates, compression, …).
 
     Raises:
-        ValueError: a part that cannot be had, or parts that do not fit together.
+        ValueError: a part that cannot be found, or parts that do not fit together.
     """
     sources = {"language_model": language_model, "audio_tower": audio_tower, "video_tower": video_tower}
     # A checkpoint that names a file must find it from any working directory.
@@ -61,8 +62,8 @@ def assembled_config(
     lora = {} if lora is None else lora
     if isinstance(lora, str) or "r" in lora:
         lora = {"language_model": lora}
-    present = tuple(m for m in MODALITIES if f"{m}_tower" in sources)
-    for modality in MODALITIES:
+    present = tuple(m for m in STREAMS if f"{m}_tower" in sources)
+    for modality in STREAMS:
         if modalities and (modality in modalities) != (modality in present):
             tower = f"{modality}_tower"
             raise ValueError(
@@ -81,23 +82,17 @@ def assembled_config(
         parts["video_config"] = part_config("video_tower", video_tower)
     tokenizer = fetch(AutoTokenizer, language_model)
     add_special_tokens(tokenizer)
-    pad, audio, audio_end, video, video_end = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    ids = token_ids(tokenizer)
     text_config = part_config("language_model", language_model)
-    # Some models have more rows than tokens; the new tokens then take the spare ones.
+    # Some models have more embedding rows than tokens; the new tokens then use the spare rows.
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    text_config.pad_token_id = pad
+    text_config.pad_token_id = ids["pad_token_id"]
     config = LlamaSmopConfig(
         **parts,
         text_config=text_config,
         projector_config=projector,
         modalities=present,
-        audio_token_id=audio,
-        audio_end_token_id=audio_end,
-        video_token_id=video,
-        video_end_token_id=video_end,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **ids,
         lora={part: lora_settings(value) for part, value in lora.items()},
         sources=sources,
         **settings,

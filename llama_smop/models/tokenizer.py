@@ -1,28 +1,35 @@
-"""Special tokens of a Llama-SMoP, and a word-level tokenizer for small vocabularies."""
+"""The special tokens in a tokenizer, the prompts, and a word-level tokenizer for small vocabularies."""
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, AUDIO, AUDIO_END, VIDEO, VIDEO_END = SPECIAL_TOKENS = ("<pad>", "<audio>", "</audio>", "<video>", "</video>")
+from llama_smop.models.units import PAD, SPECIAL_TOKEN_FIELDS, SPECIAL_TOKENS
+
 BOS, EOS, UNKNOWN = "<|begin_of_text|>", "<|end_of_text|>", "<unk>"
 PROMPTS = {
     "audio": "Transcribe speech to text.",
     "video": "Transcribe video to text.",
-    "audio_video": "Transcribe speech and video to text.",
+    "audiovisual": "Transcribe speech and video to text.",
 }
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add `<pad> <audio> </audio> <video> </video>` in the published order; how many were new.
 
-    `<pad>` becomes the padding token: it is the only one of the five that the model itself may be asked to embed at
-    padded places, where nothing attends to it.
+    `<pad>` becomes the padding token.
     """
     return tokenizer.add_special_tokens(
-        {"pad_token": PAD, "additional_special_tokens": [AUDIO, AUDIO_END, VIDEO, VIDEO_END]},
+        {"pad_token": PAD, "additional_special_tokens": [token for token in SPECIAL_TOKENS if token != PAD]},
     )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids that a `LlamaSmopConfig` needs, by its fields' names; the tokenizer has the special tokens."""
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    own = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return dict(zip(SPECIAL_TOKEN_FIELDS, ids, strict=True)) | own
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
