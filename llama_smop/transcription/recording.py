@@ -322,7 +322,8 @@ class Recording:
                 track = self.tracks[number]
                 frame = min(max(frames_of(span)[0], track.first), track.end - 1)
                 box = tuple(int(v) for v in track.filled_boxes(frame, frame + 1)[0].round())
-            yield Piece(span.start, span.end, "", modality, number, box), span.overlap, audio, video
+            times = (round(seconds, 3) for seconds in (span.start, span.end))
+            yield Piece(*times, "", modality, number, box), span.overlap, audio, video
 
     def _crops(self, spans: Sequence[Span]) -> Iterator[np.ndarray | None]:
         """Of every span when the picture is prepared, else of every span with a face."""
