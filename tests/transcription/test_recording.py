@@ -134,7 +134,7 @@ def test_a_prepared_clip_is_one_clip_with_its_sound(tmp_path, pair, told):
 
 @pytest.mark.parametrize("modality", ALL)
 def test_of_a_prepared_clip_the_model_gets_what_evaluation_gives_it(tmp_path, pair, monkeypatch, modality):
-    record(tmp_path / "v.mp4", numbered(40), sound=loud((0.5, 1e-4), (1.3, 0.1)))
+    record(tmp_path / "v.mp4", numbered(40), sound=loud((1.3, 1e-4), (0.4, 0.1)))
     given = []
     monkeypatch.setattr(module, "transcribe_batch", lambda *a, num_beams, **clips: given.append(clips) or ["w"])
     pieces(tmp_path / "v.mp4", pair, Options(modality=modality))
