@@ -113,19 +113,20 @@ class Recording:
         self._known, self._progress = known, progress
         self._longest = min(LONGEST_S, window)
         self._sound, self._picture = usable(path, known, self.options.modality)
-        self._prepared = self._picture and self._is_prepared()
+        self._prepared = "video" in streams(path) and self._is_prepared()
         self.tracks: list = []
         self.seconds = 0.0
         self._envelope: np.ndarray | None = None
         speech = self._listen() if self._sound is not None else None
         shown = self._look() if self._picture else 0
-        self._picture = self._prepared or bool(self.tracks)
+        self._picture = self._picture and (self._prepared or bool(self.tracks))
         heard, self.seconds = self.seconds, max(self.seconds, shown / VIDEO_RATE)
         spans = self._by_sight(shown) if speech is None else self._by_sound(speech)
         if self._picture and speech is not None:
             spans = _divided(spans, shown / VIDEO_RATE)
-        if self._prepared and shown / VIDEO_RATE <= window and heard <= window:  # one clip, as in training
-            spans = [Span(0.0, shown / VIDEO_RATE), *(span for span in spans if span.start >= shown / VIDEO_RATE)]
+        if self._prepared and self.seconds <= window:  # one clip, as in training
+            end = shown / VIDEO_RATE if self._picture else heard
+            spans = [Span(0.0, end), *(span for span in spans if span.start >= end)]
         try:
             self.parts = [part for span in spans for part in self._by_face(span)]
         except ValueError as error:  # no such face
@@ -305,7 +306,7 @@ class Recording:
         pictures = self._crops(spans)
         for span, number in self.parts:
             audio = next(sounds) if sounds is not None else None
-            video = next(pictures, None) if self._prepared or number is not None else None
+            video = next(pictures, None) if self._picture and (self._prepared or number is not None) else None
             modality = "audio" if video is None else "video" if audio is None else "audiovisual"
             if modality not in self._known or (audio is None and video is None):
                 continue
@@ -314,11 +315,12 @@ class Recording:
                 track = self.tracks[number]
                 frame = min(max(frames_of(span)[0], track.first), track.end - 1)
                 box = tuple(int(v) for v in track.filled_boxes(frame, frame + 1)[0].round())
-            yield Piece(span.start, span.end, "", modality, number, box), span.overlap, audio, video
+            times = (round(seconds, 3) for seconds in (span.start, span.end))
+            yield Piece(*times, "", modality, number, box), span.overlap, audio, video
 
     def _crops(self, spans: Sequence[Span]) -> Iterator[np.ndarray | None]:
         """Of every span when the picture is prepared, else of every span with a face."""
-        if self._prepared:
+        if self._picture and self._prepared:
             yield from cut_prepared(self.path, spans)
         elif self.tracks:
             from llama_smop.data.faces.crop import Selection, crop_mouths

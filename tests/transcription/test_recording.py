@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from llama_smop.cli import main
+from llama_smop.data.lrs3 import load_clip
 from llama_smop.data.media import MediaError, write_audio, write_video
+from llama_smop.data.transforms import ClipTransform
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
 from llama_smop.transcription import recording as module
@@ -128,6 +130,19 @@ def test_a_prepared_clip_is_one_clip_with_its_sound(tmp_path, pair, told):
     record(tmp_path / "v.mp4", numbered(50), sound=loud((2.1, 0.001)))
     pieces(tmp_path / "v.mp4", pair)
     assert told == [(2.0, 50)]
+
+
+@pytest.mark.parametrize("modality", ALL)
+def test_of_a_prepared_clip_the_model_gets_what_evaluation_gives_it(tmp_path, pair, monkeypatch, modality):
+    record(tmp_path / "v.mp4", numbered(40), sound=loud((1.3, 1e-4), (0.4, 0.1)))
+    given = []
+    monkeypatch.setattr(module, "transcribe_batch", lambda *a, num_beams, **clips: given.append(clips) or ["w"])
+    pieces(tmp_path / "v.mp4", pair, Options(modality=modality))
+    expected = ClipTransform.testing()(*load_clip(tmp_path / "v.mp4", modality))
+    wanted = {name: stream for name, stream in zip(("audio", "video"), expected, strict=True) if stream is not None}
+    assert given[0].keys() == wanted.keys()
+    for name, stream in wanted.items():
+        assert (given[0][name][0] == stream).all(), name
 
 
 def test_what_is_said_after_the_pictures_end_is_heard(tmp_path, pair, told):
