@@ -7,6 +7,7 @@ REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
 
 .PHONY: demo test lint bench clean
+.PHONY: test-all test-slow
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY)
@@ -14,6 +15,12 @@ demo: $(READY)
 
 test: $(READY) $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Soak tests, and cases beside others of their kind.
+test-slow: $(READY) $(REAL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+
+test-all: test test-slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
