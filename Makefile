@@ -7,11 +7,15 @@ REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
 
 .PHONY: demo test lint bench clean
-.PHONY: test-all test-slow
+.PHONY: demo-full test-all test-slow
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --out $(OUT)
+
+# The long training, whose figures the documents show.
+demo-full: $(READY)
+	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --full --out $(OUT)-full
 
 test: $(READY) $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup

@@ -42,8 +42,8 @@ def section() -> str:
     demo, clip = files.read_json(KEPT / "demo.json"), files.read_json(KEPT / "transcripts.json")[0]
     heard = "\n".join(f"| {h['condition']} | {h['text'] or '(nothing)'} |" for h in clip["hypotheses"])
     train, test, machine = demo["train_clips"], demo["test_clips"], demo["facts"]["machine"]
-    return f"""The demo trains a small DEDR model from scratch on {train} synthetic talking-head clips (espeak-ng
-speech, drawn faces) and scores it on {test} clips of sentences it never saw. It printed, on {machine}:
+    return f"""`make demo-full` trains a small DEDR model from scratch on {train} synthetic talking-head clips
+(espeak-ng speech, drawn faces) and scores it on {test} clips of sentences it never saw. It printed, on {machine}:
 
 ```
 {output}

@@ -29,22 +29,28 @@ from llama_smop.training.config import TrainConfig, read_config
 from llama_smop.training.lock import LOCK, alone
 from llama_smop.training.run import train
 
-CLIPS = 1400
+# Clips and training, of minutes or of the figures in the documents.
+QUICK, FULL = (1200, "demo-quick"), (1400, "demo")
 ASKED = "asked.json"
 SNRS = (None, 5, 0, -5)
 
 
-def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: int = 0) -> Path:
+def demo(
+    out: str | Path, clips: int | None = None, steps: int | None = None, seed: int = 0, full: bool = False
+) -> Path:
     """Run every stage that `out` does not hold yet and return the report's path.
 
+    full: more clips and a longer training, for fewer wrong words.
     clips, steps: a smaller corpus or a shorter training than the demo's own, for a first look; the word error rate is
     then worse.
 
     Raises:
-        ValueError: `out` holds a demo of another size or seed, or something else; another demo runs in it.
+        ValueError: `out` holds a demo of another size, training or seed, or something else; another demo runs in it.
     """
     out = Path(out)
-    config = demo_config(out, steps, seed)
+    usual, training = FULL if full else QUICK
+    clips = usual if clips is None else clips
+    config = demo_config(out, steps, seed, training)
     if out.is_dir() and not (out / ASKED).exists() and set(os.listdir(out)) - {LOCK}:
         raise ValueError(f"{out}: is not empty and holds no demo; choose another --out")
     with alone(out, "another demo"):
@@ -69,11 +75,11 @@ def _demo(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     return report
 
 
-def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConfig:
+def demo_config(out: Path, steps: int | None, seed: int, training: str) -> TrainConfig:
     overrides: dict = {"data": {"root": str(out / "corpus")}, "run": {"seed": seed}}
     if steps is not None:
         overrides["optimizer"] = {"steps": steps}
-    return read_config(resources("llama_smop") / "configs" / "demo.yaml", overrides)
+    return read_config(resources("llama_smop") / "configs" / f"{training}.yaml", overrides)
 
 
 def _claim(out: Path, config: TrainConfig, clips: int) -> None:
@@ -81,7 +87,9 @@ def _claim(out: Path, config: TrainConfig, clips: int) -> None:
     note = out / ASKED
     if note.exists():
         if files.read_json(note) != asked:
-            raise ValueError(f"{out} holds a demo of another size or seed; choose another --out or delete it")
+            raise ValueError(
+                f"{out} holds a demo of another size, training (--full) or seed; choose another --out or delete it"
+            )
         return
     files.write_json(note, asked)
 
