@@ -63,11 +63,12 @@ def demo(
     clips: Annotated[int | None, typer.Option(min=8, help="Clips in the corpus.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     seed: int = 0,
+    full: Annotated[bool, typer.Option("--full", help="The long training, whose figures the documents show.")] = False,
 ) -> None:
     """Make a corpus, train and score a small Llama-SMoP, transcribe clips, write a report. Resumes when run again."""
     from llama_smop import demo as module
 
-    module.demo(out, clips=clips or module.CLIPS, steps=steps, seed=seed)
+    module.demo(out, clips=clips, steps=steps, seed=seed, full=full)
 
 
 @corpus_app.command("make")

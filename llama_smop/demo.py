@@ -29,22 +29,28 @@ from llama_smop.training.config import TrainConfig, read_config
 from llama_smop.training.lock import LOCK, folder_lock
 from llama_smop.training.run import train
 
-CLIPS = 1400
+# Clips and training file: of minutes, or of the figures in the documents.
+QUICK, FULL = (1200, "demo-quick"), (1400, "demo")
 REQUEST = "asked.json"  # clips and configuration of the demo in a folder
 SNRS = (None, 5, 0, -5)
 
 
-def demo(out: str | Path, clips: int = CLIPS, steps: int | None = None, seed: int = 0) -> Path:
+def demo(
+    out: str | Path, clips: int | None = None, steps: int | None = None, seed: int = 0, full: bool = False
+) -> Path:
     """Run every stage without a result in `out` and return the report's path.
 
+    full: more clips and a longer training, for a lower word error rate.
     clips, steps: size of the corpus and length of the training. Smaller numbers give a quick look with a higher word
     error rate.
 
     Raises:
-        ValueError: `out` holds a demo of another size or seed, or other files; another demo runs in it.
+        ValueError: `out` holds a demo of another size, training or seed, or other files; another demo runs in it.
     """
     out = Path(out)
-    config = demo_config(out, steps, seed)
+    usual, training = FULL if full else QUICK
+    clips = usual if clips is None else clips
+    config = demo_config(out, steps, seed, training)
     if out.is_dir() and not (out / REQUEST).exists() and set(os.listdir(out)) - {LOCK}:
         raise ValueError(f"{out}: is not empty and holds no demo; choose another --out")
     with folder_lock(out, "another demo"):
@@ -69,11 +75,11 @@ def _run_stages(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     return report
 
 
-def demo_config(out: Path, steps: int | None = None, seed: int = 0) -> TrainConfig:
+def demo_config(out: Path, steps: int | None, seed: int, training: str) -> TrainConfig:
     overrides: dict = {"data": {"root": str(out / "corpus")}, "run": {"seed": seed}}
     if steps is not None:
         overrides["optimizer"] = {"steps": steps}
-    return read_config(resources("llama_smop") / "configs" / "demo.yaml", overrides)
+    return read_config(resources("llama_smop") / "configs" / f"{training}.yaml", overrides)
 
 
 def _request(clips: int, config: TrainConfig) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -9,7 +10,7 @@ from llama_smop import files
 from llama_smop.data.synthetic.grammar import GRID
 from llama_smop.demo import demo
 from llama_smop.evaluation.wer import guess_per_slot
-from llama_smop.reports import plots
+from llama_smop.reports import plots, projector_cost
 from llama_smop.reports.demo import write_report
 
 pytestmark = pytest.mark.xdist_group("demo")
@@ -19,7 +20,10 @@ CLIPS, STEPS = 16, 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    demo(out, clips=CLIPS, steps=STEPS)
+    narrow = partial(projector_cost.paper_projectors, hidden=32)
+    with pytest.MonkeyPatch.context() as patch:  # the paper's width takes longer than all the rest
+        patch.setattr(projector_cost, "paper_projectors", narrow)
+        demo(out, clips=CLIPS, steps=STEPS)
     return out
 
 
@@ -51,6 +55,8 @@ def test_run_again_it_repeats_nothing(folder, capsys):
 def test_another_size_in_the_same_folder_is_refused(folder):
     with pytest.raises(ValueError, match=r"holds a demo with other settings \(clips\)"):
         demo(folder, clips=CLIPS + 1, steps=STEPS)
+    with pytest.raises(ValueError, match="holds a demo with other settings"):
+        demo(folder, clips=CLIPS, steps=STEPS, full=True)
 
 
 def test_a_demo_of_a_version_with_fewer_settings_resumes(folder, capsys):

@@ -80,7 +80,13 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: 
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype", "tokens"), [(80, "bf16", 16384), (90, "bf16", 4096), (90, "bf16", 1024), (100, "fp16", 16384)]
+    ("arch", "dtype", "tokens"),
+    [
+        (80, "bf16", 16384),
+        (90, "bf16", 4096),
+        (90, "bf16", 1024),
+        pytest.param(100, "fp16", 16384, marks=pytest.mark.slow),
+    ],
 )
 def test_tiles(arch, dtype, tokens, capsys):
     check(arch, dtype, (tokens,), capsys, kernels=() if tokens == 4096 else GEMMS)

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
-SMALL = "few_tokens or jejr-gelu or grouped_mm"  # the interpreter takes a second where PTX takes a hundredth
+# The interpreter takes a second where PTX takes a hundredth.
+SOME, MORE = "jejr-gelu and matches or grouped_mm", "few_tokens or jejr-gelu and padding"
 
 
-def test_the_same_tests_pass_when_interpreted():
-    command = [sys.executable, "-m", "pytest", "-k", SMALL, HERE / "test_chain.py", HERE / "test_grouped_mm.py"]
+@pytest.mark.parametrize("which", (SOME, pytest.param(MORE, marks=pytest.mark.slow)))
+def test_the_same_tests_pass_when_interpreted(which):
+    command = [sys.executable, "-m", "pytest", "-k", which, HERE / "test_chain.py", HERE / "test_grouped_mm.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

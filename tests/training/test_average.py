@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_smop.cli import main
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.evaluation.run import evaluate
 from llama_smop.models import model_folder
 from llama_smop.training import checkpoints
@@ -38,8 +37,8 @@ def config(corpus: Path, **run) -> dict:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+def corpus(shared_corpus) -> Path:
+    return shared_corpus
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,14 @@ def test_one_that_fails_ends_the_others():
         children.ranks(fail_in_the_first, 2)
 
 
+def test_so_does_one_that_failed_before_anyone_waited():
+    failed, other = children.start(sys.exit, 3), children.start(time.sleep, 600)
+    while failed.is_alive():
+        time.sleep(0.01)
+    children.join([failed, other])
+    assert (failed.exitcode, other.exitcode) == (3, -9)
+
+
 def test_one_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(children, "LIMIT_S", 1)
     assert children.run(time.sleep, 600) == -9

@@ -1,6 +1,7 @@
 """Training from shards: everything that holds for a training from files."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 
 from llama_smop.data.lrs3 import read_labels
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.training.build import training_clips, training_plan
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.xdist_group("sharded_training")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+def corpus(shared_corpus, tmp_path_factory) -> Path:
+    """A copy, to be written to."""
+    return shutil.copytree(shared_corpus, tmp_path_factory.mktemp("corpus") / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def config(shards, data=(), ctc_weight=1.5, **optimizer) -> dict:
     }
 
 
-@pytest.mark.parametrize(("workers", "unfinished"), ((0, 3), (2, 5)))
+@pytest.mark.parametrize(("workers", "unfinished"), ((0, 3), pytest.param(2, 5, marks=pytest.mark.slow)))
 def test_killed_in_mid_epoch_it_ends_as_if_it_had_not_been(shards, tmp_path, workers, unfinished):
     """An epoch and a half, two batches a step, six an epoch; killed in the first epoch and in the second."""
     settings = config(shards, {"workers": workers}, epochs=1.5, accumulate=2)

@@ -9,29 +9,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_smop.data.synthetic.corpus import make_corpus
 from tests.training import children
 
 pytestmark = pytest.mark.xdist_group("kills")
 
 STEPS = 6
-KILLS_IN_CHECKPOINTS, KILLS_AT_WRITES, KILLS_AT_ANY_TIME = 9, 5, 6
 # A kind of kill: the part of a path it waits for, and at how many changes of such paths at most it strikes.
 AT_CHANGES = {"checkpoint": ("checkpoints/.writing", 60), "write": ("", 70)}  # both reach the second checkpoint
 SIGKILL = -9
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> dict:
+def config(shared_corpus) -> dict:
     """A checkpoint after every step, so that much of the time is spent in writing one."""
-    corpus = make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
     return {
         "model": {
             "tiny": {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1},
             "projector": {"hidden_features": 16, "num_experts": 2, "top_k": 1},
         },
         "data": {
-            "root": str(corpus),
+            "root": str(shared_corpus),
             "max_clips": 2,
             "buckets": 2,
             "stages": [{"modalities": {"audio": 1, "video": 1}}],
@@ -64,9 +61,13 @@ def whole(config, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_twenty_times(config, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("in_checkpoints", "at_writes", "at_any_time"),
+    (pytest.param(3, 1, 1, id="five"), pytest.param(9, 5, 6, id="twenty", marks=pytest.mark.slow)),
+)
+def test_killed_so_many_times(config, whole, tmp_path, in_checkpoints, at_writes, at_any_time):
     moments = random.Random(0)
-    schedule = ["checkpoint"] * KILLS_IN_CHECKPOINTS + ["write"] * KILLS_AT_WRITES + ["time"] * KILLS_AT_ANY_TIME
+    schedule = ["checkpoint"] * in_checkpoints + ["write"] * at_writes + ["time"] * at_any_time
     moments.shuffle(schedule)
     runs, kills, interrupted = 0, 0, 0
     while kills < len(schedule):
@@ -90,7 +91,7 @@ def test_killed_twenty_times(config, whole, tmp_path):
         same_run(out, whole)
         steps = [start["from_step"] for start in json.loads((out / "starts.json").read_text())]
         assert steps == sorted(steps) and steps[0] == 0 and (out / "report.html").exists()
-    assert interrupted >= KILLS_IN_CHECKPOINTS // 2, f"{interrupted} kills alone fell into the writing of a checkpoint"
+    assert interrupted >= in_checkpoints // 2, f"{interrupted} kills alone fell into the writing of a checkpoint"
 
 
 @pytest.mark.parametrize("write", (3, 10, 16))

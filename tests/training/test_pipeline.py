@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llama_smop.cli import main
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.models import model_folder
 from llama_smop.training import checkpoints
 from llama_smop.training.config import read_config
@@ -78,8 +77,9 @@ def _environment() -> dict:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+def corpus(shared_corpus, tmp_path_factory) -> Path:
+    """A copy, to be written to."""
+    return shutil.copytree(shared_corpus, tmp_path_factory.mktemp("corpus") / "corpus")
 
 
 def config_file(folder: Path, corpus: Path, **changes) -> Path:
@@ -115,6 +115,7 @@ def test_the_same_seed_gives_the_same_model(run, tmp_path, corpus):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_losses(run, tmp_path, corpus):
     config = config_file(tmp_path, corpus)
     out = tmp_path / "out"

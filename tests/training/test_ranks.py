@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.models.tiny import build_tiny
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.fsdp import units
@@ -30,9 +29,9 @@ CURVES = two_orders(ADDITIONS) + 2 * LEARNING_RATE / 53
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def corpus(shared_corpus, tmp_path_factory) -> Path:
     """Texts of one to six words: the batches of a step differ in their number of tokens."""
-    root = make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+    root = shutil.copytree(shared_corpus, tmp_path_factory.mktemp("corpus") / "corpus")
     labels = root / "labels/train.csv"
     lines = []
     for i, line in enumerate(labels.read_text().splitlines()):
@@ -80,7 +79,7 @@ def train_in_turn(world: int, config: dict, out: Path) -> None:
 
 
 def _replan(world: int, join) -> None:
-    from llama_smop.training import build as module
+    from llama_smop.training import run as module
 
     share = module.training_plan
     module.training_plan = lambda config, clips, *_: join([share(config, clips, r, world) for r in range(world)])
@@ -159,7 +158,7 @@ def test_two_processes_give_the_curve_of_the_joint_batch(joint, two, strategy):
     assert_same_curves(two(strategy), joint(2, accumulate=2))
 
 
-@pytest.mark.parametrize("strategy", ("ddp", "fsdp2"))
+@pytest.mark.parametrize("strategy", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"))
 def test_so_do_four_with_gradient_checkpointing(corpus, joint, tmp_path, strategy):
     children.ranks(children.train, 4, config(corpus, strategy, gradient_checkpointing=True), tmp_path)
     assert_same_curves(tmp_path, joint(4, accumulate=1))
@@ -174,7 +173,15 @@ def test_a_sharded_training_writes_what_a_whole_one_does(two):
     assert_same_weights(weights(sharded), weights(whole))
 
 
-@pytest.mark.parametrize(("first", "then"), (("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")))
+@pytest.mark.parametrize(
+    ("first", "then"),
+    (
+        pytest.param("ddp", "ddp", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "fsdp2", marks=pytest.mark.slow),
+        ("fsdp2", "ddp"),
+        ("ddp", "fsdp2"),
+    ),
+)
 def test_they_go_on_after_an_interruption_with_either_strategy(corpus, two, tmp_path, first, then):
     checkpoint = Path("checkpoints") / f"checkpoint-{SAVED}"
     shutil.copytree(two(first) / checkpoint, tmp_path / checkpoint)
@@ -201,7 +208,7 @@ def train_and_count_logits(tied: bool, config: dict, out: Path) -> None:
         (out / "kinds.json").write_text(json.dumps(kinds))
 
 
-@pytest.mark.parametrize("tied", (True, False))
+@pytest.mark.parametrize("tied", (True, pytest.param(False, marks=pytest.mark.slow)))
 def test_a_sharded_head_needs_not_make_all_logits(corpus, tmp_path, tied):
     for strategy in ("ddp", "fsdp2"):
         children.ranks(train_and_count_logits, 2, tied, config(corpus, strategy), tmp_path / strategy)

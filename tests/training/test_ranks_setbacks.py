@@ -128,7 +128,7 @@ def test_the_markers_embeddings_are_the_checkpoints_after_an_interruption(corpus
         assert torch.equal(rows[name], value), name
 
 
-@pytest.mark.parametrize("loss", ("plain", "chunked"))
+@pytest.mark.parametrize("loss", (pytest.param("plain", marks=pytest.mark.slow), "chunked"))
 def test_frozen_parts_with_lora_are_sharded_too(corpus, tmp_path, loss):
     """The published recipe in small: a layer's weights are frozen in bfloat16, those of its LoRA learn in float32."""
     settings = of_parts(config(corpus, precision="bf16", gradient_checkpointing=True, fused_loss=loss))

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import MediaError, write_audio, write_video
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.training import checkpoints
 from llama_smop.training import run as module
@@ -28,8 +27,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def sound_corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+def sound_corpus(shared_corpus) -> Path:
+    return shared_corpus
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llama_smop.data.synthetic.corpus import make_corpus
 from llama_smop.training import checkpoints
 from tests.training import children
 
@@ -21,16 +20,15 @@ STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> dict:
+def config(shared_corpus) -> dict:
     """No checkpoint before the last step, unless a signal stops it."""
-    corpus = make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
     return {
         "model": {
             "tiny": {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1},
             "projector": {"hidden_features": 16, "num_experts": 2, "top_k": 1},
             "modalities": ["audio"],
         },
-        "data": {"root": str(corpus), "max_clips": 2, "buckets": 1, "stages": [{"modalities": {"audio": 1}}]},
+        "data": {"root": str(shared_corpus), "max_clips": 2, "buckets": 1, "stages": [{"modalities": {"audio": 1}}]},
         "optimizer": {"learning_rate": 1e-3, "steps": STEPS, "precision": "fp32"},
         "run": {"log_every": 1, "save_every": 1000},
     }
