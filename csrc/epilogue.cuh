@@ -21,7 +21,34 @@ struct Epilogue {
   int n;          // columns that exist
   int rows;       // rows of the tile that exist
   int kind;       // SmopEpilogue
+  float* sums;    // or null: column sums of the tile's first kSumRows rows; those of the next follow, n further
 };
+constexpr int kSumRows = 64;  // rows of a column sum: what a warpgroup, or a warp of the sm_80 family, has of a tile
+
+// Of eight columns' values in each lane, the sums over the eight lanes with the same lane % 4. A lane returns one
+// column, kept_column(): each exchange halves what a lane still holds.
+__device__ __forceinline__ float sum_over_rows(const float (&v)[8]) {
+  const int lane = threadIdx.x % kWarp;
+  float four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool high = lane & 16;
+    four[i] = (high ? v[i + 4] : v[i]) + __shfl_xor_sync(kFullWarp, high ? v[i] : v[i + 4], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool high = lane & 8;
+    two[i] = (high ? four[i + 2] : four[i]) + __shfl_xor_sync(kFullWarp, high ? four[i] : four[i + 2], 8);
+  }
+  const bool high = lane & 4;
+  return (high ? two[1] : two[0]) + __shfl_xor_sync(kFullWarp, high ? two[0] : two[1], 4);
+}
+
+// The column of a piece whose sum a lane holds.
+__device__ __forceinline__ int kept_column() {
+  const int lane = threadIdx.x % kWarp;
+  return lane % 4 * 8 + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0);
+}
 
 __device__ __forceinline__ float transcendental(int kind, float v, float aux) {
   const float x = kind >= SMOP_GELU_GRAD ? aux : v;
@@ -35,9 +62,9 @@ __device__ __forceinline__ float transcendental(int kind, float v, float aux) {
 
 // One 16×32 piece of a warp's accumulators: acc[base + 4j + i] is element i of its column block j. `row` is the piece's
 // first row within the tile, `col` its first column in the matrix. The stage is the warp's own. `base` must be a
-// constant once inlined.
+// constant once inlined. Returns, where sums are wanted, the sum of column kept_column() over the piece's rows.
 template <class T, int N>
-__device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, float* stage,
+__device__ __forceinline__ float store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, float* stage,
                                             int row, int col) {
   const int lane = threadIdx.x % kWarp;
   __syncwarp();  // the piece before has been read
@@ -50,6 +77,7 @@ __device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (
   __syncwarp();
   const int my_col = col + (lane % 4) * 8;
   const int valid = to.n - my_col;
+  float sums[8] = {};
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const int my_row = half * 8 + lane / 4;
@@ -84,7 +112,10 @@ __device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (
       *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(mine + 4);
     }
     store8(to.out + at, valid, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] += v[i];
   }
+  return to.sums ? sum_over_rows(sums) : 0.f;
 }
 
 }  // namespace smop

@@ -7,10 +7,10 @@
 // - weights: TMA, one 3-D tensor map over (X, N, K) or (X, K, N). The expert is a coordinate, so no map is ever edited.
 // - rows as they lie: TMA, 2-D. A tile may run into the next expert's rows; those products are not stored.
 // - gathered rows: cp.async by all four producer warps.
-// - weight gradients: cp.async for both operands. A foreign row would be summed, so rows past the segment become zeros.
+// - weight gradients: the same, 64 rows of both operands a stage. A foreign row would be summed, so the consumers clear
+//   the rows past the segment (clear_rows).
 #include <initializer_list>
 
-#include "gemm.cuh"
 #include "pipeline_sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -23,10 +23,26 @@ template <class T, int kBlockN>
 __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2], float* stages,
                                            int first_col) {
   const int warp = threadIdx.x / kWarp - kProducerWarps;
+  float sums[kBlockN / kStageCols];
 #pragma unroll
   for (int piece = 0; piece < kBlockN / kStageCols; ++piece)
-    store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16,
-                first_col + piece * kStageCols);
+    sums[piece] = store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16,
+                              first_col + piece * kStageCols);
+  if (!to.sums) return;
+  // A warp has the sums over its 16 rows; the four warps of the group add theirs through their stages.
+  static_assert(kBlockN <= kStageFloats && kGroup == 2 * kSumRows);
+  const int group = warp / 4;
+  float* mine = stages + warp * kStageFloats;
+  __syncwarp();
+#pragma unroll
+  for (int piece = 0; piece < kBlockN / kStageCols; ++piece) mine[piece * kStageCols + kept_column()] = sums[piece];
+  ptx::named_barrier(kGroupBarrier + group, kGroup);
+  for (int col = threadIdx.x % kGroup; col < kBlockN && first_col + col < to.n; col += kGroup) {
+    const float* from = stages + group * 4 * kStageFloats + col;
+    to.sums[static_cast<int64_t>(group) * to.n + first_col + col] =
+        from[0] + from[kStageFloats] + (from[2 * kStageFloats] + from[3 * kStageFloats]);
+  }
+  ptx::named_barrier(kGroupBarrier + group, kGroup);  // read before the next tile's pieces are staged
 }
 
 // The TMA boxes of one stage of the weights.
@@ -64,16 +80,20 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
                                                  RowTileScheduler scheduler) {
   constexpr int kRows = kBlockM / (kGroup / 8);  // 8 threads copy the 128 bytes of a row
   const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
-  const T* a = static_cast<const T*>(p.a);
+  const int64_t lda = p.lda;
   Ring<kBlockN> ring{shared};
   Announcer<kBlockN> announcer{{shared}};
   RowTile tile;
   for (int64_t number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
-    int rows[kRows];
+    // A row that does not exist has an address too, of which nothing is read.
+    const T* from[kRows];
+    uint32_t exists = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = first + i * (kGroup / 8);
-      rows[i] = row < tile.rows ? p.order[tile.row + row] / p.top_k : -1;
+      const bool inside = row < tile.rows;
+      from[i] = static_cast<const T*>(p.a) + chunk * 8 + (inside ? p.order[tile.row + row] / p.top_k : 0) * lda;
+      exists |= inside << i;
     }
     for (int k = 0; k < p.k; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
@@ -81,37 +101,16 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
         ptx::mbarrier_arrive_expect(ring.full(), kBBytes<kBlockN>);
         load_weights<kBlockN, kTransB>(ring, b_map, k, tile.col_tile * kBlockN, tile.expert);
       }
-      const int col = k + chunk * 8;
+      const int bytes = max(0, min(16, 2 * (p.k - k - chunk * 8)));
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const bool exists = rows[i] >= 0 && col < p.k;
-        const T* src = exists ? a + rows[i] * p.lda + col : a;
-        ptx::cp_async16(ring.a() + ptx::swizzled(first + i * (kGroup / 8), chunk), src,
-                        exists ? 2 * min(8, p.k - col) : 0);
-      }
+      for (int i = 0; i < kRows; ++i)
+        ptx::cp_async16(ring.a() + ptx::swizzled(first + i * (kGroup / 8), chunk), from[i] + k,
+                        exists >> i & 1 ? bytes : 0);
       announcer.issued();
       ring.advance();
     }
   }
   announcer.drain();
-}
-
-// Copies 64 rows of k × 64·kBlocks columns into a stage, as kBlocks blocks of 64 columns. `row_of(i)` is the memory row
-// of row i, or -1.
-template <int kBlocks, class T, class RowOf>
-__device__ __forceinline__ void copy_k_rows(uint32_t dst, const T* base, int64_t ld, int first_col, int cols,
-                                            RowOf row_of) {
-  constexpr int kRowChunks = kBlocks * 8, kStep = kGroup / kRowChunks;
-  const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
-  const int col = first_col + chunk * 8;
-#pragma unroll
-  for (int i = 0; i < kBlockK / kStep; ++i) {
-    const int row = first + i * kStep;
-    const int from = row_of(row);
-    const bool exists = from >= 0 && col < cols;
-    ptx::cp_async16(dst + chunk / 8 * kBlockBytes + ptx::swizzled(row, chunk % 8),
-                    exists ? base + from * ld + col : base, exists ? 2 * min(8, cols - col) : 0);
-  }
 }
 
 // The tiles of a weight gradient, counted on the host: as kernel arguments they cost the roles no registers.
@@ -120,23 +119,62 @@ struct WgradGrid {
   int64_t tiles;
 };
 
+// The TMA boxes of 64 rows × 64·kBlocks columns.
+template <int kBlocks>
+__device__ __forceinline__ void load_rows(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int col, int row) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) ptx::tma_load(dst + i * kBlockBytes, &map, barrier, col + i * 64, row);
+}
+
 template <class T, int kBlockN>
-__device__ __forceinline__ void produce_wgrad(const SmopWgrad& p, const WgradGrid& grid, const Shared& shared) {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void produce_wgrad_by_tma(const SmopWgrad& p, const WgradGrid& grid,
+                                                     const CUtensorMap& a_map, const CUtensorMap& b_map,
+                                                     const Shared& shared) {
+  if (threadIdx.x != 0) return;
+  Ring<kBlockN> ring{shared};
+  for (int64_t number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
+    const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
+    const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
+    for (int k = begin; k < end; k += kBlockK) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
+      load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+      load_rows<kBlockN / 64>(ring.b(), b_map, ring.full(), tile.col_tile * kBlockN, k);
+      ring.advance();
+    }
+  }
+}
+
+template <class T, int kBlockN>
+__device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const WgradGrid& grid,
+                                                       const CUtensorMap& a_map, const Shared& shared) {
+  constexpr int kRowChunks = kBlockN / 8, kStep = kGroup / kRowChunks;  // kRowChunks threads copy a row of the stage
+  const int lane = threadIdx.x % kWarp, chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
+  const int64_t ldb = p.ldb;
   Ring<kBlockN> ring{shared};
   Announcer<kBlockN> announcer{{shared}};
   for (int64_t number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
     const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
     const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
-    // Lane l knows the gathered rows l and l + 32 of the stage; they are fetched one stage ahead.
-    const auto gathered = [&](int row) { return row >= end ? -1 : p.order ? p.order[row] / p.top_k : row; };
+    const int col = tile.col_tile * kBlockN + chunk * 8, bytes = max(0, min(16, 2 * (p.n - col)));
+    const T* columns = static_cast<const T*>(p.b) + col;
+    // Lane l knows the gathered rows l and l + 32 of the stage; they are fetched one stage ahead. Past the segment row
+    // 0 stands in, whose values are cleared with the rest.
+    const auto gathered = [&](int row) { return row < end ? p.order[row] / p.top_k : 0; };
     int low = gathered(begin + lane), high = gathered(begin + lane + kWarp);
     for (int k = begin; k < end; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
-      copy_k_rows<kBlockM / 64>(ring.a(), static_cast<const T*>(p.a), p.lda, tile.row_tile * kBlockM, p.m,
-                                [&](int row) { return k + row < end ? k + row : -1; });
-      copy_k_rows<kBlockN / 64>(ring.b(), static_cast<const T*>(p.b), p.ldb, tile.col_tile * kBlockN, p.n,
-                                [&](int row) { return __shfl_sync(kFullWarp, row < kWarp ? low : high, row % kWarp); });
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(ring.full(), kABytes);
+        load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+      }
+      const uint32_t dst = ring.b() + chunk / 8 * kBlockBytes;
+#pragma unroll
+      for (int i = 0; i < kBlockK / kStep; ++i) {
+        const int row = first + i * kStep;
+        const int from = __shfl_sync(kFullWarp, i * kStep < kWarp ? low : high, row % kWarp);
+        ptx::cp_async16(dst + ptx::swizzled(row, chunk % 8), columns + from * ldb, bytes);
+      }
       announcer.issued();
       ring.advance();
       low = gathered(k + kBlockK + lane), high = gathered(k + kBlockK + lane + kWarp);
@@ -151,6 +189,7 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
                                                                  const __grid_constant__ CUtensorMap b_map) {
   extern __shared__ unsigned char base[];
   const Shared shared(base);
+  begin_kernel();
   RowTileScheduler scheduler(p.offs, p.experts, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
   init_barriers<kBlockN>(shared, p.order ? 1 + kProducerWarps : 1);
   __syncthreads();
@@ -166,8 +205,8 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
     RowTile tile;
     const int k_tiles = static_cast<int>(ceil_div(p.k, kBlockK));
     for (int64_t number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
-      float acc[kBlockN / 2] = {}, none[4];
-      consume<T, kBlockN, false, kTransB, false>(acc, none, ring, k_tiles);
+      float acc[kBlockN / 2] = {};
+      consume<T, kBlockN, false, kTransB>(acc, ring, k_tiles);
       store_tile<T, kBlockN>(gemm_epilogue<T>(p, tile), acc, shared.stages, tile.col_tile * kBlockN);
     }
   }
@@ -175,37 +214,29 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
 
 template <class T, int kBlockN>
 __global__ __launch_bounds__(kThreads, 1) void grouped_wgrad_sm90(const __grid_constant__ SmopWgrad p,
-                                                                  const __grid_constant__ WgradGrid grid) {
+                                                                  const __grid_constant__ WgradGrid grid,
+                                                                  const __grid_constant__ CUtensorMap a_map,
+                                                                  const __grid_constant__ CUtensorMap b_map) {
   extern __shared__ unsigned char base[];
   const Shared shared(base);
-  init_barriers<kBlockN>(shared, kProducerWarps);
-  if (threadIdx.x < kOnesBytes / 4) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared.ones + threadIdx.x * 4), "r"(ptx::kTwoOnes<T>) : "memory");
-    ptx::fence_async_proxy();
-  }
+  begin_kernel();
+  init_barriers<kBlockN>(shared, p.order ? 1 + kProducerWarps : 1);
   __syncthreads();
   if (threadIdx.x < kGroup) {
     ptx::lower_registers<kProducerRegisters>();
-    produce_wgrad<T, kBlockN>(p, grid, shared);
+    if (p.order)
+      produce_wgrad_gathered<T, kBlockN>(p, grid, a_map, shared);
+    else
+      produce_wgrad_by_tma<T, kBlockN>(p, grid, a_map, b_map, shared);
   } else {
     ptx::raise_registers<kConsumerRegisters>();
     Ring<kBlockN> ring{shared};
     for (int64_t number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
       const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
-      const int begin = tile.expert ? p.offs[tile.expert - 1] : 0;
-      const int k_tiles = static_cast<int>(ceil_div(p.offs[tile.expert] - begin, kBlockK));
-      float acc[kBlockN / 2] = {}, sum[4] = {};
-      if (p.a_sum && tile.col_tile == 0) {
-        consume<T, kBlockN, true, true, true>(acc, sum, ring, k_tiles);
-        const int m = tile.row_tile * kBlockM + (threadIdx.x / kWarp - kProducerWarps) * 16 + threadIdx.x % kWarp / 4;
-        T* out = static_cast<T*>(p.a_sum) + static_cast<int64_t>(tile.expert) * p.m;
-        if (threadIdx.x % 4 == 0) {  // every column of `sum` is the same; column 0 lives in these lanes
-          if (m < p.m) out[m] = from_float<T>(sum[0]);
-          if (m + 8 < p.m) out[m + 8] = from_float<T>(sum[2]);
-        }
-      } else {
-        consume<T, kBlockN, true, true, false>(acc, sum, ring, k_tiles);
-      }
+      const int rows = p.offs[tile.expert] - (tile.expert ? p.offs[tile.expert - 1] : 0);
+      const int k_tiles = static_cast<int>(ceil_div(rows, kBlockK));
+      float acc[kBlockN / 2] = {};
+      consume<T, kBlockN, true, true>(acc, ring, k_tiles, rows - (k_tiles - 1) * kBlockK);
       store_tile<T, kBlockN>(wgrad_epilogue<T>(p, tile.expert, tile.row_tile * kBlockM, kBlockM), acc, shared.stages,
                              tile.col_tile * kBlockN);
     }
@@ -239,30 +270,46 @@ int best_width(std::initializer_list<int> widths, int64_t row_tiles, int n, int 
 }
 
 // One block an SM, each walking its share of the tiles.
-template <class... Args>
-cudaError_t launch(void (*kernel)(Args...), int64_t tiles, int sms, cudaStream_t stream, const Args&... args) {
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) return e;
-  kernel<<<static_cast<unsigned>(tiles < sms ? tiles : sms), kThreads, kSharedBytes, stream>>>(args...);
-  return cudaGetLastError();
+template <class... Parameters, class... Arguments>
+cudaError_t launch_tiles(void (*kernel)(Parameters...), int64_t tiles, int sms, uint64_t stream, bool dependent,
+                         const Arguments&... arguments) {
+  const auto blocks = static_cast<unsigned>(tiles < sms ? tiles : sms);
+  return launch({blocks, kThreads, kSharedBytes, stream, dependent}, kernel, arguments...);
+}
+
+// The map of a matrix of rows, in boxes of 64 columns.
+cudaError_t rows_map(CUtensorMap& map, int dtype, const void* base, int64_t rows, int cols, int64_t ld, int box_rows) {
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(ld) * 2, 0};
+  return tensor_map(map, dtype, base, 2, {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows), 1}, strides,
+                    box_rows);
 }
 
 template <class T, int kBlockN>
-cudaError_t launch_gemm(const SmopGemm& p, int sms, cudaStream_t stream) {
+cudaError_t launch_gemm(const SmopGemm& p, int sms, uint64_t stream, bool dependent) {
   CUtensorMap a_map{}, b_map{};
   const cuuint64_t inner = p.b_k_major ? p.k : p.n, outer = p.b_k_major ? p.n : p.k;
   const cuuint64_t b_strides[2] = {static_cast<cuuint64_t>(p.ldb) * 2, static_cast<cuuint64_t>(p.stride_b) * 2};
   if (auto e = tensor_map(b_map, p.dtype, p.b, 3, {inner, outer, static_cast<cuuint64_t>(p.experts)}, b_strides,
                           p.b_k_major ? kBlockN : kBlockK))
     return e;
-  if (!p.order) {
-    const cuuint64_t a_strides[2] = {static_cast<cuuint64_t>(p.lda) * 2, 0};
-    if (auto e = tensor_map(a_map, p.dtype, p.a, 2,
-                            {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.a_rows), 1}, a_strides, kBlockM))
-      return e;
-  }
+  if (!p.order)
+    if (auto e = rows_map(a_map, p.dtype, p.a, p.a_rows, p.k, p.lda, kBlockM)) return e;
   const int64_t tiles = max_row_tiles(p.rows, p.experts, kBlockM) * ceil_div(p.n, kBlockN);
-  return launch(p.b_k_major ? grouped_gemm_sm90<T, kBlockN, false> : grouped_gemm_sm90<T, kBlockN, true>, tiles, sms,
-                stream, p, a_map, b_map);
+  return launch_tiles(p.b_k_major ? grouped_gemm_sm90<T, kBlockN, false> : grouped_gemm_sm90<T, kBlockN, true>, tiles,
+                      sms, stream, dependent, p, a_map, b_map);
+}
+
+template <class T, int kBlockN>
+cudaError_t launch_wgrad(const SmopWgrad& p, int sms, uint64_t stream, bool dependent) {
+  CUtensorMap a_map{}, b_map{};
+  WgradGrid grid{static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, kBlockN)), 0};
+  grid.tiles = static_cast<int64_t>(p.experts) * grid.row_tiles * grid.col_tiles;
+  if (p.a_rows > 0) {  // without rows nothing is loaded, and a map cannot be made
+    if (auto e = rows_map(a_map, p.dtype, p.a, p.a_rows, p.m, p.lda, kBlockK)) return e;
+    if (!p.order)
+      if (auto e = rows_map(b_map, p.dtype, p.b, p.b_rows, p.n, p.ldb, kBlockK)) return e;
+  }
+  return launch_tiles(grouped_wgrad_sm90<T, kBlockN>, grid.tiles, sms, stream, dependent, p, grid, a_map, b_map);
 }
 
 }  // namespace
@@ -273,9 +320,11 @@ bool gemm_sm90_serves(const SmopGemm& p) {
          p.ldb >= inner && p.stride_b >= p.ldb * (outer - 1) + inner;
 }
 
-bool wgrad_sm90_serves(const SmopWgrad& p) { return addressable(p.a, p.lda) && addressable(p.b, p.ldb); }
+bool wgrad_sm90_serves(const SmopWgrad& p) {
+  return addressable(p.a, p.lda) && p.lda >= p.m && addressable(p.b, p.ldb) && p.ldb >= p.n;
+}
 
-cudaError_t launch_gemm_sm90(const SmopGemm& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90(const SmopGemm& p, uint64_t stream, bool dependent) {
   int sms = 0;
   if (auto e = sm_count(sms)) return e;
   // What even routing gives: every expert has rows, and on average half a tile too many.
@@ -284,24 +333,21 @@ cudaError_t launch_gemm_sm90(const SmopGemm& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     switch (best_width({256, 128, 64}, row_tiles, p.n, sms)) {
-      case 256: return launch_gemm<T, 256>(p, sms, stream);
-      case 128: return launch_gemm<T, 128>(p, sms, stream);
-      default: return launch_gemm<T, 64>(p, sms, stream);
+      case 256: return launch_gemm<T, 256>(p, sms, stream, dependent);
+      case 128: return launch_gemm<T, 128>(p, sms, stream, dependent);
+      default: return launch_gemm<T, 64>(p, sms, stream, dependent);
     }
   });
 }
 
-cudaError_t launch_wgrad_sm90(const SmopWgrad& p, cudaStream_t stream) {
+cudaError_t launch_wgrad_sm90(const SmopWgrad& p, uint64_t stream, bool dependent) {
   int sms = 0;
   if (auto e = sm_count(sms)) return e;
-  const int64_t row_tiles = ceil_div(p.m, kBlockM);
-  const int width = best_width({256, 128}, p.experts * row_tiles, p.n, sms);
-  WgradGrid grid{static_cast<int>(row_tiles), static_cast<int>(ceil_div(p.n, width)), 0};
-  grid.tiles = static_cast<int64_t>(p.experts) * grid.row_tiles * grid.col_tiles;
+  const int width = best_width({256, 128}, p.experts * ceil_div(p.m, kBlockM), p.n, sms);
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(width == 256 ? grouped_wgrad_sm90<T, 256> : grouped_wgrad_sm90<T, 128>, grid.tiles, sms, stream, p,
-                  grid);
+    return width == 256 ? launch_wgrad<T, 256>(p, sms, stream, dependent)
+                        : launch_wgrad<T, 128>(p, sms, stream, dependent);
   });
 }
 

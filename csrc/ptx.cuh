@@ -53,14 +53,6 @@ SMOP_MMA(bf16, "bf16")
 SMOP_MMA(fp16, "f16")
 #undef SMOP_MMA
 
-// Two ones of the element type in one register: a B operand that sums the rows of A.
-template <class T>
-constexpr uint32_t kTwoOnes = 0;
-template <>
-inline constexpr uint32_t kTwoOnes<bf16> = 0x3f803f80u;
-template <>
-inline constexpr uint32_t kTwoOnes<fp16> = 0x3c003c00u;
-
 // ------------------------------------------------------------------------------------------ sm_90a: mbarrier, TMA,
 // register counts
 
@@ -110,6 +102,16 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t
 
 // Orders this thread's ordinary and cp.async writes to shared memory before reads by the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// A barrier of `threads` threads; the number is theirs (0 is __syncthreads()).
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 // Hand registers from the producers to the consumers; every warp of a warpgroup executes it.
 template <int kRegisters>

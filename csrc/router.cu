@@ -15,6 +15,7 @@ template <class T>
 __global__ __launch_bounds__(kRouteThreads, 4) void router_fwd(const SmopRoute p, int run) {
   // Per warp: E logits, then R·E choices, R·E probability sums and R squared log-sum-exps over its tokens.
   extern __shared__ float shared[];
+  begin_kernel();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int cells = p.routers * p.gates;
   const int per_warp = p.gates + 2 * cells + p.routers;
@@ -130,11 +131,10 @@ extern "C" int smop_route_fwd(const SmopRoute* p, uint64_t stream) {
   const int cells = p->routers * p->gates;
   const size_t shared = sizeof(float) * kRouteWarps * (p->gates + 2 * cells + p->routers);
   return by_dtype(p->dtype, [&](auto t) {
-    router_fwd<decltype(t)>
-        <<<route_blocks(p->tokens), kRouteThreads, shared, as_stream(stream)>>>(*p, tokens_per_block(p->tokens));
-    if (auto e = cudaGetLastError()) return e;
+    const Grid grid{static_cast<unsigned>(route_blocks(p->tokens)), kRouteThreads, shared, stream, false};
+    if (auto e = launch(grid, router_fwd<decltype(t)>, *p, tokens_per_block(p->tokens))) return e;
     const SmopSchedule schedule{p->tokens, p->experts, p->top_k, p->chosen,
                                 p->order,  p->inverse, p->offs,  p->block_counts};
-    return launch_scatter(schedule, cells / p->experts, *p, as_stream(stream));
+    return launch_scatter(schedule, cells / p->experts, *p, stream);
   });
 }

@@ -9,6 +9,7 @@ namespace {
 // balance loss through p, from the z loss through the log-sum-exp, and what came from outside. One warp a token.
 __global__ __launch_bounds__(kRouteThreads) void logits_bwd(const SmopRouteBwd p) {
   __shared__ float grad[kRouteWarps][SMOP_MAX_EXPERTS];
+  begin_kernel();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int t = blockIdx.x * kRouteWarps + warp;
   if (t >= p.tokens) return;
@@ -73,6 +74,7 @@ template <class T>
 __global__ __launch_bounds__(kRouteThreads) void gate_wgrad(const SmopRouteBwd p, int run) {
   constexpr int kTokens = 32;
   __shared__ float grad[kTokens][kGateTile];
+  begin_kernel();
   const int d = blockIdx.y * kRouteThreads + threadIdx.x;
   const int cells = p.routers * p.gates, first_cell = blockIdx.z * kGateTile;
   const int begin = blockIdx.x * run, end = min(begin + run, p.tokens);
@@ -107,6 +109,7 @@ static_assert(kRouteThreads == 32 * kGateTile, "one thread a (token, gate row) w
 
 template <class T>
 __global__ __launch_bounds__(kRouteThreads) void sum_splits(const float* partial, T* out, int64_t n, int splits) {
+  begin_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRouteThreads + threadIdx.x;
   if (i >= n) return;
   float sum = 0.f;
@@ -117,6 +120,7 @@ __global__ __launch_bounds__(kRouteThreads) void sum_splits(const float* partial
 // dx[t] = Σ_e dlogits[t, e] · gate[r, e]; one warp a token.
 template <class T>
 __global__ __launch_bounds__(kRouteThreads) void gate_dgrad(const SmopRouteBwd p) {
+  begin_kernel();
   const int t = blockIdx.x * kRouteWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (t >= p.tokens) return;
   const float* grad = p.dlogits_total + static_cast<int64_t>(t) * p.gates;
@@ -156,16 +160,17 @@ extern "C" int smop_route_bwd(const SmopRouteBwd* p, uint64_t stream) {
   const int64_t gate_size = static_cast<int64_t>(cells) * p->dim;
   return by_dtype(p->dtype, [&](auto t) {
     using T = decltype(t);
-    if (token_blocks) logits_bwd<<<token_blocks, kRouteThreads, 0, as_stream(stream)>>>(*p);
-    if (auto e = cudaGetLastError()) return e;
+    const auto queue = [&](dim3 blocks, bool dependent, auto kernel, const auto&... arguments) {
+      return launch({blocks, kRouteThreads, 0, stream, dependent}, kernel, arguments...);
+    };
+    if (token_blocks)
+      if (auto e = queue(token_blocks, false, logits_bwd, *p)) return e;
     const dim3 grid(splits, static_cast<unsigned>(ceil_div(p->dim, kRouteThreads)),
                     static_cast<unsigned>(ceil_div(cells, kGateTile)));
-    gate_wgrad<T><<<grid, kRouteThreads, 0, as_stream(stream)>>>(*p, tokens_per_split(p->tokens));
-    if (auto e = cudaGetLastError()) return e;
-    sum_splits<T><<<static_cast<unsigned>(ceil_div(gate_size, kRouteThreads)), kRouteThreads, 0, as_stream(stream)>>>(
-        p->dgate_partial, static_cast<T*>(p->dgate), gate_size, splits);
-    if (auto e = cudaGetLastError()) return e;
-    if (p->dx && token_blocks) gate_dgrad<T><<<token_blocks, kRouteThreads, 0, as_stream(stream)>>>(*p);
-    return cudaGetLastError();
+    if (auto e = queue(grid, token_blocks > 0, gate_wgrad<T>, *p, tokens_per_split(p->tokens))) return e;
+    const auto sum_blocks = static_cast<unsigned>(ceil_div(gate_size, kRouteThreads));
+    if (auto e = queue(sum_blocks, true, sum_splits<T>, p->dgate_partial, static_cast<T*>(p->dgate), gate_size, splits))
+      return e;
+    return p->dx && token_blocks ? queue(token_blocks, true, gate_dgrad<T>, *p) : cudaSuccess;
   });
 }

@@ -56,6 +56,6 @@ __device__ __forceinline__ Softmax softmax(const float (&logit)[kPerLane], int g
 
 // Queues the kernel that turns block counts into order, inverse and offs; with a `route`, into counts and losses too.
 // block_counts is (blocks, folds, X): two routers that share their experts count apart.
-cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, cudaStream_t stream);
+cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, uint64_t stream);
 
 }  // namespace smop

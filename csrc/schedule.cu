@@ -7,6 +7,7 @@ namespace {
 // Counts of caller-made routing, for schedule() alone: what router_fwd leaves in block_counts.
 __global__ __launch_bounds__(kRouteThreads) void count_choices(const SmopSchedule p, int run) {
   __shared__ int count[SMOP_MAX_EXPERTS];
+  begin_kernel();
   for (int e = threadIdx.x; e < p.experts; e += kRouteThreads) count[e] = 0;
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * run * p.top_k;
@@ -75,6 +76,7 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
   __shared__ int total[SMOP_MAX_EXPERTS];  // choices of each expert
   __shared__ int next[SMOP_MAX_EXPERTS];   // where this block's next choice of it goes
   __shared__ int warp_count[kRouteWarps][SMOP_MAX_EXPERTS];
+  begin_kernel();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int blocks = gridDim.x;
   for (int e = warp; e < p.experts; e += kRouteWarps) {
@@ -131,17 +133,16 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
 
 }  // namespace
 
-cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, cudaStream_t stream) {
-  scatter_slots<<<route_blocks(schedule.tokens), kRouteThreads, 0, stream>>>(
-      schedule, tokens_per_block(schedule.tokens), folds, route);
-  return cudaGetLastError();
+cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, uint64_t stream) {
+  const Grid grid{static_cast<unsigned>(route_blocks(schedule.tokens)), kRouteThreads, 0, stream, true};
+  return launch(grid, scatter_slots, schedule, tokens_per_block(schedule.tokens), folds, route);
 }
 
 }  // namespace smop
 
 extern "C" int smop_schedule(const SmopSchedule* p, uint64_t stream) {
   using namespace smop;
-  count_choices<<<route_blocks(p->tokens), kRouteThreads, 0, as_stream(stream)>>>(*p, tokens_per_block(p->tokens));
-  if (auto e = cudaGetLastError()) return e;
-  return launch_scatter(*p, 1, SmopRoute{}, as_stream(stream));
+  const Grid grid{static_cast<unsigned>(route_blocks(p->tokens)), kRouteThreads, 0, stream, false};
+  if (auto e = launch(grid, count_choices, *p, tokens_per_block(p->tokens))) return e;
+  return launch_scatter(*p, 1, SmopRoute{}, stream);
 }

@@ -41,7 +41,6 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // The operand lists of the asm statements below.
-#define SMOP_D4 "{%0, %1, %2, %3}, "
 #define SMOP_D32                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -61,12 +60,11 @@ __device__ __forceinline__ void wgmma_wait() {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 #define SMOP_INOUT4_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SMOP_INOUT16_AT(i) SMOP_INOUT4_AT(i), SMOP_INOUT4_AT(i + 4), SMOP_INOUT4_AT(i + 8), SMOP_INOUT4_AT(i + 12)
-#define SMOP_INOUT4 SMOP_INOUT4_AT(0)
 #define SMOP_INOUT32 SMOP_INOUT16_AT(0), SMOP_INOUT16_AT(16)
 #define SMOP_INOUT64 SMOP_INOUT32, SMOP_INOUT16_AT(32), SMOP_INOUT16_AT(48)
 #define SMOP_INOUT128 SMOP_INOUT64, SMOP_INOUT16_AT(64), SMOP_INOUT16_AT(80), SMOP_INOUT16_AT(96), SMOP_INOUT16_AT(112)
 
-// d += A · B, for N = 8, 64, 128 and 256; lane l of warp w holds of each 8-column block the columns 2(l%4), +1 of rows
+// d += A · B, for N = 64, 128 and 256; lane l of warp w holds of each 8-column block the columns 2(l%4), +1 of rows
 // 16w
 // + l/4 and + 8.
 #define SMOP_WGMMA(N, REGS, REST)                                                                \
@@ -82,7 +80,6 @@ __device__ __forceinline__ void wgmma_wait() {
                    : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                      \
   }
 // REST: both descriptors, d is added to, A and B count positively, their transposition.
-SMOP_WGMMA(8, 4, "%4, %5, 1, 1, 1, %6, %7;")
 SMOP_WGMMA(64, 32, "%32, %33, 1, 1, 1, %34, %35;")
 SMOP_WGMMA(128, 64, "%64, %65, 1, 1, 1, %66, %67;")
 SMOP_WGMMA(256, 128, "%128, %129, 1, 1, 1, %130, %131;")
@@ -90,12 +87,10 @@ SMOP_WGMMA(256, 128, "%128, %129, 1, 1, 1, %130, %131;")
 #undef SMOP_INOUT128
 #undef SMOP_INOUT64
 #undef SMOP_INOUT32
-#undef SMOP_INOUT4
 #undef SMOP_INOUT16_AT
 #undef SMOP_INOUT4_AT
 #undef SMOP_D128
 #undef SMOP_D64
 #undef SMOP_D32
-#undef SMOP_D4
 
 }  // namespace smop::ptx

@@ -20,8 +20,8 @@ RESIDENT = {
     "grouped_gemm_sm80": (256, 2), "grouped_wgrad_sm80": (256, 2), "grouped_gemm_sm90": (384, 1),
     "grouped_wgrad_sm90": (384, 1), "router_fwd": (256, 4), "count_choices": (256, 4), "scatter_slots": (256, 4),
     "logits_bwd": (256, 4), "gate_wgrad": (256, 4), "gate_dgrad": (256, 4), "sum_splits": (256, 4),
-    "combine_fwd": (256, 3), "combine_bwd": (256, 3), "sum_ln_partials": (256, 4), "gather_sum": (128, 4),
-    "zero_tail": (128, 4),
+    "combine_fwd": (128, 3), "combine_fwd_any": (128, 8), "combine_bwd": (512, 1), "combine_bwd_any": (256, 3),
+    "bias_sums": (256, 4), "gather_sum": (128, 4), "zero_tail": (128, 4),
 }  # fmt: skip
 STATIC_SHARED_LIMIT = 48 * 1024
 
