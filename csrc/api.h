@@ -114,7 +114,7 @@ typedef struct {
   const float *logits, *weights;
   const int32_t *chosen, *counts;
   const float *dlogits, *dweights, *dbalance, *dz;  // each may be null
-  float* dlogits_total;                             // scratch (T, E)
+  float* dlogits_total;                             // scratch (T, E); used with dx alone
   float* dgate_partial;                             // scratch (splits, R, E, D)
   void* dgate;                                      // (R, E, D)
   void* dx;                                         // (T, D) or null
@@ -144,8 +144,10 @@ typedef struct {
   const float *mean, *rstd;
   void* dz;         // (M, O)
   float* dweights;  // (T, K) or null
-  float* sums;      // smop_combine_sums_size() floats, or null: over each run of rows the sums of dz, and with LayerNorm
-                    // those that become dln_weight and dln_bias
+  float* sums;      // smop_combine_sums_size() floats, or null: over each run of rows the sums of dz, and with
+                    // LayerNorm those that become dln_weight and dln_bias
+  const void* next;    // or null: what the launch after this one reads first, to be brought into the L2 meanwhile
+  int64_t next_bytes;
 } SmopCombineBwd;
 int smop_combine_bwd(const SmopCombineBwd* args, uint64_t stream, int dependent);
 

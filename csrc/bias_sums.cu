@@ -2,11 +2,10 @@
 // One launch for up to four of them.
 #include "combine.cuh"
 #include "gemm.cuh"
+#include "partial_sums.cuh"
 
 namespace smop {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 // A partial sum of n columns for every `rows` rows of an expert, or `a_tile` of them, `stride` floats apart.
 struct Gradient {
@@ -26,28 +25,17 @@ __device__ __forceinline__ void store(void* out, int64_t at, float v) {
   static_cast<T*>(out)[at] = from_float<T>(v);
 }
 
-// A block owns 32 columns of one expert and one gradient; its 8 warps share the partial sums.
-__global__ __launch_bounds__(kThreads) void bias_sums(const __grid_constant__ Gradients gradients,
-                                                      const int32_t* offs) {
-  __shared__ float part[kWarps][kWarp];
+// A block owns 32 columns of one expert and one gradient.
+__global__ __launch_bounds__(kSumThreads) void bias_sums(const __grid_constant__ Gradients gradients,
+                                                         const int32_t* offs) {
   begin_kernel();
   const Gradient& g = gradients.of[blockIdx.z];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int e = blockIdx.y, col = blockIdx.x * kWarp + lane;
+  const int e = blockIdx.y, col = blockIdx.x * kWarp + threadIdx.x % kWarp;
+  if (static_cast<int>(blockIdx.x) * kWarp >= g.n) return;
   const int first = row_tiles_before(offs, e, g.rows) * g.a_tile;
-  const int count = static_cast<int>(ceil_div(offs[e] - (e ? offs[e - 1] : 0), g.rows)) * g.a_tile;
-  float sum = 0.f;
-  if (col < g.n) {
-    const float* partial = g.partial + first * g.stride + col;
-#pragma unroll 4
-    for (int i = warp; i < count; i += kWarps) sum += partial[i * g.stride];
-  }
-  part[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || col >= g.n) return;
-  sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += part[w][lane];
+  const int count = row_tiles_of(e ? offs[e - 1] : 0, offs[e], g.rows) * g.a_tile;
+  const float sum = sum_partials(g.partial + first * g.stride + col, g.stride, count, col < g.n);
+  if (threadIdx.x >= kWarp || col >= g.n) return;
   const int64_t at = static_cast<int64_t>(e) * g.n + col;
   if (g.dtype == SMOP_BFLOAT16)
     store<bf16>(g.out, at, sum);
@@ -89,5 +77,5 @@ extern "C" int smop_bias_sums(const SmopBiasSums* p, uint64_t stream, int depend
     }
   if (count == 0) return cudaSuccess;
   const dim3 blocks(static_cast<unsigned>(ceil_div(widest, kWarp)), p->experts, count);
-  return launch({blocks, kThreads, 0, stream, dependent != 0}, bias_sums, wanted, p->offs);
+  return launch({blocks, kSumThreads, 0, stream, dependent != 0}, bias_sums, wanted, p->offs);
 }

@@ -118,13 +118,15 @@ void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int dim, Addres
 
 void combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z,
                  Address weights, Address order, Address offs, Address ln_weight, Address ln_bias, Address mean,
-                 Address rstd, Address dz, Address dweights, Address sums, bool dependent, uint64_t stream) {
+                 Address rstd, Address dz, Address dweights, Address sums, Address next, int64_t next_bytes,
+                 bool dependent, uint64_t stream) {
   SmopCombineBwd p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
   p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order),
   p.offs = at<int32_t>(offs);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
   p.dz = at<void>(dz), p.dweights = at<float>(dweights), p.sums = at<float>(sums);
+  p.next = at<void>(next), p.next_bytes = next_bytes;
   check(smop_combine_bwd(&p, stream, dependent), "combine_bwd");
 }
 
@@ -158,7 +160,7 @@ std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int block_rows, in
   for (int block = 0; block < blocks; ++block) {
     smop::RowTileScheduler scheduler(offs.data(), static_cast<int>(offs.size()), block_rows, col_tiles);
     smop::RowTile t;
-    for (int64_t number = block; scheduler.find(number, t); number += blocks)
+    for (int number = block; scheduler.find(number, t); number += blocks)
       tiles.emplace_back(block, t.expert, t.row, t.rows, t.col_tile, t.index);
   }
   return tiles;
@@ -206,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
         "dependent"_a, "stream"_a);
   m.def("combine_bwd", &combine_bwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,
         "dim"_a, "dy"_a, "z"_a, "weights"_a, "order"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a, "rstd"_a,
-        "dz"_a, "dweights"_a, "sums"_a, "dependent"_a, "stream"_a);
+        "dz"_a, "dweights"_a, "sums"_a, "next"_a, "next_bytes"_a, "dependent"_a, "stream"_a);
   m.def("bias_sums", &bias_sums, py::kw_only(), "dtype"_a, "ln_dtype"_a, "experts"_a, "hidden"_a, "dim"_a, "rows"_a,
         "offs"_a, "hidden_sums"_a, "combine_sums"_a, "db1"_a, "db2"_a, "dln_weight"_a, "dln_bias"_a, "dependent"_a,
         "stream"_a);
@@ -226,7 +228,7 @@ PYBIND11_MODULE(_C, m) {
         "(block, expert, first row, rows, column tile, index) of every tile that `blocks` persistent blocks compute.");
   m.def(
       "weight_tile",
-      [](int64_t number, int row_tiles, int col_tiles) {
+      [](int number, int row_tiles, int col_tiles) {
         const smop::WeightTile t = smop::weight_tile(number, row_tiles, col_tiles);
         return std::make_tuple(t.expert, t.row_tile, t.col_tile);
       },

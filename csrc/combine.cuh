@@ -1,8 +1,6 @@
 // What the combine kernels share. LayerNorm parameters may be float32 beside 16-bit activations (autocast keeps them
 // so): P is their type.
 #pragma once
-#include <initializer_list>
-
 #include "common.cuh"
 
 namespace smop {
@@ -19,12 +17,6 @@ cudaError_t by_dtypes(int dtype, int ln_dtype, F&& f) {
     if (ln_dtype == SMOP_FLOAT32) return f(t, float{});
     return ln_dtype == dtype ? f(t, t) : cudaErrorInvalidValue;
   });
-}
-
-inline bool all_aligned16(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
-  return true;
 }
 
 // combine_bwd sums its columns over runs of at most so many rows of one expert: enough to make the partial sums small,

@@ -5,6 +5,7 @@
 // the block: in registers for rows of up to 4096 aligned columns (combine_bwd), else in the block's part of the partial
 // sums (combine_bwd_any). bias_sums.cu adds the runs up.
 #include "combine.cuh"
+#include "ptx.cuh"
 
 namespace smop {
 namespace {
@@ -28,13 +29,27 @@ __device__ __forceinline__ Row row_info(const SmopCombineBwd& p, int row, bool n
   return {slot, p.weights[slot], norm ? p.mean[row] : 0.f, norm ? p.rstd[row] : 1.f};
 }
 
+// With few tokens this kernel leaves DRAM idle and the GEMM after it only waits for weights: a few blocks more bring
+// them into the L2.
+constexpr int kPrefetchBlocks = 64;
+
+__device__ __forceinline__ void prefetch_next(const SmopCombineBwd& p, int block) {
+  constexpr int64_t kPiece = 8192;
+  const int64_t threads = kPrefetchBlocks * static_cast<int64_t>(blockDim.x);
+  for (int64_t at = (block * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kPiece; at < p.next_bytes;
+       at += threads * kPiece)
+    ptx::prefetch_l2(static_cast<const char*>(p.next) + at, static_cast<uint32_t>(min(kPiece, p.next_bytes - at)));
+}
+
 // Up to 8 · kThreads columns. The next row's loads are in flight while one is computed.
 template <class T, class P, int kThreads, bool kNorm>
 __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const SmopCombineBwd p, int run) {
   constexpr int kSums = kNorm ? 3 : 1;
-  __shared__ float reduce[2][3 * kThreads / kWarp];
+  __shared__ __align__(16) float reduce[2][3 * kThreads / kWarp];
   __shared__ Row info[128];
   begin_kernel();
+  if (p.next && blockIdx.x >= gridDim.x - kPrefetchBlocks)
+    return prefetch_next(p, blockIdx.x - (gridDim.x - kPrefetchBlocks));
   RowTile tile;
   RowTileScheduler scheduler(p.offs, p.experts, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;
@@ -43,6 +58,7 @@ __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const Sm
 
   const int col = threadIdx.x * 8;
   const bool mine = col < p.dim;
+  const float per_column = 1.f / p.dim;
   float gamma[8] = {}, beta[8] = {}, sums[kSums][8] = {};
   if (kNorm && mine) {
     Packed8<P> packed;
@@ -61,37 +77,34 @@ __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const Sm
 #pragma unroll 1
   for (int i = 0; i < tile.rows; ++i) {
     const auto [slot, w, mean, rstd] = info[i];
-    float dy[8], z[8], total[3] = {};  // Σ dx̂ / w, Σ dx̂ · x̂ / w, Σ dy · β (without LayerNorm Σ dy · z)
+    float dy[8], z[8], dxhat[8], total[3] = {};  // Σ dx̂ / w, Σ dx̂ · x̂ / w, Σ dy · β (without LayerNorm Σ dy · z)
     next_dy.unpack(dy);
     next_z.unpack(z);
     fetch(i + 1);
-    if (mine) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        if constexpr (kNorm) {
-          z[c] = (z[c] - mean) * rstd;  // x̂
-          const float dxhat = dy[c] * gamma[c];
-          total[0] += dxhat;
-          total[1] = fmaf(dxhat, z[c], total[1]);
-          total[2] = fmaf(dy[c], beta[c], total[2]);
-        } else {
-          total[2] = fmaf(dy[c], z[c], total[2]);
-        }
+    for (int c = 0; c < 8; ++c) {  // a thread without columns adds zeros: its γ and β are
+      if constexpr (kNorm) {
+        z[c] = (z[c] - mean) * rstd;  // x̂
+        dxhat[c] = dy[c] * gamma[c];
+        total[0] += dxhat[c];
+        total[1] = fmaf(dxhat[c], z[c], total[1]);
+        total[2] = fmaf(dy[c], beta[c], total[2]);
+      } else {
+        total[2] = fmaf(dy[c], z[c], total[2]);
       }
     }
     block_sum<3, kThreads>(total, reduce[i % 2]);
     if (p.dweights && threadIdx.x == 0) p.dweights[slot] = total[1] + total[2];
     if (!mine) continue;
-    const float mean_dxhat = total[0] / p.dim, mean_dot = total[1] / p.dim;
+    const float scale = rstd * w, mean_dxhat = total[0] * per_column, mean_dot = total[1] * per_column;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       const float dout = w * dy[c];
+      dy[c] = dout;
       if constexpr (kNorm) {
         sums[1][c] = fmaf(dout, z[c], sums[1][c]);
         sums[2][c] += dout;
-        dy[c] = rstd * w * (dy[c] * gamma[c] - mean_dxhat - z[c] * mean_dot);
-      } else {
-        dy[c] = dout;
+        dy[c] = scale * fmaf(-z[c], mean_dot, dxhat[c] - mean_dxhat);
       }
       sums[0][c] += dy[c];
     }
@@ -108,7 +121,7 @@ constexpr int kAnyThreads = 256, kStep = kAnyThreads * 8;  // columns a block co
 // Any width and alignment.
 template <class T, class P>
 __global__ __launch_bounds__(kAnyThreads, 3) void combine_bwd_any(const SmopCombineBwd p, int run) {
-  __shared__ float reduce[2][3 * kAnyThreads / kWarp];
+  __shared__ __align__(16) float reduce[2][3 * kAnyThreads / kWarp];
   begin_kernel();
   RowTile tile;
   RowTileScheduler scheduler(p.offs, p.experts, run, 1);
@@ -181,7 +194,7 @@ cudaError_t launch_combine_bwd(const SmopCombineBwd& p, uint64_t stream, bool de
   const int64_t rows = static_cast<int64_t>(p.tokens) * p.top_k;
   const int run = rows_per_run(rows);
   const auto queue = [&](auto kernel, int threads) {
-    const auto blocks = static_cast<unsigned>(max_row_tiles(rows, p.experts, run));
+    const auto blocks = static_cast<unsigned>(max_row_tiles(rows, p.experts, run) + (p.next ? kPrefetchBlocks : 0));
     return launch({blocks, threads, 0, stream, dependent}, kernel, p, run);
   };
   const bool aligned = p.dim % 8 == 0 && all_aligned16({p.dy, p.z, p.dz, p.ln_weight, p.ln_bias});
@@ -196,7 +209,9 @@ cudaError_t launch_combine_bwd(const SmopCombineBwd& p, uint64_t stream, bool de
 extern "C" int smop_combine_bwd(const SmopCombineBwd* p, uint64_t stream, int dependent) {
   using namespace smop;
   if (p->tokens == 0) return cudaSuccess;
+  SmopCombineBwd args = *p;
+  if (!all_aligned16({args.next}) || args.next_bytes % 16) args.next = nullptr;
   return by_dtypes(p->dtype, p->ln_dtype, [&](auto t, auto ln) {
-    return launch_combine_bwd<decltype(t), decltype(ln)>(*p, stream, dependent != 0);
+    return launch_combine_bwd<decltype(t), decltype(ln)>(args, stream, dependent != 0);
   });
 }

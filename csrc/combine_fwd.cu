@@ -14,7 +14,7 @@ constexpr int kPair = 2;             // rows whose loads are in flight together
 // kSteps · kStep columns or fewer.
 template <class T, class P, int kSteps, bool kNorm>
 __global__ __launch_bounds__(kThreads, 14 / kSteps) void combine_fwd(const SmopCombine p) {
-  __shared__ float reduce[2][kPair * kWarps];
+  __shared__ __align__(16) float reduce[2][kPair * kWarps];
   begin_kernel();
   const int64_t token = blockIdx.x, first_slot = token * p.top_k;
   float out[kSteps][8] = {};
@@ -98,7 +98,8 @@ __global__ __launch_bounds__(kThreads, 14 / kSteps) void combine_fwd(const SmopC
 // Any width and alignment.
 template <class T, class P>
 __global__ __launch_bounds__(kThreads) void combine_fwd_any(const SmopCombine p) {
-  __shared__ float reduce[2][kWarps], mean_of[SMOP_MAX_EXPERTS], rstd_of[SMOP_MAX_EXPERTS];
+  __shared__ __align__(16) float reduce[2][kWarps];
+  __shared__ float mean_of[SMOP_MAX_EXPERTS], rstd_of[SMOP_MAX_EXPERTS];
   begin_kernel();
   const int64_t token = blockIdx.x, first_slot = token * p.top_k;
   const int my_col = threadIdx.x * 8;

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "api.h"
 #include "tile_scheduler.cuh"
@@ -77,6 +78,18 @@ __device__ __forceinline__ void load8(const T* p, int n, float (&v)[8]) {
   }
 }
 
+// The same for kernels compiled for both kinds of rows: kAligned, their width is a multiple of 8 and every row aligned.
+template <bool kAligned, class T>
+__device__ __forceinline__ void load8(const T* p, int n, float (&v)[8]) {
+  if constexpr (kAligned) {
+    Packed8<T> packed;
+    packed.load(p);
+    packed.unpack(v);
+  } else {
+    load8(p, n, v);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void store8_aligned(T* p, const float (&v)[8]) {
   constexpr int kPer = 16 / sizeof(T);
@@ -114,11 +127,12 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Sums of N values over the block, the same in every thread. `shared` holds N * warps floats and may be written again
-// after the caller's next barrier: callers take two by turns.
+// Sums of N values over the block, the same in every thread. `shared` holds N * warps floats, 16-byte aligned, and may
+// be written again after the caller's next barrier: callers take two by turns.
 template <int N, int kThreads>
 __device__ __forceinline__ void block_sum(float (&v)[N], float* shared) {
   constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps % 4 == 0);
   const int warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
@@ -131,7 +145,10 @@ __device__ __forceinline__ void block_sum(float (&v)[N], float* shared) {
   for (int i = 0; i < N; ++i) {
     v[i] = 0.f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
+    for (int w = 0; w < kWarps; w += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(shared + i * kWarps + w);
+      v[i] += four.x + four.y + (four.z + four.w);
+    }
   }
 }
 
@@ -143,6 +160,12 @@ cudaError_t by_dtype(int dtype, F&& f) {
     case SMOP_FLOAT16: return f(fp16{});
     default: return cudaErrorInvalidValue;
   }
+}
+
+inline bool all_aligned16(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return true;
 }
 
 inline cudaStream_t as_stream(uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }

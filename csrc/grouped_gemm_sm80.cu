@@ -186,7 +186,8 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
   float* stage = reinterpret_cast<float*>(ring) + warp * kStageFloats;
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum += store_piece(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n);
+  for (int i = 0; i < 4; ++i)
+    sum += store_piece(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n, FromMemory<T>{});
   static_assert(kWarpM == kSumRows && kStageCols == kWarpN, "a warp's pieces are the rows of one column sum");
   const int col = first_col + warp_n + kept_column();
   if (to.sums && col < to.n) to.sums[static_cast<int64_t>(warp_m / kSumRows) * to.n + col] = sum;
@@ -247,7 +248,7 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgra
 template <class Args>
 cudaError_t launch_tiles(void (*kernel)(Args), const Args& args, int64_t tiles, uint64_t stream, bool dependent) {
   if (tiles == 0) return cudaSuccess;
-  if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (tiles > kMostTiles) return cudaErrorInvalidConfiguration;
   return launch({static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream, dependent}, kernel, args);
 }
 

@@ -25,23 +25,31 @@ constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "the register file");
 
 template <int kBlockN>
-constexpr int kBBytes = kBlockN / 64 * kBlockBytes;
+constexpr int kBBytes = kBlockN * ptx::kSwizzleRow;
 template <int kBlockN>
 constexpr int kStages = kRingBytes / (kABytes + kBBytes<kBlockN>);
+// Saved activations come through the ring too, behind a tile's last k: boxes of 64 columns, as A's, some a stage.
+template <int kBlockN>
+constexpr int kAuxBoxes = (kBlockN + 63) / 64;
+template <int kBlockN>
+constexpr int kAuxBoxesAStage = (kABytes + kBBytes<kBlockN>) / kABytes;
 
 constexpr int kStageBytes = kConsumerWarps * kStageFloats * 4;  // the epilogue's
-constexpr int kSharedBytes = kRingBytes + kStageBytes + 2 * kMaxStages * 8 + 1024;  // 1024 to align the ring
+constexpr int kBiasBytes = 2 * 2 * 256 * 4;  // of either consumer group's tile and its next, in float32
+constexpr int kAlignment = 1024;             // of the ring
+constexpr int kSharedBytes = kRingBytes + kStageBytes + kBiasBytes + 2 * kMaxStages * 8 + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block on sm_90");
 
 struct Shared {
   uint32_t ring, full, empty;  // shared addresses
-  float* stages;
+  float *stages, *biases;
 
   __device__ explicit Shared(unsigned char* base) {
     unsigned char* aligned = base + (-ptx::shared_address(base) & 1023);
     ring = ptx::shared_address(aligned);
     stages = reinterpret_cast<float*>(aligned + kRingBytes);
-    full = ring + kRingBytes + kStageBytes;
+    biases = stages + kStageBytes / 4;
+    full = ring + kRingBytes + kStageBytes + kBiasBytes;
     empty = full + kMaxStages * 8;
   }
 };
@@ -139,6 +147,16 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN>
   }
   ptx::wgmma_wait<0>();
   if (k_tiles > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+}
+
+// As consume, for a consumer whose rows of the tile do not exist: it hands the stages back.
+template <int kBlockN>
+__device__ __forceinline__ void pass(Ring<kBlockN>& ring, int k_tiles) {
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+    ptx::mbarrier_wait(ring.full(), ring.phase);
+    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.empty());
+    ring.advance();
+  }
 }
 
 }  // namespace smop::sm90

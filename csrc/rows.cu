@@ -6,17 +6,18 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T>
+template <class T, bool kAligned>
 __global__ __launch_bounds__(kThreads) void gather_sum(const SmopGatherSum p) {
   begin_kernel();
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x) * p.top_k;
   T* dx = static_cast<T*>(p.dx) + static_cast<int64_t>(blockIdx.x) * p.dim;
   for (int d = threadIdx.x * 8; d < p.dim; d += kThreads * 8) {
     float sum[8] = {}, v[8];
+#pragma unroll 2
     for (int k = 0; k < p.top_k; ++k) {
       const int r = p.inverse[first_slot + k];
       if (r < 0) continue;
-      load8(row_of<T>(p.rows, r, p.dim) + d, p.dim - d, v);
+      load8<kAligned>(row_of<T>(p.rows, r, p.dim) + d, p.dim - d, v);
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i] += v[i];
     }
@@ -41,7 +42,10 @@ extern "C" int smop_gather_sum(const SmopGatherSum* p, uint64_t stream, int depe
   using namespace smop;
   if (p->tokens == 0) return cudaSuccess;
   return by_dtype(p->dtype, [&](auto t) {
-    return launch({static_cast<unsigned>(p->tokens), kThreads, 0, stream, dependent != 0}, gather_sum<decltype(t)>, *p);
+    using T = decltype(t);
+    const bool aligned = p->dim % 8 == 0 && all_aligned16({p->rows});
+    return launch({static_cast<unsigned>(p->tokens), kThreads, 0, stream, dependent != 0},
+                  aligned ? gather_sum<T, true> : gather_sum<T, false>, *p);
   });
 }
 

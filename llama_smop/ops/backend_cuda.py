@@ -21,6 +21,7 @@ VERIFIED_ON_GPU = False
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 LN_DTYPES = {**DTYPES, torch.float32: "float32"}
+FEW_ROWS = 1024  # up to here reading the weights is most of a product's time, and they are brought into the L2 ahead
 GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
 
 
@@ -411,11 +412,13 @@ def expert_projection_bwd(
     if ln_grads or (need_dparams and b2 is not None):
         combine_sums = weights.new_empty(ext.sizes.combine_sums(rows, X, O, ln_weight is not None))
     sizes = _combine_sizes(ext, x, weights, w2, ln_weight)
+    ahead = w2 if rows <= FEW_ROWS else None  # what dh's product reads
     with _launches(x) as stream:
         ext.combine_bwd(
             **sizes, experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
             ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd), dz=_ptr(dz),
-            dweights=_ptr(dweights), sums=_ptr(combine_sums), dependent=False, stream=stream,
+            dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead), next_bytes=2 * w2.numel(),
+            dependent=False, stream=stream,
         )  # fmt: skip
 
     if need_dx or need_dparams:
