@@ -47,7 +47,7 @@ typedef struct {
   void* pre;         // (M, N) or null: acc + bias, before the activation
   void* out;         // (M, N)
   int epilogue;
-  float* sums;  // smop_column_sum_rows() × N, or null: column sums of out over each 64 rows of a row tile, in float32
+  float* sums;  // smop_column_sums_size() floats, or null: column sums of out over each 64 rows of a row tile
 } SmopGemm;
 int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
 
@@ -175,7 +175,7 @@ int smop_gather_sum(const SmopGatherSum* args, uint64_t stream, int dependent);
 // Sizes of the scratch arrays above, and the tiles a launch walks (tile_scheduler.cuh).
 int smop_route_blocks(int tokens);
 int smop_gate_splits(int tokens);
-int64_t smop_column_sum_rows(int64_t rows, int experts);
+int64_t smop_column_sums_size(int64_t rows, int experts, int n);
 int64_t smop_combine_sums_size(int64_t rows, int experts, int dim, int layer_norm);
 
 int smop_device_arch(int* arch);  // 10 * major + minor of the current device

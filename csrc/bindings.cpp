@@ -219,7 +219,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate_splits", &smop_gate_splits, "tokens"_a,
         "Token splits of the gate's gradient: the first size of its scratch array.");
   py::module_ sizes = m.def_submodule("sizes", "Sizes of the arrays of partial sums that bias_sums adds up.");
-  sizes.def("column_sum_rows", &smop_column_sum_rows, "rows"_a, "experts"_a, "First size of grouped_gemm's sums.");
+  sizes.def("column_sums", &smop_column_sums_size, "rows"_a, "experts"_a, "n"_a, "Floats of grouped_gemm's sums.");
   sizes.def("combine_sums", &smop_combine_sums_size, "rows"_a, "experts"_a, "dim"_a, "layer_norm"_a,
             "Floats of combine_bwd's sums.");
   m.def("device_arch", &device_arch, "10 * major + minor of the current device.");

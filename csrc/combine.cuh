@@ -26,9 +26,7 @@ inline int rows_per_run(int64_t rows) {
   return static_cast<int>(even < 2 ? 2 : even > 128 ? 128 : even);
 }
 
-// The partial sums of a run: of dz, and with LayerNorm of dz's shares in dln_weight and dln_bias; each padded so that
-// the rows stay float4-aligned.
+// The partial sums of a run, each padded(O) wide: of dz, and with LayerNorm those that become dln_weight and dln_bias.
 __host__ __device__ __forceinline__ int sums_per_run(bool layer_norm) { return layer_norm ? 3 : 1; }
-__host__ __device__ __forceinline__ int padded(int dim) { return (dim + 7) / 8 * 8; }
 
 }  // namespace smop

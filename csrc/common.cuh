@@ -114,6 +114,9 @@ __device__ __forceinline__ void store8(T* p, int n, const float (&v)[8]) {
   }
 }
 
+// The width of rows of partial sums: they start at 16-byte boundaries.
+__host__ __device__ __forceinline__ int padded(int width) { return (width + 7) / 8 * 8; }
+
 // Butterfly sums: every lane gets the same bits, and the order is fixed.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

@@ -21,7 +21,7 @@ struct Epilogue {
   int n;          // columns that exist
   int rows;       // rows of the tile that exist
   int kind;       // SmopEpilogue
-  float* sums;    // or null: column sums of the tile's first kSumRows rows; those of the next follow, n further
+  float* sums;    // or null: column sums of the tile's first kSumRows rows; those of the next follow padded(n) on
 };
 constexpr int kSumRows = 64;  // rows of a column sum: what a warpgroup, or a warp of the sm_80 family, has of a tile
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ Epilogue<T> gemm_epilogue(const SmopGemm& p, const Ro
           p.n,
           tile.rows,
           p.epilogue,
-          p.sums ? p.sums + static_cast<int64_t>(tile.index) * kSumsATile * p.n : nullptr};
+          p.sums ? p.sums + static_cast<int64_t>(tile.index) * kSumsATile * padded(p.n) : nullptr};
 }
 
 template <class T>

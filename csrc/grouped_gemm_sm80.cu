@@ -190,7 +190,7 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
     sum += store_piece(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n, FromMemory<T>{});
   static_assert(kWarpM == kSumRows && kStageCols == kWarpN, "a warp's pieces are the rows of one column sum");
   const int col = first_col + warp_n + kept_column();
-  if (to.sums && col < to.n) to.sums[static_cast<int64_t>(warp_m / kSumRows) * to.n + col] = sum;
+  if (to.sums && col < to.n) to.sums[static_cast<int64_t>(warp_m / kSumRows) * padded(to.n) + col] = sum;
 }
 
 struct SameRow {

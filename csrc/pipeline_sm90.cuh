@@ -152,6 +152,7 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN>
 // As consume, for a consumer whose rows of the tile do not exist: it hands the stages back.
 template <int kBlockN>
 __device__ __forceinline__ void pass(Ring<kBlockN>& ring, int k_tiles) {
+#pragma unroll 1
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
     ptx::mbarrier_wait(ring.full(), ring.phase);
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.empty());

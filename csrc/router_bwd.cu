@@ -118,8 +118,9 @@ template <class T>
 __global__ __launch_bounds__(kSumThreads) void gate_sums(const float* partial, T* out, int64_t n, int splits) {
   begin_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
-  const float sum = sum_partials(partial + i, n, splits, i < n);
-  if (threadIdx.x < kWarp && i < n) out[i] = from_float<T>(sum);
+  float sum[1];
+  sum_partials(sum, partial + i, n, splits, i < n);
+  if (threadIdx.x < kWarp && i < n) out[i] = from_float<T>(sum[0]);
 }
 
 // dx[t] = Σ_e dlogits[t, e] · gate[r, e]; one warp a token.

@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
   ptx::named_barrier(kGroupBarrier + group, kGroup);
   for (int col = threadIdx.x % kGroup; col < kBlockN && first_col + col < to.n; col += kGroup) {
     const float* from = stages + group * 4 * kStageFloats + col;
-    to.sums[static_cast<int64_t>(group) * to.n + first_col + col] =
+    to.sums[static_cast<int64_t>(group) * padded(to.n) + first_col + col] =
         from[0] + from[kStageFloats] + (from[2 * kStageFloats] + from[3 * kStageFloats]);
   }
   ptx::named_barrier(kGroupBarrier + group, kGroup);  // read before the next tile's pieces are staged

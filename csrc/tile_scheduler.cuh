@@ -42,28 +42,31 @@ struct RowTile {
 class RowTileScheduler {
  public:
   SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int block, int col_tiles)
-      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles) {}
+      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles), end_(experts > 0 ? offs[0] : 0) {}
 
   // The tile with this number, or false when there are fewer. Numbers must not fall from call to call.
   SMOP_HOST_DEVICE bool find(int number, RowTile& tile) {
-    for (; expert_ < experts_; ++expert_) {
-      const int end = offs_[expert_];
-      const int row_tiles = row_tiles_of(begin_, end, block_);
-      const int inside = number - row_tiles_before_ * col_tiles_;
-      if (inside < row_tiles * col_tiles_) {
-        const int first = inside / (kGroupRows * col_tiles_) * kGroupRows;  // row tile of the group
-        const int in_group = inside - first * col_tiles_;
-        const int height = row_tiles - first < kGroupRows ? row_tiles - first : kGroupRows;
-        const int row_tile = first + in_group % height;
+    while (expert_ < experts_) {
+      const int left = row_tiles_of(row_, end_, block_);
+      const int height = left < kGroupRows ? left : kGroupRows;  // row tiles of the group
+      const int inside = number - tiles_before_;
+      if (inside < height * col_tiles_) {
+        tile.col_tile = height == kGroupRows ? inside / kGroupRows : inside / height;
+        const int row_tile = inside - tile.col_tile * height;
         tile.expert = expert_;
-        tile.row = begin_ + row_tile * block_;
-        tile.rows = end - tile.row < block_ ? end - tile.row : block_;
-        tile.col_tile = in_group / height;
+        tile.row = row_ + row_tile * block_;
+        tile.rows = end_ - tile.row < block_ ? end_ - tile.row : block_;
         tile.index = row_tiles_before_ + row_tile;
         return true;
       }
-      row_tiles_before_ += row_tiles;
-      begin_ = end;
+      tiles_before_ += height * col_tiles_;
+      row_tiles_before_ += height;
+      if (left > kGroupRows) {
+        row_ += kGroupRows * block_;
+      } else {
+        row_ = end_;
+        if (++expert_ < experts_) end_ = offs_[expert_];
+      }
     }
     return false;
   }
@@ -72,7 +75,8 @@ class RowTileScheduler {
   static constexpr int kGroupRows = 16;
   const int32_t* offs_;
   int experts_, block_, col_tiles_;
-  int expert_ = 0, begin_ = 0, row_tiles_before_ = 0;
+  int expert_ = 0, row_ = 0, end_;               // of the group: its expert, first row, the expert's last
+  int tiles_before_ = 0, row_tiles_before_ = 0;  // before the group
 };
 
 // Number of row tiles before an expert's first one: where its part of per-tile scratch begins (expert = X: the total).

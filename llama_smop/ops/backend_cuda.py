@@ -423,7 +423,7 @@ def expert_projection_bwd(
 
     if need_dx or need_dparams:
         if need_dparams and b1 is not None:
-            hidden_sums = weights.new_empty(ext.sizes.column_sum_rows(rows, X), w1.shape[1])
+            hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
         aux = h if activation == "relu" else pre
         dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad", sums=hidden_sums)
     if need_dparams:
