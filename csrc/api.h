@@ -1,5 +1,7 @@
 // The C face between the binding (g++) and the kernels (nvcc): one argument struct and one function a launch sequence.
 // Pointers are device pointers; every function returns a cudaError_t as int and only queues work on `stream`.
+// `dependent`: the first launch may start before the launch ahead in the stream has ended (common.cuh); false for the
+// first launch of an operator, for what ran before it is not ours.
 // Rows: T tokens have K choices each; slot = t*K + k. `order` lists the slots sorted by expert, `offs` holds the
 // cumulative ends of the experts' segments in it, `inverse` is its inverse (-1: the slot is skipped). Row r of h, z,
 // ... is slot order[r].
@@ -45,24 +47,26 @@ typedef struct {
   void* pre;         // (M, N) or null: acc + bias, before the activation
   void* out;         // (M, N)
   int epilogue;
+  float* sums;  // smop_column_sums_size() floats, or null: column sums of out over each 64 rows of a row tile
 } SmopGemm;
-int smop_grouped_gemm(const SmopGemm* args, uint64_t stream);
+int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
 
-// out[e] = Σ over the rows r of e of A[r, :]ᵀ · B[row(r), :]; a_sum[e] = Σ A[r, :]. An empty expert gets zeros.
+// out[e] = Σ over the rows r of e of A[r, :]ᵀ · B[row(r), :]. An empty expert gets zeros.
 typedef struct {
   int dtype, family;
   const void* a;  // (M, m), unit stride along m
   int64_t lda;
+  int64_t a_rows;  // rows of A that exist
   const void* b;  // (.., n), unit stride along n
   int64_t ldb;
+  int64_t b_rows;  // rows of B that exist
   const int32_t* offs;
   const int32_t* order;  // gathers the rows of B; or null
   int top_k;
   int experts, m, n;
-  void* out;    // (X, m, n)
-  void* a_sum;  // (X, m) or null
+  void* out;  // (X, m, n)
 } SmopWgrad;
-int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream);
+int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream, int dependent);
 
 // Rows from offs[X-1] on are set to zero.
 typedef struct {
@@ -72,7 +76,7 @@ typedef struct {
   int n, experts;
   const int32_t* offs;
 } SmopZeroTail;
-int smop_zero_tail(const SmopZeroTail* args, uint64_t stream);
+int smop_zero_tail(const SmopZeroTail* args, uint64_t stream, int dependent);
 
 // Router and schedule. Expert id = e + (X == R*E ? m*E : 0); a masked token's experts are X.
 typedef struct {
@@ -110,7 +114,7 @@ typedef struct {
   const float *logits, *weights;
   const int32_t *chosen, *counts;
   const float *dlogits, *dweights, *dbalance, *dz;  // each may be null
-  float* dlogits_total;                             // scratch (T, E)
+  float* dlogits_total;                             // scratch (T, E); used with dx alone
   float* dgate_partial;                             // scratch (splits, R, E, D)
   void* dgate;                                      // (R, E, D)
   void* dx;                                         // (T, D) or null
@@ -129,7 +133,7 @@ typedef struct {
   void* y;             // (T, O)
   float *mean, *rstd;  // (M,), with LayerNorm only
 } SmopCombine;
-int smop_combine_fwd(const SmopCombine* args, uint64_t stream);
+int smop_combine_fwd(const SmopCombine* args, uint64_t stream, int dependent);
 
 typedef struct {
   int dtype, ln_dtype, tokens, top_k, experts, dim;
@@ -138,12 +142,26 @@ typedef struct {
   const int32_t *order, *offs;
   const void *ln_weight, *ln_bias;
   const float *mean, *rstd;
-  void* dz;           // (M, O)
-  float* dweights;    // (T, K) or null
-  float* ln_partial;  // scratch, smop_ln_partial_size() floats; null without LayerNorm or without its gradients
-  void *dln_weight, *dln_bias;  // (X, O); null likewise
+  void* dz;         // (M, O)
+  float* dweights;  // (T, K) or null
+  float* sums;      // smop_combine_sums_size() floats, or null: over each run of rows the sums of dz, and with
+                    // LayerNorm those that become dln_weight and dln_bias
+  const void* next;    // or null: what the launch after this one reads first, to be brought into the L2 meanwhile
+  int64_t next_bytes;
 } SmopCombineBwd;
-int smop_combine_bwd(const SmopCombineBwd* args, uint64_t stream);
+int smop_combine_bwd(const SmopCombineBwd* args, uint64_t stream, int dependent);
+
+// The gradients of biases and LayerNorm parameters from the partial sums of combine_bwd and of dh's GEMM, in a fixed
+// order. An idle expert gets zeros; a gradient that is null is not computed.
+typedef struct {
+  int dtype, ln_dtype, experts, hidden, dim;
+  int64_t rows;
+  const int32_t* offs;
+  const float *hidden_sums, *combine_sums;  // SmopGemm.sums of dh; SmopCombineBwd.sums
+  void *db1, *db2;                          // (X, H), (X, O)
+  void *dln_weight, *dln_bias;              // (X, O)
+} SmopBiasSums;
+int smop_bias_sums(const SmopBiasSums* args, uint64_t stream, int dependent);
 
 // dx[t] = Σ_k rows[inverse[t,k]] over the slots that are not skipped.
 typedef struct {
@@ -152,12 +170,13 @@ typedef struct {
   const int32_t* inverse;
   void* dx;
 } SmopGatherSum;
-int smop_gather_sum(const SmopGatherSum* args, uint64_t stream);
+int smop_gather_sum(const SmopGatherSum* args, uint64_t stream, int dependent);
 
 // Sizes of the scratch arrays above, and the tiles a launch walks (tile_scheduler.cuh).
 int smop_route_blocks(int tokens);
 int smop_gate_splits(int tokens);
-int64_t smop_ln_partial_size(int64_t rows, int experts, int dim);
+int64_t smop_column_sums_size(int64_t rows, int experts, int n);
+int64_t smop_combine_sums_size(int64_t rows, int experts, int dim, int layer_norm);
 
 int smop_device_arch(int* arch);  // 10 * major + minor of the current device
 const char* smop_error_string(int error);

@@ -28,7 +28,8 @@ T* at(Address address) {
 
 void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                   int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
-                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, uint64_t stream) {
+                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, Address sums,
+                  bool dependent, uint64_t stream) {
   SmopGemm p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows;
@@ -36,22 +37,25 @@ void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows,
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
   p.rows = rows, p.experts = experts, p.n = n, p.k = k;
   p.bias = at<void>(bias), p.aux = at<void>(aux), p.pre = at<void>(pre), p.out = at<void>(out), p.epilogue = epilogue;
-  check(smop_grouped_gemm(&p, stream), "grouped_gemm");
+  p.sums = at<float>(sums);
+  check(smop_grouped_gemm(&p, stream, dependent), "grouped_gemm");
 }
 
-void grouped_wgrad(int dtype, int family, Address a, int64_t lda, Address b, int64_t ldb, Address offs, Address order,
-                   int top_k, int experts, int m, int n, Address out, Address a_sum, uint64_t stream) {
+void grouped_wgrad(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
+                   int64_t b_rows, Address offs, Address order, int top_k, int experts, int m, int n, Address out,
+                   bool dependent, uint64_t stream) {
   SmopWgrad p{};
   p.dtype = dtype, p.family = family;
-  p.a = at<void>(a), p.lda = lda, p.b = at<void>(b), p.ldb = ldb;
+  p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows, p.b = at<void>(b), p.ldb = ldb, p.b_rows = b_rows;
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
-  p.experts = experts, p.m = m, p.n = n, p.out = at<void>(out), p.a_sum = at<void>(a_sum);
-  check(smop_grouped_wgrad(&p, stream), "grouped_wgrad");
+  p.experts = experts, p.m = m, p.n = n, p.out = at<void>(out);
+  check(smop_grouped_wgrad(&p, stream, dependent), "grouped_wgrad");
 }
 
-void zero_tail(int dtype, Address out, int64_t rows, int n, Address offs, int experts, uint64_t stream) {
+void zero_tail(int dtype, Address out, int64_t rows, int n, Address offs, int experts, bool dependent,
+               uint64_t stream) {
   const SmopZeroTail p{dtype, at<void>(out), rows, n, experts, at<int32_t>(offs)};
-  check(smop_zero_tail(&p, stream), "zero_tail");
+  check(smop_zero_tail(&p, stream, dependent), "zero_tail");
 }
 
 void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, Address x,
@@ -103,32 +107,43 @@ void schedule(int tokens, int experts, int top_k, Address chosen, Address order,
 
 void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int dim, Address z, Address weights, Address chosen,
                  Address inverse, Address ln_weight, Address ln_bias, float eps, Address y, Address mean, Address rstd,
-                 uint64_t stream) {
+                 bool dependent, uint64_t stream) {
   SmopCombine p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.dim = dim;
   p.z = at<void>(z), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen), p.inverse = at<int32_t>(inverse);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.eps = eps;
   p.y = at<void>(y), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
-  check(smop_combine_fwd(&p, stream), "combine_fwd");
+  check(smop_combine_fwd(&p, stream, dependent), "combine_fwd");
 }
 
 void combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z,
                  Address weights, Address order, Address offs, Address ln_weight, Address ln_bias, Address mean,
-                 Address rstd, Address dz, Address dweights, Address ln_partial, Address dln_weight, Address dln_bias,
-                 uint64_t stream) {
+                 Address rstd, Address dz, Address dweights, Address sums, Address next, int64_t next_bytes,
+                 bool dependent, uint64_t stream) {
   SmopCombineBwd p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
   p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order),
   p.offs = at<int32_t>(offs);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
-  p.dz = at<void>(dz), p.dweights = at<float>(dweights), p.ln_partial = at<float>(ln_partial);
-  p.dln_weight = at<void>(dln_weight), p.dln_bias = at<void>(dln_bias);
-  check(smop_combine_bwd(&p, stream), "combine_bwd");
+  p.dz = at<void>(dz), p.dweights = at<float>(dweights), p.sums = at<float>(sums);
+  p.next = at<void>(next), p.next_bytes = next_bytes;
+  check(smop_combine_bwd(&p, stream, dependent), "combine_bwd");
 }
 
-void gather_sum(int dtype, int tokens, int top_k, int dim, Address rows, Address inverse, Address dx, uint64_t stream) {
+void bias_sums(int dtype, int ln_dtype, int experts, int hidden, int dim, int64_t rows, Address offs,
+               Address hidden_sums, Address combine_sums, Address db1, Address db2, Address dln_weight,
+               Address dln_bias, bool dependent, uint64_t stream) {
+  SmopBiasSums p{};
+  p.dtype = dtype, p.ln_dtype = ln_dtype, p.experts = experts, p.hidden = hidden, p.dim = dim, p.rows = rows;
+  p.offs = at<int32_t>(offs), p.hidden_sums = at<float>(hidden_sums), p.combine_sums = at<float>(combine_sums);
+  p.db1 = at<void>(db1), p.db2 = at<void>(db2), p.dln_weight = at<void>(dln_weight), p.dln_bias = at<void>(dln_bias);
+  check(smop_bias_sums(&p, stream, dependent), "bias_sums");
+}
+
+void gather_sum(int dtype, int tokens, int top_k, int dim, Address rows, Address inverse, Address dx, bool dependent,
+                uint64_t stream) {
   const SmopGatherSum p{dtype, tokens, top_k, dim, at<void>(rows), at<int32_t>(inverse), at<void>(dx)};
-  check(smop_gather_sum(&p, stream), "gather_sum");
+  check(smop_gather_sum(&p, stream, dependent), "gather_sum");
 }
 
 int device_arch() {
@@ -145,7 +160,7 @@ std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int block_rows, in
   for (int block = 0; block < blocks; ++block) {
     smop::RowTileScheduler scheduler(offs.data(), static_cast<int>(offs.size()), block_rows, col_tiles);
     smop::RowTile t;
-    for (int64_t number = block; scheduler.find(number, t); number += blocks)
+    for (int number = block; scheduler.find(number, t); number += blocks)
       tiles.emplace_back(block, t.expert, t.row, t.rows, t.col_tile, t.index);
   }
   return tiles;
@@ -173,10 +188,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("grouped_gemm", &grouped_gemm, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
         "stride_b"_a, "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a,
-        "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "stream"_a);
-  m.def("grouped_wgrad", &grouped_wgrad, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "b"_a, "ldb"_a, "offs"_a,
-        "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "a_sum"_a, "stream"_a);
-  m.def("zero_tail", &zero_tail, py::kw_only(), "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a, "stream"_a);
+        "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "dependent"_a, "stream"_a);
+  m.def("grouped_wgrad", &grouped_wgrad, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a,
+        "ldb"_a, "b_rows"_a, "offs"_a, "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "dependent"_a,
+        "stream"_a);
+  m.def("zero_tail", &zero_tail, py::kw_only(), "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a,
+        "dependent"_a, "stream"_a);
   m.def("route_fwd", &route_fwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a,
         "top_k"_a, "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a,
         "balance_loss"_a, "z_loss"_a, "order"_a, "inverse"_a, "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a,
@@ -188,25 +205,30 @@ PYBIND11_MODULE(_C, m) {
         "offs"_a, "block_counts"_a, "stream"_a);
   m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "z"_a,
         "weights"_a, "chosen"_a, "inverse"_a, "ln_weight"_a, "ln_bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a,
-        "stream"_a);
+        "dependent"_a, "stream"_a);
   m.def("combine_bwd", &combine_bwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,
         "dim"_a, "dy"_a, "z"_a, "weights"_a, "order"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a, "rstd"_a,
-        "dz"_a, "dweights"_a, "ln_partial"_a, "dln_weight"_a, "dln_bias"_a, "stream"_a);
+        "dz"_a, "dweights"_a, "sums"_a, "next"_a, "next_bytes"_a, "dependent"_a, "stream"_a);
+  m.def("bias_sums", &bias_sums, py::kw_only(), "dtype"_a, "ln_dtype"_a, "experts"_a, "hidden"_a, "dim"_a, "rows"_a,
+        "offs"_a, "hidden_sums"_a, "combine_sums"_a, "db1"_a, "db2"_a, "dln_weight"_a, "dln_bias"_a, "dependent"_a,
+        "stream"_a);
   m.def("gather_sum", &gather_sum, py::kw_only(), "dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "rows"_a, "inverse"_a,
-        "dx"_a, "stream"_a);
+        "dx"_a, "dependent"_a, "stream"_a);
 
   m.def("route_blocks", &smop_route_blocks, "tokens"_a, "Blocks of the router: the first size of its scratch arrays.");
   m.def("gate_splits", &smop_gate_splits, "tokens"_a,
         "Token splits of the gate's gradient: the first size of its scratch array.");
-  m.def("ln_partial_size", &smop_ln_partial_size, "rows"_a, "experts"_a, "dim"_a,
-        "Floats of combine_bwd's scratch array.");
+  py::module_ sizes = m.def_submodule("sizes", "Sizes of the arrays of partial sums that bias_sums adds up.");
+  sizes.def("column_sums", &smop_column_sums_size, "rows"_a, "experts"_a, "n"_a, "Floats of grouped_gemm's sums.");
+  sizes.def("combine_sums", &smop_combine_sums_size, "rows"_a, "experts"_a, "dim"_a, "layer_norm"_a,
+            "Floats of combine_bwd's sums.");
   m.def("device_arch", &device_arch, "10 * major + minor of the current device.");
   m.def("max_row_tiles", &smop::max_row_tiles, "rows"_a, "experts"_a, "block_rows"_a);
   m.def("row_tiles", &row_tiles, "offs"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a,
         "(block, expert, first row, rows, column tile, index) of every tile that `blocks` persistent blocks compute.");
   m.def(
       "weight_tile",
-      [](int64_t number, int row_tiles, int col_tiles) {
+      [](int number, int row_tiles, int col_tiles) {
         const smop::WeightTile t = smop::weight_tile(number, row_tiles, col_tiles);
         return std::make_tuple(t.expert, t.row_tile, t.col_tile);
       },

@@ -14,7 +14,10 @@ import sysconfig
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-CUDA_SOURCES = ("gemm.cu", "grouped_gemm_sm80.cu", "router.cu", "schedule.cu", "router_bwd.cu", "combine.cu")
+CUDA_SOURCES = (
+    "gemm.cu", "grouped_gemm_sm80.cu", "router.cu", "schedule.cu", "router_bwd.cu", "combine_fwd.cu", "combine_bwd.cu",
+    "bias_sums.cu", "rows.cu",
+)  # fmt: skip
 SM90A_SOURCE = "grouped_gemm_sm90.cu"
 HOST_SOURCE = "bindings.cpp"
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")

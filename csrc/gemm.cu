@@ -33,26 +33,26 @@ cudaError_t choose_hopper(int family, bool serves, bool& hopper) {
 #if !SMOP_HAS_SM90A
 bool gemm_sm90_serves(const SmopGemm&) { return false; }
 bool wgrad_sm90_serves(const SmopWgrad&) { return false; }
-cudaError_t launch_gemm_sm90(const SmopGemm&, cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t launch_wgrad_sm90(const SmopWgrad&, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t launch_gemm_sm90(const SmopGemm&, uint64_t, bool) { return cudaErrorNotSupported; }
+cudaError_t launch_wgrad_sm90(const SmopWgrad&, uint64_t, bool) { return cudaErrorNotSupported; }
 #endif
 
 }  // namespace smop
 
-extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream) {
+extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent) {
   using namespace smop;
   if (args->rows == 0 || args->n == 0) return cudaSuccess;
   bool hopper;
   if (auto e = choose_hopper(args->family, gemm_sm90_serves(*args), hopper)) return e;
-  return hopper ? launch_gemm_sm90(*args, as_stream(stream)) : launch_gemm_sm80(*args, as_stream(stream));
+  return hopper ? launch_gemm_sm90(*args, stream, dependent) : launch_gemm_sm80(*args, stream, dependent);
 }
 
-extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream) {
+extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream, int dependent) {
   using namespace smop;
   if (args->experts == 0 || args->m == 0 || args->n == 0) return cudaSuccess;
   bool hopper;
   if (auto e = choose_hopper(args->family, wgrad_sm90_serves(*args), hopper)) return e;
-  return hopper ? launch_wgrad_sm90(*args, as_stream(stream)) : launch_wgrad_sm80(*args, as_stream(stream));
+  return hopper ? launch_wgrad_sm90(*args, stream, dependent) : launch_wgrad_sm80(*args, stream, dependent);
 }
 
 extern "C" int smop_device_arch(int* arch) { return smop::device_arch(*arch); }

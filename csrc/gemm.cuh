@@ -4,6 +4,9 @@
 
 namespace smop {
 
+constexpr int kTileRows = 128;                     // of either family
+constexpr int kSumsATile = kTileRows / kSumRows;  // column sums of a row tile
+
 template <class T>
 __device__ __forceinline__ Epilogue<T> gemm_epilogue(const SmopGemm& p, const RowTile& tile) {
   const int64_t at = static_cast<int64_t>(tile.row) * p.n;
@@ -14,23 +17,24 @@ __device__ __forceinline__ Epilogue<T> gemm_epilogue(const SmopGemm& p, const Ro
           p.n,
           p.n,
           tile.rows,
-          p.epilogue};
+          p.epilogue,
+          p.sums ? p.sums + static_cast<int64_t>(tile.index) * kSumsATile * padded(p.n) : nullptr};
 }
 
 template <class T>
 __device__ __forceinline__ Epilogue<T> wgrad_epilogue(const SmopWgrad& p, int expert, int m0, int block_m) {
   T* out = static_cast<T*>(p.out) + (static_cast<int64_t>(expert) * p.m + m0) * p.n;
-  return {out, nullptr, nullptr, nullptr, p.n, p.n, min(block_m, p.m - m0), SMOP_IDENTITY};
+  return {out, nullptr, nullptr, nullptr, p.n, p.n, min(block_m, p.m - m0), SMOP_IDENTITY, nullptr};
 }
 
 // Any device from sm_80 on, any shape and alignment.
-cudaError_t launch_gemm_sm80(const SmopGemm& args, cudaStream_t stream);
-cudaError_t launch_wgrad_sm80(const SmopWgrad& args, cudaStream_t stream);
+cudaError_t launch_gemm_sm80(const SmopGemm& args, uint64_t stream, bool dependent);
+cudaError_t launch_wgrad_sm80(const SmopWgrad& args, uint64_t stream, bool dependent);
 
 // sm_90 only; `serves` says whether TMA and 16-byte copies can address the operands.
 bool gemm_sm90_serves(const SmopGemm& args);
 bool wgrad_sm90_serves(const SmopWgrad& args);
-cudaError_t launch_gemm_sm90(const SmopGemm& args, cudaStream_t stream);
-cudaError_t launch_wgrad_sm90(const SmopWgrad& args, cudaStream_t stream);
+cudaError_t launch_gemm_sm90(const SmopGemm& args, uint64_t stream, bool dependent);
+cudaError_t launch_wgrad_sm90(const SmopWgrad& args, uint64_t stream, bool dependent);
 
 }  // namespace smop

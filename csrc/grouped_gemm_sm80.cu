@@ -12,7 +12,7 @@
 namespace smop {
 namespace {
 
-constexpr int kBlockM = 128, kBlockN = 128, kBlockK = 32, kStages = 4, kThreads = 256;
+constexpr int kBlockM = kTileRows, kBlockN = 128, kBlockK = 32, kStages = 4, kThreads = 256;
 constexpr int kWarpM = 64, kWarpN = 32;
 constexpr int kTileElements = 128 * kBlockK;  // of either operand
 constexpr int kSharedBytes = kStages * 2 * kTileElements * 2;
@@ -117,11 +117,9 @@ class ColsLoader {
   int next_[kChunks];
 };
 
-// acc += A · B over all k tiles. With kSumA, sum += the row sums of A (the same product with a B of ones, in
-// registers): of the warp's four 16-row pieces the two of `sum_half`; -1 for none.
-template <class T, bool kSumA, class A, class B>
-__device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4], int sum_half, T* ring, A& a, B& b,
-                                         int k_tiles) {
+// acc += A · B over all k tiles.
+template <class T, class A, class B>
+__device__ __forceinline__ void mainloop(float (&acc)[4][16], T* ring, A& a, B& b, int k_tiles) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
   const auto a_tile = [&](int stage) { return ring + stage * 2 * kTileElements; };
@@ -175,8 +173,6 @@ __device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4]
           float (&d)[4] = *reinterpret_cast<float (*)[4]>(&acc[i][4 * j]);
           ptx::mma_m16n8k16<T>(d, a_frag[i], b_frag[j / 2][j % 2 * 2], b_frag[j / 2][j % 2 * 2 + 1]);
         }
-        if constexpr (kSumA)
-          if (i / 2 == sum_half) ptx::mma_m16n8k16<T>(sum[i % 2], a_frag[i], ptx::kTwoOnes<T>, ptx::kTwoOnes<T>);
       }
     }
   }
@@ -186,11 +182,15 @@ __device__ __forceinline__ void mainloop(float (&acc)[4][16], float (&sum)[2][4]
 
 template <class T>
 __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[4][16], T* ring, int first_col) {
-  const int warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp, warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
   float* stage = reinterpret_cast<float*>(ring) + warp * kStageFloats;
+  float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    store_piece(to, acc[i], 0, stage, warp / 4 * kWarpM + i * 16, first_col + warp % 4 * kWarpN);
+    sum += store_piece(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n, FromMemory<T>{});
+  static_assert(kWarpM == kSumRows && kStageCols == kWarpN, "a warp's pieces are the rows of one column sum");
+  const int col = first_col + warp_n + kept_column();
+  if (to.sums && col < to.n) to.sums[static_cast<int64_t>(warp_m / kSumRows) * padded(to.n) + col] = sum;
 }
 
 struct SameRow {
@@ -207,6 +207,7 @@ struct TokenRow {
 template <class T, bool kBTransposed>
 __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm p) {
   extern __shared__ __align__(16) unsigned char shared[];
+  begin_kernel();
   T* ring = reinterpret_cast<T*>(shared);
   RowTile tile;
   RowTileScheduler scheduler(p.offs, p.experts, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
@@ -214,15 +215,15 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
 
   const int n0 = tile.col_tile * kBlockN;
   const T* b = static_cast<const T*>(p.b) + tile.expert * p.stride_b;
-  float acc[4][16] = {}, none[2][4];
+  float acc[4][16] = {};
   RowsLoader<T> a_loader(static_cast<const T*>(p.a), p.lda, tile.rows, p.k, TokenRow{p.order, p.top_k, tile.row});
   const int k_tiles = static_cast<int>(ceil_div(p.k, kBlockK));
   if constexpr (kBTransposed) {
     ColsLoader<T, SameRow> b_loader(b, p.ldb, n0, p.n, p.k, SameRow{});
-    mainloop<T, false>(acc, none, -1, ring, a_loader, b_loader, k_tiles);
+    mainloop<T>(acc, ring, a_loader, b_loader, k_tiles);
   } else {
     RowsLoader<T> b_loader(b + n0 * p.ldb, p.ldb, p.n - n0, p.k, SameRow{});
-    mainloop<T, false>(acc, none, -1, ring, a_loader, b_loader, k_tiles);
+    mainloop<T>(acc, ring, a_loader, b_loader, k_tiles);
   }
   store_tile(gemm_epilogue<T>(p, tile), acc, ring, n0);
 }
@@ -230,54 +231,43 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
 template <class T>
 __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgrad p) {
   extern __shared__ __align__(16) unsigned char shared[];
+  begin_kernel();
   T* ring = reinterpret_cast<T*>(shared);
   const WeightTile tile =
       weight_tile(blockIdx.x, static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, kBlockN)));
   const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, rows = p.offs[tile.expert] - begin;
   const int m0 = tile.row_tile * kBlockM, n0 = tile.col_tile * kBlockN;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int sum_half = p.a_sum && tile.col_tile == 0 && warp % 4 < 2 ? warp % 4 : -1;
 
-  float acc[4][16] = {}, sum[2][4] = {};
+  float acc[4][16] = {};
   ColsLoader<T, TokenRow> a_loader(static_cast<const T*>(p.a), p.lda, m0, p.m, rows, TokenRow{nullptr, 1, begin});
   ColsLoader<T, TokenRow> b_loader(static_cast<const T*>(p.b), p.ldb, n0, p.n, rows, TokenRow{p.order, p.top_k, begin});
-  mainloop<T, true>(acc, sum, sum_half, ring, a_loader, b_loader, static_cast<int>(ceil_div(rows, kBlockK)));
+  mainloop<T>(acc, ring, a_loader, b_loader, static_cast<int>(ceil_div(rows, kBlockK)));
   store_tile(wgrad_epilogue<T>(p, tile.expert, m0, kBlockM), acc, ring, n0);
-  if (sum_half >= 0 && lane % 4 == 0) {  // every column of `sum` is the same; column 0 lives in these lanes
-    T* out = static_cast<T*>(p.a_sum) + static_cast<int64_t>(tile.expert) * p.m;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int m = m0 + warp / 4 * kWarpM + sum_half * 32 + i * 16 + lane / 4;
-      if (m < p.m) out[m] = from_float<T>(sum[i][0]);
-      if (m + 8 < p.m) out[m + 8] = from_float<T>(sum[i][2]);
-    }
-  }
 }
 
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, int64_t blocks, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) return e;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+cudaError_t launch_tiles(void (*kernel)(Args), const Args& args, int64_t tiles, uint64_t stream, bool dependent) {
+  if (tiles == 0) return cudaSuccess;
+  if (tiles > kMostTiles) return cudaErrorInvalidConfiguration;
+  return launch({static_cast<unsigned>(tiles), kThreads, kSharedBytes, stream, dependent}, kernel, args);
 }
 
 }  // namespace
 
-cudaError_t launch_gemm_sm80(const SmopGemm& args, cudaStream_t stream) {
+cudaError_t launch_gemm_sm80(const SmopGemm& args, uint64_t stream, bool dependent) {
   const int64_t tiles = max_row_tiles(args.rows, args.experts, kBlockM) * ceil_div(args.n, kBlockN);
   return by_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(args.b_k_major ? grouped_gemm_sm80<T, false> : grouped_gemm_sm80<T, true>, args, tiles, stream);
+    return launch_tiles(args.b_k_major ? grouped_gemm_sm80<T, false> : grouped_gemm_sm80<T, true>, args, tiles, stream,
+                        dependent);
   });
 }
 
-cudaError_t launch_wgrad_sm80(const SmopWgrad& args, cudaStream_t stream) {
+cudaError_t launch_wgrad_sm80(const SmopWgrad& args, uint64_t stream, bool dependent) {
   const int64_t tiles = args.experts * ceil_div(args.m, kBlockM) * ceil_div(args.n, kBlockN);
   return by_dtype(args.dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(grouped_wgrad_sm80<T>, args, tiles, stream);
+    return launch_tiles(grouped_wgrad_sm80<T>, args, tiles, stream, dependent);
   });
 }
 

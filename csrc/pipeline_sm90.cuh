@@ -8,42 +8,48 @@
 // The copy engine's writes are seen by wgmma as they are; cp.async's go through the generic proxy, so the producer
 // waits for them, fences and only then arrives, kLag stages behind what it issues.
 #pragma once
-#include "epilogue.cuh"
+#include "gemm.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
 namespace smop::sm90 {
 
-constexpr int kBlockM = 128, kBlockK = 64, kThreads = 384, kGroup = 128;  // threads of a warpgroup
+constexpr int kBlockM = kTileRows, kBlockK = 64, kThreads = 384, kGroup = 128;  // threads of a warpgroup
 constexpr int kConsumerWarps = 8, kProducerWarps = 4;
 constexpr int kBlockBytes = 64 * ptx::kSwizzleRow;  // a 64-row block of a tile
 constexpr int kABytes = kBlockM / 64 * kBlockBytes;
 constexpr int kRingBytes = 192 * 1024, kMaxStages = 8;
+constexpr int kConsumersBarrier = 1, kGroupBarrier = 2;  // named barriers; each consumer group has one of its own
 constexpr int kLag = 2;  // stages of cp.async in flight behind the newest
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "the register file");
 
 template <int kBlockN>
-constexpr int kBBytes = kBlockN / 64 * kBlockBytes;
+constexpr int kBBytes = kBlockN * ptx::kSwizzleRow;
 template <int kBlockN>
 constexpr int kStages = kRingBytes / (kABytes + kBBytes<kBlockN>);
+// Saved activations come through the ring too, behind a tile's last k: boxes of 64 columns, as A's, some a stage.
+template <int kBlockN>
+constexpr int kAuxBoxes = (kBlockN + 63) / 64;
+template <int kBlockN>
+constexpr int kAuxBoxesAStage = (kABytes + kBBytes<kBlockN>) / kABytes;
 
 constexpr int kStageBytes = kConsumerWarps * kStageFloats * 4;  // the epilogue's
-constexpr int kOnesBytes = ptx::kSwizzleGroup;
-constexpr int kSharedBytes =
-    kRingBytes + kStageBytes + kOnesBytes + 2 * kMaxStages * 8 + 1024;  // 1024 to align the ring
+constexpr int kBiasBytes = 2 * 2 * 256 * 4;  // of either consumer group's tile and its next, in float32
+constexpr int kAlignment = 1024;             // of the ring
+constexpr int kSharedBytes = kRingBytes + kStageBytes + kBiasBytes + 2 * kMaxStages * 8 + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block on sm_90");
 
 struct Shared {
-  uint32_t ring, ones, full, empty;  // shared addresses
-  float* stages;
+  uint32_t ring, full, empty;  // shared addresses
+  float *stages, *biases;
 
   __device__ explicit Shared(unsigned char* base) {
     unsigned char* aligned = base + (-ptx::shared_address(base) & 1023);
     ring = ptx::shared_address(aligned);
-    ones = ring + kRingBytes;
-    stages = reinterpret_cast<float*>(aligned + kRingBytes + kOnesBytes);
-    full = ones + kOnesBytes + kStageBytes;
+    stages = reinterpret_cast<float*>(aligned + kRingBytes);
+    biases = stages + kStageBytes / 4;
+    full = ring + kRingBytes + kStageBytes + kBiasBytes;
     empty = full + kMaxStages * 8;
   }
 };
@@ -102,15 +108,29 @@ struct Announcer {
   }
 };
 
-// acc += A · B over a tile's k; with kSum, sum += the row sums of A (the product with a tile of ones). One batch of
-// wgmma stays in flight; a stage is handed back when the batch that read it has finished.
-template <class T, int kBlockN, bool kTransA, bool kTransB, bool kSum>
-__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], float (&sum)[4], Ring<kBlockN>& ring, int k_tiles) {
+// Clears the rows of a stage from `rows` on: in a weight gradient's last stage they are another expert's, and a product
+// with zero is no help where they hold an infinity. All consumers, together.
+template <int kBlockN>
+__device__ __forceinline__ void clear_rows(const Ring<kBlockN>& ring, int rows) {
+  const int first = rows * ptx::kSwizzleRow + (threadIdx.x - kGroup) * 16;
+#pragma unroll 1
+  for (uint32_t block = ring.a(); block < ring.a() + kABytes + kBBytes<kBlockN>; block += kBlockBytes)
+    for (int at = first; at < kBlockBytes; at += kConsumerWarps * kWarp * 16) ptx::store_shared16(block + at, uint4{});
+  ptx::fence_async_proxy();
+  ptx::named_barrier(kConsumersBarrier, kConsumerWarps * kWarp);
+}
+
+// acc += A · B over a tile's k. One batch of wgmma stays in flight; a stage is handed back when the batch that read it
+// has finished. `last_rows`: how much of the last stage's k belongs to the sum, where k is rows (kTransA).
+template <class T, int kBlockN, bool kTransA, bool kTransB>
+__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN>& ring, int k_tiles,
+                                        int last_rows = kBlockK) {
   const int group = threadIdx.x / kGroup - 1;
-  const uint64_t ones = ptx::descriptor(ring.shared.ones, 0);
   uint32_t previous = 0;
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
     ptx::mbarrier_wait(ring.full(), ring.phase);
+    if constexpr (kTransA)
+      if (k_tile == k_tiles - 1 && last_rows < kBlockK) clear_rows(ring, last_rows);
     const uint32_t a = ring.a() + group * kBlockBytes, b = ring.b();
     ptx::wgmma_fence();
 #pragma unroll
@@ -118,7 +138,6 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], float (&sum)[
       const uint64_t a_tile = ptx::descriptor(a + k * ptx::kStepBytes<kTransA>, kBlockBytes);
       const uint64_t b_tile = ptx::descriptor(b + k * ptx::kStepBytes<kTransB>, kBlockBytes);
       ptx::wgmma<T, kTransA, kTransB>(acc, a_tile, b_tile);
-      if constexpr (kSum) ptx::wgmma<T, kTransA, false>(sum, a_tile, ones);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
@@ -128,6 +147,17 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], float (&sum)[
   }
   ptx::wgmma_wait<0>();
   if (k_tiles > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+}
+
+// As consume, for a consumer whose rows of the tile do not exist: it hands the stages back.
+template <int kBlockN>
+__device__ __forceinline__ void pass(Ring<kBlockN>& ring, int k_tiles) {
+#pragma unroll 1
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+    ptx::mbarrier_wait(ring.full(), ring.phase);
+    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.empty());
+    ring.advance();
+  }
 }
 
 }  // namespace smop::sm90

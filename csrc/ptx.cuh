@@ -16,6 +16,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
@@ -52,14 +55,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 SMOP_MMA(bf16, "bf16")
 SMOP_MMA(fp16, "f16")
 #undef SMOP_MMA
-
-// Two ones of the element type in one register: a B operand that sums the rows of A.
-template <class T>
-constexpr uint32_t kTwoOnes = 0;
-template <>
-inline constexpr uint32_t kTwoOnes<bf16> = 0x3f803f80u;
-template <>
-inline constexpr uint32_t kTwoOnes<fp16> = 0x3c003c00u;
 
 // ------------------------------------------------------------------------------------------ sm_90a: mbarrier, TMA,
 // register counts
@@ -108,8 +103,37 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t
       : "memory");
 }
 
+// Starts bringing memory into the L2; address and size in multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Orders this thread's ordinary and cp.async writes to shared memory before reads by the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void prefetch_tensormap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// A barrier of `threads` threads; the number is theirs (0 is __syncthreads()).
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 // Hand registers from the producers to the consumers; every warp of a warpgroup executes it.
 template <int kRegisters>

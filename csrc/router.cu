@@ -11,10 +11,12 @@ __device__ __forceinline__ uint64_t choice_key(float p, int expert) {
   return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - expert);
 }
 
-template <class T>
-__global__ __launch_bounds__(kRouteThreads, 4) void router_fwd(const SmopRoute p, int run) {
+// kTile gate rows are multiplied at a time; kAligned as in load8.
+template <class T, int kPerLane, int kTile, bool kAligned>
+__global__ __launch_bounds__(kRouteThreads, 2) void router_fwd(const SmopRoute p, int run) {
   // Per warp: E logits, then R·E choices, R·E probability sums and R squared log-sum-exps over its tokens.
   extern __shared__ float shared[];
+  begin_kernel();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int cells = p.routers * p.gates;
   const int per_warp = p.gates + 2 * cells + p.routers;
@@ -40,21 +42,21 @@ __global__ __launch_bounds__(kRouteThreads, 4) void router_fwd(const SmopRoute p
     const int r = router_of(p.modality, p.routers, t);
     const T* x_row = x + static_cast<int64_t>(t) * p.dim;
     const T* g_rows = gate + static_cast<int64_t>(r) * p.gates * p.dim;
-    for (int e0 = 0; e0 < p.gates; e0 += kGateTile) {
-      float dot[kGateTile] = {};
+    for (int e0 = 0; e0 < p.gates; e0 += kTile) {
+      float dot[kTile] = {};
+#pragma unroll 2
       for (int d = lane * 8; d < p.dim; d += kWarp * 8) {
         float xv[8], gv[8];
-        load8(x_row + d, p.dim - d, xv);
+        load8<kAligned>(x_row + d, p.dim - d, xv);
 #pragma unroll
-        for (int i = 0; i < kGateTile; ++i) {
-          if (e0 + i >= p.gates) break;
-          load8(g_rows + static_cast<int64_t>(e0 + i) * p.dim + d, p.dim - d, gv);
+        for (int i = 0; i < kTile; ++i) {  // beyond E the last row again, so that no load waits for a branch
+          load8<kAligned>(g_rows + static_cast<int64_t>(min(e0 + i, p.gates - 1)) * p.dim + d, p.dim - d, gv);
 #pragma unroll
           for (int c = 0; c < 8; ++c) dot[i] = fmaf(xv[c], gv[c], dot[i]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < kGateTile; ++i) {
+      for (int i = 0; i < kTile; ++i) {
         const float sum = warp_sum(dot[i]);
         if (lane == 0 && e0 + i < p.gates) logit_row[e0 + i] = sum;
       }
@@ -67,7 +69,7 @@ __global__ __launch_bounds__(kRouteThreads, 4) void router_fwd(const SmopRoute p
       logit[j] = e < p.gates ? logit_row[e] : -INFINITY;
       if (e < p.gates) p.logits[static_cast<int64_t>(t) * p.gates + e] = logit[j];
     }
-    const Softmax s = softmax(logit, p.gates);
+    const auto s = softmax<kWarp>(logit, p.gates);
     __syncwarp();  // logit_row becomes the chosen probabilities
 
     uint64_t key[kPerLane];
@@ -130,11 +132,17 @@ extern "C" int smop_route_fwd(const SmopRoute* p, uint64_t stream) {
   const int cells = p->routers * p->gates;
   const size_t shared = sizeof(float) * kRouteWarps * (p->gates + 2 * cells + p->routers);
   return by_dtype(p->dtype, [&](auto t) {
-    router_fwd<decltype(t)>
-        <<<route_blocks(p->tokens), kRouteThreads, shared, as_stream(stream)>>>(*p, tokens_per_block(p->tokens));
-    if (auto e = cudaGetLastError()) return e;
+    const Grid grid{static_cast<unsigned>(route_blocks(p->tokens)), kRouteThreads, shared, stream, false};
+    using T = decltype(t);
+    const bool aligned = p->dim % 8 == 0 && all_aligned16({p->x, p->gate_weight});
+    const auto routed = by_gates(p->gates, [&](auto lanes, auto per_lane) {
+      constexpr int kTile = lanes() < kGateTile ? lanes() : kGateTile;
+      return launch(grid, aligned ? router_fwd<T, per_lane(), kTile, true> : router_fwd<T, per_lane(), kTile, false>,
+                    *p, tokens_per_block(p->tokens));
+    });
+    if (routed) return routed;
     const SmopSchedule schedule{p->tokens, p->experts, p->top_k, p->chosen,
                                 p->order,  p->inverse, p->offs,  p->block_counts};
-    return launch_scatter(schedule, cells / p->experts, *p, as_stream(stream));
+    return launch_scatter(schedule, cells / p->experts, *p, stream);
   });
 }

@@ -1,4 +1,4 @@
-// The schedule: a stable counting sort of the slots by expert; its first block also finishes the router's losses.
+// The schedule: a stable counting sort of the slots by expert; a block more finishes the router's losses.
 #include "routing.cuh"
 
 namespace smop {
@@ -7,6 +7,7 @@ namespace {
 // Counts of caller-made routing, for schedule() alone: what router_fwd leaves in block_counts.
 __global__ __launch_bounds__(kRouteThreads) void count_choices(const SmopSchedule p, int run) {
   __shared__ int count[SMOP_MAX_EXPERTS];
+  begin_kernel();
   for (int e = threadIdx.x; e < p.experts; e += kRouteThreads) count[e] = 0;
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * run * p.top_k;
@@ -20,8 +21,8 @@ __global__ __launch_bounds__(kRouteThreads) void count_choices(const SmopSchedul
     p.block_counts[static_cast<int64_t>(blockIdx.x) * p.experts + e] = count[e];
 }
 
-// Both auxiliary losses and the counts by router, from the blocks' partial sums; one block of the scatter kernel does
-// it.
+// Both auxiliary losses and the counts by router, from the blocks' partial sums; the last block of the scatter kernel
+// does it.
 __device__ void finish_losses(const SmopRoute& p, int blocks) {
   __shared__ float term[2 * SMOP_MAX_EXPERTS];
   __shared__ int chosen[2 * SMOP_MAX_EXPERTS];
@@ -69,14 +70,18 @@ __device__ void finish_losses(const SmopRoute& p, int blocks) {
   }
 }
 
-// Scatters the slots into expert order.
-__global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedule p, int run, int folds,
+// Scatters the slots into expert order. Of `blocks` + 1 blocks the last finishes the losses, if there are any.
+__global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedule p, int run, int folds, int blocks,
                                                                const SmopRoute route) {
   __shared__ int total[SMOP_MAX_EXPERTS];  // choices of each expert
   __shared__ int next[SMOP_MAX_EXPERTS];   // where this block's next choice of it goes
   __shared__ int warp_count[kRouteWarps][SMOP_MAX_EXPERTS];
+  begin_kernel();
+  if (static_cast<int>(blockIdx.x) == blocks) {
+    finish_losses(route, blocks);
+    return;
+  }
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int blocks = gridDim.x;
   for (int e = warp; e < p.experts; e += kRouteWarps) {
     int all = 0, before = 0;
     for (int i = lane; i < blocks * folds; i += kWarp) {
@@ -126,22 +131,21 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
     }
     __syncthreads();
   }
-  if (route.counts && blockIdx.x == 0) finish_losses(route, blocks);
 }
 
 }  // namespace
 
-cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, cudaStream_t stream) {
-  scatter_slots<<<route_blocks(schedule.tokens), kRouteThreads, 0, stream>>>(
-      schedule, tokens_per_block(schedule.tokens), folds, route);
-  return cudaGetLastError();
+cudaError_t launch_scatter(const SmopSchedule& schedule, int folds, const SmopRoute& route, uint64_t stream) {
+  const int blocks = route_blocks(schedule.tokens);
+  const Grid grid{static_cast<unsigned>(blocks + (route.counts != nullptr)), kRouteThreads, 0, stream, true};
+  return launch(grid, scatter_slots, schedule, tokens_per_block(schedule.tokens), folds, blocks, route);
 }
 
 }  // namespace smop
 
 extern "C" int smop_schedule(const SmopSchedule* p, uint64_t stream) {
   using namespace smop;
-  count_choices<<<route_blocks(p->tokens), kRouteThreads, 0, as_stream(stream)>>>(*p, tokens_per_block(p->tokens));
-  if (auto e = cudaGetLastError()) return e;
-  return launch_scatter(*p, 1, SmopRoute{}, as_stream(stream));
+  const Grid grid{static_cast<unsigned>(route_blocks(p->tokens)), kRouteThreads, 0, stream, false};
+  if (auto e = launch(grid, count_choices, *p, tokens_per_block(p->tokens))) return e;
+  return launch_scatter(*p, 1, SmopRoute{}, stream);
 }

@@ -16,6 +16,14 @@ namespace smop {
 
 SMOP_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Tiles are numbered by ints, which leave room for a step of a whole grid beyond the last.
+constexpr int64_t kMostTiles = INT32_MAX - (1 << 20);
+
+// Row tiles of an expert's rows begin … end.
+SMOP_HOST_DEVICE int row_tiles_of(int begin, int end, int block) {
+  return static_cast<int>((static_cast<unsigned>(end - begin) + block - 1) / static_cast<unsigned>(block));
+}
+
 // Σ_e ceil(n_e / block) never exceeds this, whatever the routing.
 SMOP_HOST_DEVICE int64_t max_row_tiles(int64_t rows, int experts, int block) {
   return rows / block + (rows < experts ? rows : experts);
@@ -29,45 +37,53 @@ struct RowTile {
   int index;     // number of row tiles before this one (its place in per-tile scratch)
 };
 
-// Tiles of (rows of one expert) × (columns). Row tiles come fastest, so that blocks running together share the weights'
-// tile.
+// Tiles of (rows of one expert) × (columns), in groups of kGroupRows row tiles and all columns, row tiles fastest:
+// blocks that run together share the weights' tiles, and what they read of both operands fits the L2.
 class RowTileScheduler {
  public:
   SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int block, int col_tiles)
-      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles) {}
+      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles), end_(experts > 0 ? offs[0] : 0) {}
 
   // The tile with this number, or false when there are fewer. Numbers must not fall from call to call.
-  SMOP_HOST_DEVICE bool find(int64_t number, RowTile& tile) {
-    for (; expert_ < experts_; ++expert_) {
-      const int end = offs_[expert_];
-      const int row_tiles = static_cast<int>(ceil_div(end - begin_, block_));
-      const int64_t inside = number - static_cast<int64_t>(row_tiles_before_) * col_tiles_;
-      if (inside < static_cast<int64_t>(row_tiles) * col_tiles_) {
-        const int row_tile = static_cast<int>(inside % row_tiles);
+  SMOP_HOST_DEVICE bool find(int number, RowTile& tile) {
+    while (expert_ < experts_) {
+      const int left = row_tiles_of(row_, end_, block_);
+      const int height = left < kGroupRows ? left : kGroupRows;  // row tiles of the group
+      const int inside = number - tiles_before_;
+      if (inside < height * col_tiles_) {
+        tile.col_tile = height == kGroupRows ? inside / kGroupRows : inside / height;
+        const int row_tile = inside - tile.col_tile * height;
         tile.expert = expert_;
-        tile.row = begin_ + row_tile * block_;
-        tile.rows = end - tile.row < block_ ? end - tile.row : block_;
-        tile.col_tile = static_cast<int>(inside / row_tiles);
+        tile.row = row_ + row_tile * block_;
+        tile.rows = end_ - tile.row < block_ ? end_ - tile.row : block_;
         tile.index = row_tiles_before_ + row_tile;
         return true;
       }
-      row_tiles_before_ += row_tiles;
-      begin_ = end;
+      tiles_before_ += height * col_tiles_;
+      row_tiles_before_ += height;
+      if (left > kGroupRows) {
+        row_ += kGroupRows * block_;
+      } else {
+        row_ = end_;
+        if (++expert_ < experts_) end_ = offs_[expert_];
+      }
     }
     return false;
   }
 
  private:
+  static constexpr int kGroupRows = 16;
   const int32_t* offs_;
   int experts_, block_, col_tiles_;
-  int expert_ = 0, begin_ = 0, row_tiles_before_ = 0;
+  int expert_ = 0, row_ = 0, end_;               // of the group: its expert, first row, the expert's last
+  int tiles_before_ = 0, row_tiles_before_ = 0;  // before the group
 };
 
 // Number of row tiles before an expert's first one: where its part of per-tile scratch begins (expert = X: the total).
 SMOP_HOST_DEVICE int row_tiles_before(const int32_t* offs, int expert, int block) {
   int tiles = 0, begin = 0;
   for (int e = 0; e < expert; ++e) {
-    tiles += static_cast<int>(ceil_div(offs[e] - begin, block));
+    tiles += row_tiles_of(begin, offs[e], block);
     begin = offs[e];
   }
   return tiles;
@@ -78,10 +94,9 @@ struct WeightTile {
   int expert, row_tile, col_tile;
 };
 
-SMOP_HOST_DEVICE WeightTile weight_tile(int64_t number, int row_tiles, int col_tiles) {
-  const int per_expert = row_tiles * col_tiles;
-  const int inside = static_cast<int>(number % per_expert);
-  return {static_cast<int>(number / per_expert), inside % row_tiles, inside / row_tiles};
+SMOP_HOST_DEVICE WeightTile weight_tile(int number, int row_tiles, int col_tiles) {
+  const int per_expert = row_tiles * col_tiles, inside = number % per_expert;
+  return {number / per_expert, inside % row_tiles, inside / row_tiles};
 }
 
 }  // namespace smop

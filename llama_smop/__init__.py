@@ -17,6 +17,7 @@ def _find_kernels() -> None:
         return
     name = f"{__name__}.triton_kernels"
     spec = spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
+    assert spec is not None and spec.loader is not None, source
     sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

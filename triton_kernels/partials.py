@@ -90,6 +90,7 @@ def sum_partials(
     """One launch: dγ, dβ and db2 (X, O) and db1 (X, H), those that are given; zeros for an expert without rows."""
     X = offs.shape[0]
     z, dh = z_sums or dh_sums, dh_sums or z_sums
+    assert z is not None and dh is not None, "one of the sums is given"
     O, H = 0 if z_sums is None else z.sums.shape[2], 0 if dh_sums is None else dh.sums.shape[2]  # of 0: not read
     return Launch(
         sum_partials_kernel,

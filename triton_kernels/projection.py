@@ -170,9 +170,9 @@ def expert_projection_bwd(
     ))  # fmt: skip
     dx = None
     if need_dparams or need_dx:
-        saved = pre if keeps_pre(activation) else h
+        kept = pre if keeps_pre(activation) else h
         run(grouped_gemm(
-            dz, w2, offs, dh, pre=saved, sums=dh_sums and dh_sums.sums, gradient=True, activation=activation
+            dz, w2, offs, dh, pre=kept, sums=dh_sums and dh_sums.sums, gradient=True, activation=activation
         ))  # fmt: skip
     if z_sums or dh_sums:
         run(sum_partials(offs, z_sums, dh_sums, dgamma, dbeta, db2, db1))

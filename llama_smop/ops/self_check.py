@@ -147,7 +147,8 @@ def through_naive(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Te
     x_route, x_projection = (i.x.clone().requires_grad_() for _ in range(2))
     r = naive.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
     weights = r.weights.detach().requires_grad_()
-    y = naive.expert_projection(x_projection, weights, r.experts, *i.parameters(), model.activation)
+    w1, b1, w2, b2, ln_weight, ln_bias = i.parameters()
+    y = naive.expert_projection(x_projection, weights, r.experts, w1, b1, w2, b2, ln_weight, ln_bias, model.activation)
     results = {
         "logits": r.logits, "weights": r.weights, "counts": r.counts, "load_balancing_loss": r.load_balancing_loss,
         "router_z_loss": r.router_z_loss, "y": y,

@@ -171,6 +171,6 @@ def driver() -> str:
     except OSError:
         pass
     try:
-        return f"for CUDA {torch._C._cuda_getDriverVersion()}"
+        return f"for CUDA {getattr(torch._C, '_cuda_getDriverVersion')()}"  # noqa: B009
     except (AttributeError, RuntimeError):
         return "none"

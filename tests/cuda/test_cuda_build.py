@@ -18,10 +18,10 @@ needs_nvcc = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 # Kernel → (threads a block, blocks that must find registers on one SM): the launch bounds of the sources.
 RESIDENT = {
     "grouped_gemm_sm80": (256, 2), "grouped_wgrad_sm80": (256, 2), "grouped_gemm_sm90": (384, 1),
-    "grouped_wgrad_sm90": (384, 1), "router_fwd": (256, 4), "count_choices": (256, 4), "scatter_slots": (256, 4),
-    "logits_bwd": (256, 4), "gate_wgrad": (256, 4), "gate_dgrad": (256, 4), "sum_splits": (256, 4),
-    "combine_fwd": (256, 3), "combine_bwd": (256, 3), "sum_ln_partials": (256, 4), "gather_sum": (128, 4),
-    "zero_tail": (128, 4),
+    "grouped_wgrad_sm90": (384, 1), "router_fwd": (256, 2), "count_choices": (256, 4), "scatter_slots": (256, 4),
+    "gate_wgrad": (256, 3), "gate_dgrad": (256, 4), "gate_sums": (256, 4),
+    "combine_fwd": (128, 3), "combine_fwd_any": (128, 8), "combine_bwd": (512, 1), "combine_bwd_any": (256, 3),
+    "bias_sums": (256, 4), "gather_sum": (128, 4), "zero_tail": (128, 4),
 }  # fmt: skip
 STATIC_SHARED_LIMIT = 48 * 1024
 
@@ -100,11 +100,25 @@ def test_the_instructions_that_make_it_fast():
             kernel = text.split()[0]
             for instruction in wanted.get((arch, kernel), ()):
                 assert instruction in text, f"no {instruction} in {kernel} of {arch}"
-            products = re.findall(r"HGMMA\.64x(?:64|128|256)x16.*", text)
+            products = re.findall(r"HGMMA\.64x(?:64|128|160|192|256)x16.*", text)
             # A batch of four is awaited once; the compiler serialises them (gsb0 on each) when it cannot follow.
             assert sum("gsb0" in p for p in products) * 4 <= len(products), f"{kernel} waits for each wgmma"
             seen.add(kernel)
         assert {k for a, k in wanted if a == arch} <= seen
+
+
+@needs_nvcc
+def test_every_kernel_waits_for_the_launch_before_it():
+    """With programmatic dependent launch a block may run before the data it reads are there, until it has waited."""
+    kernels = 0
+    for text in cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]:
+        lines = text.splitlines()
+        kernel, waits = lines[0], [n for n, line in enumerate(lines) if "ACQBULK" in line]
+        assert waits, f"{kernel} does not wait"
+        early = [line for line in lines[: waits[0]] if re.search(r"\b(LDG|STG|LDGSTS|UTMALDG|ATOMG|RED|EXIT)\b", line)]
+        assert not early, f"{kernel}, before its wait: {early[0].strip()}"
+        kernels += 1
+    assert kernels >= len(RESIDENT)
 
 
 @needs_nvcc

@@ -24,6 +24,10 @@ MODELS = {
     "all-active-fp32-norm": Model(33, 24, 50, E=3, K=3, sharing="JEJR", layer_norm_dtype=fp32),
     "most-experts": Model(16, 24, 40, E=64, K=8, dtype=fp16),
     "many-experts": Model(32, 24, 40, E=17, K=5, dtype=fp16),
+    # Rows in registers, 512 threads; rows too wide for that.
+    "wide": Model(16, 24, 2056, E=2, K=2),
+    "wider": Model(16, 24, 4104, E=2, K=2),
+    "wide-plain": Model(16, 24, 3072, E=3, K=3, layer_norm=False, dtype=fp16),
     "one-expert": Model(200, 264, 248, E=1, K=1, sharing="JEJR"),
 }
 
@@ -42,6 +46,12 @@ MODELS = {
 def test_matches_the_definition(runner, name):
     with runner.running():
         check(runner, MODELS[name], make(MODELS[name], 75, seed=1, masked=0.3))
+
+
+@pytest.mark.parametrize(("runner", "name"), cases(("wide", SM80, SM90), ("wider", SM80, SM90), ("wide-plain", SM90)))
+def test_wide_outputs(runner, name):
+    with runner.running():
+        check(runner, MODELS[name], make(MODELS[name], 9, seed=2, masked=0.2))
 
 
 @pytest.mark.parametrize(("runner", "name"), cases(("one-expert", SM80, SM90, FEW_SMS)))
@@ -124,19 +134,14 @@ def test_masked_tokens_may_hold_anything(runner, name):
 
 @pytest.mark.parametrize(("runner", "name"), cases(("dedr-relu", SM80, SM90)))
 def test_launch_sequence(runner, name):
-    """Five launches forward; on Hopper the projections take the wgmma kernels."""
+    """Five launches forward and seven backward; on Hopper the projections take the wgmma kernels."""
     if runner.device != "cpu":
         pytest.skip("launches are counted under ptxrun")
     model = MODELS[name]
-    inputs = make(model, 40)
-    with runner.running() as backend:
-        *_, order, inverse, offs = routing = backend.route_fwd(
-            inputs.x, inputs.gate_weight, inputs.modality, inputs.mask, model.K, model.X
-        )
-        weights, experts = routing[1:3]
-        backend.expert_projection_fwd(
-            inputs.x, weights, experts, order, inverse, offs, *inputs.parameters(), model.activation, 1e-5
-        )
-        kernels = [kernel.split("<")[0] for kernel in runners.launches.kernels]
-    gemm = f"grouped_gemm_sm{runner.arch}"
-    assert [kernel.split()[-1] for kernel in kernels] == ["router_fwd", "scatter_slots", gemm, gemm, "combine_fwd"]
+    with runner.running():
+        through_backend(runner.module, model, make(model, 40), need_dx=False)
+        kernels = [kernel.split("<")[0].split()[-1] for kernel in runners.launches.kernels]
+    gemm, wgrad = f"grouped_gemm_sm{runner.arch}", f"grouped_wgrad_sm{runner.arch}"
+    forward = ["router_fwd", "scatter_slots", gemm, gemm, "combine_fwd"]
+    backward = ["combine_bwd", gemm, wgrad, wgrad, "bias_sums"]
+    assert kernels == [*forward, *backward, "gate_wgrad", "gate_sums"]

@@ -83,11 +83,16 @@ def test_layouts_choose_the_kernels(runner):
 
 
 @pytest.mark.parametrize("runner", params(CudaPtx(arch=90, sms=1)))
-@pytest.mark.parametrize(("n", "width"), [(56, 64), (120, 128), (248, 256)])
-def test_every_tile_width_round_the_ring(runner, n, width):
+@pytest.mark.parametrize(
+    ("n", "k_major", "width"),
+    [(56, False, 64), (120, True, 128), (152, True, 160), (184, False, 192), (184, True, 192), (248, False, 256)],
+)
+def test_every_tile_width_round_the_ring(runner, n, k_major, width):
     """Products long enough in k to use every stage of the shared-memory ring more than once, in two orders. On one SM
     the narrowest tile that holds all columns is the cheapest, which chooses the width."""
     a, b = operands((56, 1096), (2, 1096, n), bf16)
+    if k_major:
+        b = b.transpose(1, 2).contiguous().transpose(1, 2)
     ends, rows = torch.tensor([20, 56], dtype=torch.int32), torch.tensor([30, 1090], dtype=torch.int32)
     results = []
     with runner.running():
@@ -97,9 +102,32 @@ def test_every_tile_width_round_the_ring(runner, n, width):
             if runner.device == "cpu":
                 product, _, wgrad = runners.launches.kernels
                 assert f", {width}, " in product
-                assert f", {max(width, 128)}>" in wgrad
+                assert f", {128 if width <= 128 else 256}>" in wgrad
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second), "differs from run to run"
+
+
+@pytest.mark.parametrize("runner", params(SM80, SM90, FEW_SMS))
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_rows_of_other_groups_may_hold_anything(runner, poison):
+    """Copies take whole boxes of rows; what lies behind a group's last row must not reach its sums, nor as 0·inf."""
+    a, b = operands((150, 72), (4, 72, 136), bf16)
+    left, right = operands((136, 150), (150, 72), bf16)
+    offs = torch.tensor([30, 50, 61, 140], dtype=torch.int32)
+    strange = torch.zeros(150, dtype=torch.bool)
+    strange[30:50] = strange[140:] = True  # the second group's rows, and those of no group
+    with runner.running():
+        clean = compare(runner, a, b, offs), compare(runner, left, right, offs)
+        a[strange], left[:, strange], right[strange] = poison, poison, poison
+        to = [t.to(runner.device) for t in (a, b, left, right, offs)]
+        with poisoned_memory():
+            rows = functional.grouped_mm(to[0], to[1], to[4], backend="cuda").cpu()
+            columns = functional.grouped_mm(to[2], to[3], to[4], backend="cuda").cpu()
+    assert torch.equal(rows[~strange], clean[0][~strange])
+    assert rows[140:].eq(0).all()
+    for group in (0, 2, 3):
+        assert torch.equal(columns[group], clean[1][group]), f"group {group}"
+    assert not columns[1].isfinite().any()
 
 
 @pytest.mark.parametrize("runner", params(SM80, SM90))

@@ -38,7 +38,7 @@ def write_sheet(path: str | os.PathLike, faces: Faces, chosen: int | None, out: 
                 below[:, left : left + 96] = next(crops)[0]
         rows.append(below)
     encoded = cv2.imencode(".png", cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))[1]
-    return files.write_bytes(out, encoded.tobytes())
+    return files.write_bytes(Path(out), encoded.tobytes())
 
 
 def _mark(picture: np.ndarray, box: np.ndarray, index: int, chosen: bool) -> None:

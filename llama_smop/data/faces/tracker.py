@@ -175,7 +175,7 @@ def track_faces(frames: Iterable[np.ndarray]) -> list[Track]:
 
 def _interpolated(values: list[np.ndarray | None]) -> np.ndarray:
     known = [i for i, value in enumerate(values) if value is not None]
-    rows = np.stack([values[i] for i in known]).astype(np.float64)
+    rows = np.stack([value for value in values if value is not None]).astype(np.float64)
     wanted = np.arange(len(values))
     flat = rows.reshape(len(known), -1)
     filled = np.stack([np.interp(wanted, known, column) for column in flat.T], axis=1)

@@ -41,18 +41,19 @@ def filmed(
     wall = heads[0, :4].mean(axis=(0, 1))
     y = np.linspace(1.05, 0.85, height)[:, None, None]
     background = np.clip(wall * y, 0, 255).astype(np.uint8) * np.ones((1, width, 1), np.uint8)
-    inside = np.zeros((SIZE, SIZE), np.float32)
-    inside[6:-6, 6:-6] = 1
-    inside = cv2.GaussianBlur(inside, (0, 0), 3)
+    square = np.zeros((SIZE, SIZE), np.float32)
+    square[6:-6, 6:-6] = 1
+    inside = np.asarray(cv2.GaussianBlur(square, (0, 0), 3))
     for t, head in enumerate(heads):
         matrix = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), angle, scale)
         sway = drift * width * np.sin(2 * np.pi * t / 75)
-        matrix[:, 2] += (width / 2 - SIZE / 2 + sway, height / 2 - SIZE / 2)
+        matrix[:, 2] += np.array((width / 2 - SIZE / 2 + sway, height / 2 - SIZE / 2))
         # A large picture made small is averaged first, as a camera does.
         source, weight = head, inside
         if scale < 0.7:
             blur = 0.4 / scale
-            source, weight = cv2.GaussianBlur(head, (0, 0), blur), cv2.GaussianBlur(inside, (0, 0), blur)
+            source = np.asarray(cv2.GaussianBlur(head, (0, 0), blur))
+            weight = np.asarray(cv2.GaussianBlur(inside, (0, 0), blur))
         picture = cv2.warpAffine(source, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
         share = cv2.warpAffine(weight, matrix, (width, height))[..., None]
         yield (picture * share + background * (1 - share)).round().astype(np.uint8)

@@ -2,8 +2,8 @@
 
 Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activation); GEMM2 (+ b2); combine (LayerNorm,
 gate weights, sum over K).
-Backward: combine_bwd (dz, dweights, partial sums of the LayerNorm gradients); their sum; dh = (dz·W2) ⊙ act'; dW2 and
-db2; dW1 and db1 (x gathered); with dx also dh·W1 and its sum over K; router backward.
+Backward: combine_bwd (dz, dweights, partial sums of db2 and the LayerNorm gradients); dh = (dz·W2) ⊙ act' and partial
+sums of db1; dW2; dW1 (x gathered); the partial sums added up; with dx also dh·W1 and its sum over K; router backward.
 No host synchronisation, no float atomics: gradients are bitwise the same from run to run.
 
 bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
@@ -25,6 +25,7 @@ __all__ = [
     "unsupported",
 ]
 
+FEW_ROWS = 1024  # up to here reading the weights is most of a product's time, and they are brought into the L2 ahead
 GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
 
 
@@ -149,10 +150,13 @@ def _like(tensor: Tensor, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
-def _gemm(a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None) -> Tensor:
+def _gemm(
+    a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, first=False
+) -> Tensor:
     """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
 
-    With `order`, row r of the product takes row order[r] // top_k of `a`.
+    With `order`, row r of the product takes row order[r] // top_k of `a`. `sums` takes partial column sums of the
+    result. `first`: the first launch of an operator, which waits for all before it; others may be queued up early.
     """
     ext = extension()
     X, K, N = b.shape
@@ -163,27 +167,24 @@ def _gemm(a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogu
             dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
             b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
             offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
-            aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], stream=stream,
+            aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
+            dependent=not first, stream=stream,
         )  # fmt: skip
     return out
 
 
-def _wgrad(a, b, offs, *, order=None, top_k=1, sum_a=False) -> tuple[Tensor, Tensor | None]:
-    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n), and Σ_r a[r], (X, m).
-
-    The columns of a and b have unit strides.
-    """
+def _wgrad(a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
+    """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n); the columns of a and b have unit strides."""
     ext = extension()
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(X, m, n)
-    a_sum = a.new_empty(X, m) if sum_a else None
     with _launches(a) as stream:
         ext.grouped_wgrad(
-            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), b=_ptr(b),
-            ldb=b.stride(0), offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X, m=m, n=n, out=_ptr(out),
-            a_sum=_ptr(a_sum), stream=stream,
+            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+            b=_ptr(b), ldb=b.stride(0), b_rows=b.shape[0], offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X,
+            m=m, n=n, out=_ptr(out), dependent=not first, stream=stream,
         )  # fmt: skip
-    return out, a_sum
+    return out
 
 
 def grouped_mm(
@@ -194,18 +195,20 @@ def grouped_mm(
         raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
     if b.dim() == 2:
         # The kernel takes both operands with the summed rows outermost; anything else is copied.
-        return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs)[0], a.new_empty(0)
+        return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs, first=True), a.new_empty(0)
     rows, N = a.shape[0], b.shape[2]
     pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
     if G == 0:
         return a.new_zeros(rows, N), torch.zeros_like(pre)
-    out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre)
+    out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre, first=True)
     ext = extension()
     dtype = ext.DTYPES[DTYPES[a.dtype]]
     with _launches(a) as stream:
         for t in (out, pre):
             if t.numel():
-                ext.zero_tail(dtype=dtype, out=_ptr(t), rows=rows, n=N, offs=_ptr(offs), experts=G, stream=stream)
+                ext.zero_tail(
+                    dtype=dtype, out=_ptr(t), rows=rows, n=N, offs=_ptr(offs), experts=G, dependent=True, stream=stream
+                )
     return out, pre
 
 
@@ -238,7 +241,7 @@ def expert_projection_fwd(
         ext.combine_fwd(
             **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
             inverse=_ptr(inverse), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), eps=eps, y=_ptr(y),
-            mean=_ptr(mean), rstd=_ptr(rstd), stream=stream,
+            mean=_ptr(mean), rstd=_ptr(rstd), dependent=True, stream=stream,
         )  # fmt: skip
     return y, h, pre, z, mean, rstd
 
@@ -265,36 +268,48 @@ def expert_projection_bwd(
     if h.numel() == 0:
         h, pre = _hidden(x, order, offs, K, w1, b1, activation)
     if z.numel() == 0:
-        z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2)
+        z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
 
     ext = extension()
     ln_grads = need_dparams and ln_weight is not None
     dz = torch.empty_like(z)
     dweights = torch.zeros_like(weights) if need_dweights else None  # skipped choices keep the zero
-    dln_weight, dln_bias = (torch.empty_like(ln_weight), torch.empty_like(ln_bias)) if ln_grads else (None, None)
-    partial = weights.new_empty(ext.ln_partial_size(rows, X, O)) if ln_grads else None
+    combine_sums = hidden_sums = dx = dw1 = db1 = dw2 = db2 = dln_weight = dln_bias = None
+    if ln_grads or (need_dparams and b2 is not None):
+        combine_sums = weights.new_empty(ext.sizes.combine_sums(rows, X, O, ln_weight is not None))
+    sizes = _combine_sizes(ext, x, weights, w2, ln_weight)
+    ahead = w2 if rows <= FEW_ROWS else None  # what dh's product reads
     with _launches(x) as stream:
         ext.combine_bwd(
-            **_combine_sizes(ext, x, weights, w2, ln_weight), experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights),
-            order=_ptr(order), offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean),
-            rstd=_ptr(rstd), dz=_ptr(dz), dweights=_ptr(dweights), ln_partial=_ptr(partial),
-            dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), stream=stream,
+            **sizes, experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
+            ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd), dz=_ptr(dz),
+            dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead), next_bytes=2 * w2.numel(),
+            dependent=False, stream=stream,
         )  # fmt: skip
 
-    dx = dw1 = db1 = dw2 = db2 = None
     if need_dx or need_dparams:
+        if need_dparams and b1 is not None:
+            hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
         aux = h if activation == "relu" else pre
-        dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad")
+        dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad", sums=hidden_sums)
     if need_dparams:
-        dw2, db2 = _wgrad(dz, h, offs, sum_a=b2 is not None)
-        dw1, db1 = _wgrad(dh, x, offs, order=order, top_k=K, sum_a=b1 is not None)
+        dw2 = _wgrad(dz, h, offs)
+        dw1 = _wgrad(dh, x, offs, order=order, top_k=K)
+        db1, db2 = (None if b is None else torch.empty_like(b) for b in (b1, b2))
+        dln_weight, dln_bias = (torch.empty_like(p) if ln_grads else None for p in (ln_weight, ln_bias))
+        with _launches(x) as stream:
+            ext.bias_sums(
+                dtype=sizes["dtype"], ln_dtype=sizes["ln_dtype"], experts=X, hidden=w1.shape[1], dim=O, rows=rows,
+                offs=_ptr(offs), hidden_sums=_ptr(hidden_sums), combine_sums=_ptr(combine_sums), db1=_ptr(db1),
+                db2=_ptr(db2), dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), dependent=True, stream=stream,
+            )  # fmt: skip
     if need_dx:
         dx_rows = _gemm(dh, w1, offs, rows)
         dx = torch.empty_like(x)
         with _launches(x) as stream:
             ext.gather_sum(
                 dtype=ext.DTYPES[DTYPES[x.dtype]], tokens=T, top_k=K, dim=D, rows=_ptr(dx_rows), inverse=_ptr(inverse),
-                dx=_ptr(dx), stream=stream,
+                dx=_ptr(dx), dependent=True, stream=stream,
             )  # fmt: skip
     return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
 
@@ -303,7 +318,9 @@ def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     rows, H = order.shape[0], w1.shape[1]
     pre = x.new_empty((0,) if activation == "relu" else (rows, H))
-    h = _gemm(x, w1.transpose(1, 2), offs, rows, order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre)
+    h = _gemm(
+        x, w1.transpose(1, 2), offs, rows, order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, first=True
+    )
     return h, pre
 
 

@@ -1,0 +1,169 @@
+// What the producer warpgroup of pipeline_sm90.cuh does, by where an operand lies:
+// - weights: TMA, one 3-D tensor map over (X, N, K) or (X, K, N). The expert is a coordinate, so no map is ever edited.
+// - rows as they lie: TMA, 2-D. A tile may run into the next expert's rows; those products are not stored.
+// - gathered rows: cp.async by all four producer warps.
+// - weight gradients: the same, 64 rows of both operands a stage. A foreign row would be summed, so the consumers clear
+//   the rows past the segment (clear_rows).
+#pragma once
+#include <cuda.h>
+
+#include "pipeline_sm90.cuh"
+
+namespace smop::sm90 {
+
+// The TMA boxes of one stage of the weights.
+template <int kBlockN, bool kTransB>
+__device__ __forceinline__ void load_weights(const Ring<kBlockN>& ring, const CUtensorMap& map, int k, int n,
+                                             int expert) {
+  if constexpr (kTransB) {
+#pragma unroll
+    for (int i = 0; i < kBlockN / 64; ++i)
+      ptx::tma_load(ring.b() + i * kBlockBytes, &map, ring.full(), n + i * 64, k, expert);
+  } else {
+    ptx::tma_load(ring.b(), &map, ring.full(), k, n, expert);
+  }
+}
+
+template <class T, int kBlockN, bool kTransB>
+__device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensorMap& a_map, const CUtensorMap& b_map,
+                                               const CUtensorMap& aux_map, const Shared& shared,
+                                               RowTileScheduler scheduler) {
+  if (threadIdx.x != 0) return;
+  Ring<kBlockN> ring{shared};
+  RowTile tile;
+  for (int number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
+    for (int k = 0; k < p.k; k += kBlockK) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
+      ptx::tma_load(ring.a(), &a_map, ring.full(), k, tile.row);
+      load_weights<kBlockN, kTransB>(ring, b_map, k, tile.col_tile * kBlockN, tile.expert);
+      ring.advance();
+    }
+    if (!p.aux) continue;
+    for (int box = 0; box < kAuxBoxes<kBlockN>; box += kAuxBoxesAStage<kBlockN>) {
+      const int count = min(kAuxBoxes<kBlockN> - box, kAuxBoxesAStage<kBlockN>);
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full(), count * kABytes);
+      for (int i = 0; i < count; ++i)
+        ptx::tma_load(ring.a() + i * kABytes, &aux_map, ring.full(), tile.col_tile * kBlockN + (box + i) * 64,
+                      tile.row);
+      ring.advance();
+    }
+  }
+}
+
+template <class T, int kBlockN, bool kTransB>
+__device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtensorMap& b_map, const Shared& shared,
+                                                 RowTileScheduler scheduler) {
+  constexpr int kRows = kBlockM / (kGroup / 8);  // 8 threads copy the 128 bytes of a row
+  const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+  const int64_t lda = p.lda;
+  Ring<kBlockN> ring{shared};
+  Announcer<kBlockN> announcer{{shared}};
+  RowTile tile;
+  for (int number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
+    // A row that does not exist has an address too, of which nothing is read.
+    const T* from[kRows];
+    uint32_t exists = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = first + i * (kGroup / 8);
+      const bool inside = row < tile.rows;
+      from[i] = static_cast<const T*>(p.a) + chunk * 8 + (inside ? p.order[tile.row + row] / p.top_k : 0) * lda;
+      exists |= inside << i;
+    }
+    for (int k = 0; k < p.k; k += kBlockK) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(ring.full(), kBBytes<kBlockN>);
+        load_weights<kBlockN, kTransB>(ring, b_map, k, tile.col_tile * kBlockN, tile.expert);
+      }
+      const int bytes = max(0, min(16, 2 * (p.k - k - chunk * 8)));
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        ptx::cp_async16(ring.a() + ptx::swizzled(first + i * (kGroup / 8), chunk), from[i] + k,
+                        exists >> i & 1 ? bytes : 0);
+      announcer.issued();
+      ring.advance();
+    }
+  }
+  announcer.drain();
+}
+
+// The tiles of a weight gradient, counted on the host: as kernel arguments they cost the roles no registers.
+struct WgradGrid {
+  int row_tiles, col_tiles, tiles;
+};
+
+// The TMA boxes of 64 rows × 64·kBlocks columns.
+template <int kBlocks>
+__device__ __forceinline__ void load_rows(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int col, int row) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) ptx::tma_load(dst + i * kBlockBytes, &map, barrier, col + i * 64, row);
+}
+
+template <class T, int kBlockN>
+__device__ __forceinline__ void produce_wgrad_by_tma(const SmopWgrad& p, const WgradGrid& grid,
+                                                     const CUtensorMap& a_map, const CUtensorMap& b_map,
+                                                     const Shared& shared) {
+  if (threadIdx.x != 0) return;
+  Ring<kBlockN> ring{shared};
+  for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
+    const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
+    const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
+    for (int k = begin; k < end; k += kBlockK) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
+      load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+      load_rows<kBlockN / 64>(ring.b(), b_map, ring.full(), tile.col_tile * kBlockN, k);
+      ring.advance();
+    }
+  }
+}
+
+template <class T, int kBlockN>
+__device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const WgradGrid& grid,
+                                                       const CUtensorMap& a_map, const Shared& shared) {
+  constexpr int kRowChunks = kBlockN / 8, kStep = kGroup / kRowChunks;  // kRowChunks threads copy a row of the stage
+  constexpr int kPeriod = 8 / kStep;                                    // copies until the swizzle is the same again
+  const int lane = threadIdx.x % kWarp, chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
+  const uint32_t row_bytes = static_cast<uint32_t>(p.ldb) * 2;
+  uint32_t offset[kPeriod];
+#pragma unroll
+  for (int i = 0; i < kPeriod; ++i)
+    offset[i] = chunk / 8 * kBlockBytes + ptx::swizzled(first + i * kStep, chunk % 8);
+  Ring<kBlockN> ring{shared};
+  Announcer<kBlockN> announcer{{shared}};
+  for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
+    const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
+    const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
+    // Columns that do not exist are filled with the last ones: what becomes of them is not stored.
+    const int col = min(tile.col_tile * kBlockN + chunk * 8, p.n - 8);
+    const char* columns = reinterpret_cast<const char*>(static_cast<const T*>(p.b) + col);
+    // Lane l knows the gathered rows l and l + 32 of the stage; they are fetched one stage ahead. Past the segment row
+    // 0 stands in, whose values are cleared with the rest.
+    const auto gathered = [&](int row) {
+      return row < end ? static_cast<uint32_t>(p.order[row]) / static_cast<uint32_t>(p.top_k) : 0;
+    };
+    uint32_t low = gathered(begin + lane), high = gathered(begin + lane + kWarp);
+    for (int k = begin; k < end; k += kBlockK) {
+      ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(ring.full(), kABytes);
+        load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+      }
+#pragma unroll
+      for (int i = 0; i < kBlockK / kStep; ++i) {
+        const uint32_t row = __shfl_sync(kFullWarp, i * kStep < kWarp ? low : high, first + i * kStep % kWarp);
+        ptx::cp_async16(ring.b() + offset[i % kPeriod] + i / kPeriod * ptx::kSwizzleGroup,
+                        columns + static_cast<uint64_t>(row) * row_bytes);
+      }
+      announcer.issued();
+      ring.advance();
+      low = gathered(k + kBlockK + lane), high = gathered(k + kBlockK + lane + kWarp);
+    }
+  }
+  announcer.drain();
+}
+
+}  // namespace smop::sm90
