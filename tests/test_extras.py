@@ -40,7 +40,7 @@ from llama_smop import DenseProjector, SMoPProjector, functional
 from llama_smop.integrations import replace_experts
 
 x = torch.randn(2, 5, 8)
-for projector in (SMoPProjector(8, 16, 8), DenseProjector(8, 16, 8)):
+for projector in (SMoPProjector(8, 16, 8, sharing="JEJR"), DenseProjector(8, 16, 8, modalities=1)):
     projector(x).hidden_states.sum().backward()
 a = functional.grouped_mm(torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32))
 assert a.shape == (4, 8)

@@ -19,7 +19,7 @@ BAD = {
     "tag": ("a: !!python/object/apply:os.system [true]", "not YAML"),
     "key": ("? {a: 1}\n: 2", "not YAML"),
     "binary": ("a: !!binary 'a'", "not YAML"),
-    "large": ("a: " + "x" * 2**21, "larger than the 1 MiB"),
+    "large": ("a: " + "x" * 2**21, "larger than 1 MiB"),
 }
 
 

@@ -61,7 +61,7 @@ def mixtral() -> dict:
 
 
 def trained() -> dict:
-    """What docs/training.md's snippet finds in the working directory."""
+    """What the snippets of docs/training.md and docs/video.md find in the working directory."""
     import numpy as np
 
     from llama_smop.data.media import write_video
@@ -70,11 +70,12 @@ def trained() -> dict:
 
     sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
     save(*build_tiny(["bin", "now"], **sizes), "runs/demo/run/model")
-    write_video("clip.mp4", np.full((30, 96, 96, 3), 128, np.uint8), audio=np.zeros(30 * 640, np.float32))
+    for name in ("clip.mp4", "talk.mp4"):
+        write_video(name, np.full((30, 96, 96, 3), 128, np.uint8), audio=np.zeros(30 * 640, np.float32))
     return {}
 
 
-GIVEN = {"operators.md": operands, "integrations.md": mixtral, "training.md": trained}
+GIVEN = {"operators.md": operands, "integrations.md": mixtral, "training.md": trained, "video.md": trained}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -19,8 +19,8 @@ WRONG_NUMBERS = r"is off by"
 WRONG_DEVICE = r"out of bounds|belongs to device|illegal memory access|invalid resource handle|invalid device"
 LATE, TWO, LATE_COPIES = ["--streams", "late"], ["--devices", "2"], ["--mode", "late", "--strict"]
 SIDE_STREAM = "test_streams.py::test_side_stream"
-ONE_THEN_THE_OTHER = "test_devices.py::test_one_device_after_the_other"
-OTHER_DEVICE = "test_devices.py::test_the_current_device_is_another_one"
+ONE_THEN_THE_OTHER = "test_two_devices.py::test_one_device_after_the_other"
+OTHER_DEVICE = "test_two_devices.py::test_the_current_device_is_another_one"
 
 # fault: (tests that must see it, smopcuda's options, what their failures say)
 SEEN_BY = {

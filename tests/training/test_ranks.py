@@ -79,7 +79,7 @@ def train_in_turn(world: int, config: dict, out: Path) -> None:
 
 
 def _replan(world: int, join) -> None:
-    from llama_smop.training import run as module
+    from llama_smop.training import build as module
 
     share = module.training_plan
     module.training_plan = lambda config, clips, *_: join([share(config, clips, r, world) for r in range(world)])
