@@ -46,6 +46,7 @@ gpu-path: smopcuda $(GPU_READY)
 	mkdir -p $(GPU_EXTENSION)/llama_smop
 	ln -sfn $(CURDIR)/csrc $(GPU_EXTENSION)/csrc
 	$(GPU_ENV) $(GPU_VENV)/bin/python -m smopcuda.extension $(GPU_EXTENSION)
+	$(GPU_ENV) $(GPU_VENV)/bin/python -m smopcuda --env > /dev/null  # builds it once, before rows run side by side
 	$(GPU_ENV) $(GPU_VENV)/bin/python -m tests.gpu_path $(ROWS)
 
 gpu-path-all: ROWS = --all
