@@ -53,6 +53,7 @@ class CheckpointMixin:
                 save_file(rows, folder / SPECIAL_TOKENS_FILE)
             written = {file.name for file in folder.iterdir()}
         remove_stale_weights(Path(save_directory), written, kwargs.get("variant"))
+        seal.renew(Path(save_directory), ())
         if push_to_hub and kwargs.get("is_main_process", True):
             pushing.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
             hub.upload(Path(save_directory), written, tags=self.model_tags, **pushing)

@@ -173,3 +173,15 @@ def test_a_part_whose_weights_are_not_finite(tmp_path):
     parts = {"language_model": GOLDEN / "full_model/llm_hf", "audio_tower": tmp_path / "whisper"}
     message = expect_one_line(lambda _: assemble(**parts, projector={"hidden_features": 16}), tmp_path / "whisper")
     assert "conv1.bias holds NaN or infinity" in message
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_a_sealed_folder_that_is_saved_into_again_loads_the_new_weights(saved, tmp_path, shard):
+    """As after fine-tuning a model that a training wrote: the seal follows what is written and what is gone."""
+    shutil.copytree(saved, tmp_path / "model")
+    model, _ = model_folder.load(tmp_path / "model")
+    with torch.no_grad():
+        model.multi_modal_projector.w1.add_(1.0)
+    model.save_pretrained(tmp_path / "model", max_shard_size=shard)
+    loaded, _ = model_folder.load(tmp_path / "model")
+    assert torch.equal(loaded.multi_modal_projector.w1, model.multi_modal_projector.w1)
