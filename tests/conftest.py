@@ -5,12 +5,18 @@ No test but those of `trust` checks a backend at its first use, or writes the us
 
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["LLAMA_SMOP_CHECK"] = "0"
+
+# A suite that was started in the background ignores these, and so would the processes that tests start and signal.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config, items):
