@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from llama_smop import cli
 from llama_smop.cli import main
+from llama_smop.cli.evaluation import _snr
 from llama_smop.evaluation import run
 from llama_smop.evaluation.run import Row
 from llama_smop.models import model_folder
@@ -125,5 +125,5 @@ def test_a_place_whose_name_is_no_text_is_refused(command, tmp_path):
 @pytest.mark.parametrize("snr", ("nan", "inf", "-1e400", "loud", "101"))
 def test_a_noise_ratio_that_is_none_is_refused(snr):
     with pytest.raises(ValueError, match="--snr takes decibels"):
-        cli._snr(snr)
-    assert cli._snr("-5") == -5 and cli._snr("clean") is None
+        _snr(snr)
+    assert _snr("-5") == -5 and _snr("clean") is None

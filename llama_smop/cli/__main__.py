@@ -1,0 +1,5 @@
+"""`python -m llama_smop.cli`, for torchrun."""
+
+from llama_smop.cli import main
+
+main()

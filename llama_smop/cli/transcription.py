@@ -1,0 +1,62 @@
+"""`transcribe`, `crop`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_smop.cli.app import app
+from llama_smop.cli.options import Beams, Model, utf8
+
+Face = Annotated[str, typer.Option(help="auto (who speaks), largest, or a number: --sheet of `crop` shows them.")]
+
+
+def _face(text: str) -> str | int:
+    if text in ("auto", "largest"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--face takes auto, largest or a number, got {text!r}")
+    return int(text)
+
+
+@app.command()
+def transcribe(
+    clips: Annotated[list[Path], typer.Argument(help="Videos or sound files of any length.")],
+    model: Model,
+    modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all available.")] = None,
+    beams: Beams = 1,
+    face: Face = "auto",
+    prepared: Annotated[
+        bool | None, typer.Option(help="The picture is a mouth crop; default: where it is 96 pixels wide and high.")
+    ] = None,
+    srt: Annotated[Path | None, typer.Option(help="Write SubRip subtitles here.", callback=utf8)] = None,
+    vtt: Annotated[Path | None, typer.Option(help="Write WebVTT subtitles here.", callback=utf8)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write pieces, times and warnings here.", callback=utf8)] = None,
+) -> None:
+    """Print what is said in each file. With several, --srt, --vtt and --json name folders."""
+    from llama_smop.transcription import run
+    from llama_smop.transcription.recording import Options
+
+    options = Options(modality=modality, face=_face(face), prepared=prepared, num_beams=beams)
+    outputs = run.Outputs(clips, srt=srt, vtt=vtt, json=json)
+    for transcript in run.transcripts(clips, model, options, progress=True):
+        outputs.write(transcript)
+        print(f"{transcript.path}\t{transcript.text}" if len(clips) > 1 else transcript.text, flush=True)
+
+
+@app.command()
+def crop(
+    video: Path,
+    out: Annotated[Path, typer.Option(help="mp4 to write.", callback=utf8)],
+    sheet: Annotated[Path | None, typer.Option(help="Picture (PNG) of the faces and crops.", callback=utf8)] = None,
+    face: Face = "auto",
+) -> None:
+    """Cut the mouth out of a video, 96×96 and with its sound, as the models are trained on."""
+    from llama_smop import files
+    from llama_smop.data.faces.export import crop_video
+
+    which = _face(face)
+    for target in (out, sheet):
+        if target is not None:
+            files.check_file(target)
+    print(crop_video(video, out, sheet=sheet, face=which))
