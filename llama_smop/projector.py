@@ -11,34 +11,74 @@ from llama_smop.functional import SMoPOutput
 from llama_smop.ops import checks, dispatch
 from llama_smop.ops.router_losses import global_aux_losses
 
+# Names in `functional`, and of the parameters and state-dict keys of earlier versions -> names of the parameters.
+FORMER_NAMES = {"b1": "bias1", "b2": "bias2", "ln_weight": "layernorm_weight", "ln_bias": "layernorm_bias"}
 
-class SMoPProjector(nn.Module):
+
+class StackedMLPs(nn.Module):
+    """Parameters of X MLPs D -> H -> O, stacked: `w1 (X, H, D)`, `bias1 (X, H)`, `w2 (X, O, H)`, `bias2 (X, O)`, and
+    `layernorm_weight (X, O)`, `layernorm_bias (X, O)`, which are None without LayerNorm.
+
+    transformers' Trainer spares parameters with "bias" or "layernorm" in their names from weight decay, so these have
+    them. `b1`, `b2`, `ln_weight` and `ln_bias`, the names of earlier versions and of `functional`, read the same
+    parameters, and state dicts with them load.
+    """
+
+    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, routers or modalities
+    w1: nn.Parameter
+    bias1: nn.Parameter
+    w2: nn.Parameter
+    bias2: nn.Parameter
+    layernorm_weight: nn.Parameter | None
+    layernorm_bias: nn.Parameter | None
+
+    b1 = property(lambda self: self.bias1)
+    b2 = property(lambda self: self.bias2)
+    ln_weight = property(lambda self: self.layernorm_weight)
+    ln_bias = property(lambda self: self.layernorm_bias)
+
+    def _add_mlps(self, X: int, D: int, H: int, O: int, layer_norm: bool, factory: dict[str, Any]) -> None:
+        self.w1 = nn.Parameter(torch.empty(X, H, D, **factory))
+        self.bias1 = nn.Parameter(torch.empty(X, H, **factory))
+        self.w2 = nn.Parameter(torch.empty(X, O, H, **factory))
+        self.bias2 = nn.Parameter(torch.empty(X, O, **factory))
+        self.layernorm_weight = nn.Parameter(torch.empty(X, O, **factory)) if layer_norm else None
+        self.layernorm_bias = nn.Parameter(torch.empty(X, O, **factory)) if layer_norm else None
+
+    def reset_parameters(self) -> None:
+        """As `nn.Linear` and `nn.LayerNorm`: uniform in ±1/√fan_in; scale 1, shift 0."""
+        for weight, bias in ((self.w1, self.bias1), (self.w2, self.bias2)):
+            bound = 1 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+        if self.layernorm_weight is not None and self.layernorm_bias is not None:
+            nn.init.ones_(self.layernorm_weight)
+            nn.init.zeros_(self.layernorm_bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for former, name in FORMER_NAMES.items():
+            if prefix + former in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + former)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SMoPProjector(StackedMLPs):
     """A router and top-K small MLP experts between speech and lip encoders and a language model.
 
-        y = Σ_k w_k · LayerNorm_{e_k}(W2_{e_k} · act(W1_{e_k} x + b1_{e_k}) + b2_{e_k})
+        y = Σ_k w_k · LayerNorm_{e_k}(W2_{e_k} · act(W1_{e_k} x + bias1_{e_k}) + bias2_{e_k})
 
     `sharing` says what audio and video tokens have in common: JEJR one router and E experts for both; JEDR a router
     each, E experts for both; DEDR a router and E experts each. All three are one computation on stacked parameters
-    with R routers and X experts (modality-major: expert m·E + e): `gate_weight (R, E, D)`, `w1 (X, H, D)`,
-    `b1 (X, H)`, `w2 (X, O, H)`, `b2 (X, O)`, `ln_weight (X, O)`, `ln_bias (X, O)`.
+    with R routers and X experts (modality-major: expert m·E + e): `gate_weight (R, E, D)` and those of `StackedMLPs`.
 
     `global_aux_losses`: with several processes the auxiliary losses are those of their joint batch (`router_losses`).
-
-    For an optimizer, `weight_decay.parameter_groups` spares the stacked biases and LayerNorm parameters from decay.
 
     Raises:
         ValueError: `top_k` outside [1, num_experts], an unknown sharing, activation, recompute or backend, a size
             below 1.
     """
 
-    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts, or routers
     gate_weight: nn.Parameter
-    w1: nn.Parameter
-    b1: nn.Parameter
-    w2: nn.Parameter
-    b2: nn.Parameter
-    ln_weight: nn.Parameter | None
-    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -72,13 +112,13 @@ class SMoPProjector(nn.Module):
         self.global_aux_losses = global_aux_losses
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_weight = nn.Parameter(torch.empty(R, num_experts, in_features, **factory))
-        _add_mlps(self, X, layer_norm, factory)
+        self._add_mlps(X, in_features, hidden_features, out_features, layer_norm, factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.gate_weight, -bound, bound)
-        _reset_mlps(self)
+        super().reset_parameters()
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
         """Project tokens.
@@ -97,11 +137,11 @@ class SMoPProjector(nn.Module):
             x,
             self.gate_weight,
             self.w1,
-            self.b1,
+            self.bias1,
             self.w2,
-            self.b2,
-            self.ln_weight,
-            self.ln_bias,
+            self.bias2,
+            self.layernorm_weight,
+            self.layernorm_bias,
             top_k=self.top_k,
             sharing=self.sharing,
             modality=modality,
@@ -130,21 +170,13 @@ class SMoPProjector(nn.Module):
         )
 
 
-class DenseProjector(nn.Module):
+class DenseProjector(StackedMLPs):
     """Llama-AVSR's projector: Linear, activation, Linear, an optional LayerNorm, one for each modality.
 
     Called as `SMoPProjector` is. A token's modality is its only expert, with weight 1, so both share their operators;
-    there is nothing to route: the auxiliary losses are 0 and the routing is None. Parameters are stacked over
-    modalities: `w1 (M, H, D)`, `b1 (M, H)`, `w2 (M, O, H)`, `b2 (M, O)`, `ln_weight (M, O)`, `ln_bias (M, O)`.
+    there is nothing to route: the auxiliary losses are 0 and the routing is None. The parameters are those of
+    `StackedMLPs`, stacked over modalities.
     """
-
-    stacked_parameters = True  # for `weight_decay`: the first dimension counts modalities
-    w1: nn.Parameter
-    b1: nn.Parameter
-    w2: nn.Parameter
-    b2: nn.Parameter
-    ln_weight: nn.Parameter | None
-    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -169,11 +201,9 @@ class DenseProjector(nn.Module):
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.modalities, self.activation, self.backend, self.eps = modalities, activation, backend, eps
         self.recompute = recompute
-        _add_mlps(self, modalities, layer_norm, {"device": device, "dtype": dtype})
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._add_mlps(modalities, in_features, hidden_features, out_features, layer_norm, factory)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        _reset_mlps(self)
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
         """Project tokens x (..., D) by the projector of their modality (...); masked tokens yield 0."""
@@ -200,11 +230,11 @@ class DenseProjector(nn.Module):
             torch.ones(experts.shape, device=x.device),
             experts,
             self.w1,
-            self.b1,
+            self.bias1,
             self.w2,
-            self.b2,
-            self.ln_weight,
-            self.ln_bias,
+            self.bias2,
+            self.layernorm_weight,
+            self.layernorm_bias,
             activation=self.activation,
             eps=self.eps,
             recompute=self.recompute,
@@ -216,28 +246,6 @@ class DenseProjector(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features} -> {self.hidden_features} -> {self.out_features}"
         return f"{sizes}, modalities={self.modalities}, activation={self.activation}, backend={self.backend}"
-
-
-def _add_mlps(module: "SMoPProjector | DenseProjector", count: int, layer_norm: bool, factory: dict[str, Any]) -> None:
-    """Stacked parameters of `count` MLPs D -> H -> O, LayerNorm parameters None without `layer_norm`."""
-    D, H, O = module.in_features, module.hidden_features, module.out_features
-    module.w1 = nn.Parameter(torch.empty(count, H, D, **factory))
-    module.b1 = nn.Parameter(torch.empty(count, H, **factory))
-    module.w2 = nn.Parameter(torch.empty(count, O, H, **factory))
-    module.b2 = nn.Parameter(torch.empty(count, O, **factory))
-    module.ln_weight = nn.Parameter(torch.empty(count, O, **factory)) if layer_norm else None
-    module.ln_bias = nn.Parameter(torch.empty(count, O, **factory)) if layer_norm else None
-
-
-def _reset_mlps(module: "SMoPProjector | DenseProjector") -> None:
-    """As `nn.Linear` and `nn.LayerNorm`: uniform in ±1/√fan_in; scale 1, shift 0."""
-    for weight, bias in ((module.w1, module.b1), (module.w2, module.b2)):
-        bound = 1 / math.sqrt(weight.shape[-1])
-        nn.init.uniform_(weight, -bound, bound)
-        nn.init.uniform_(bias, -bound, bound)
-    if module.ln_weight is not None and module.ln_bias is not None:
-        nn.init.ones_(module.ln_weight)
-        nn.init.zeros_(module.ln_bias)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, Projecto
 from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, model_settings
 from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match_keys, rename
 from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
+from llama_smop.models.former_names import present_name
 from llama_smop.models.hub import fetch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
@@ -35,11 +37,11 @@ AUTHORS_RULES = (
     ),
     Rule(r"audiovisual_proj\.gate\.weight", f"{PROJECTOR}.gate_weight[0]"),
     Rule(r"audiovisual_proj\.experts\.(\d+)\.0\.weight", PROJECTOR + r".w1[\1]"),
-    Rule(r"audiovisual_proj\.experts\.(\d+)\.0\.bias", PROJECTOR + r".b1[\1]"),
+    Rule(r"audiovisual_proj\.experts\.(\d+)\.0\.bias", PROJECTOR + r".bias1[\1]"),
     Rule(r"audiovisual_proj\.experts\.(\d+)\.2\.weight", PROJECTOR + r".w2[\1]"),
-    Rule(r"audiovisual_proj\.experts\.(\d+)\.2\.bias", PROJECTOR + r".b2[\1]"),
-    Rule(r"audiovisual_proj\.experts\.(\d+)\.3\.weight", PROJECTOR + r".ln_weight[\1]"),
-    Rule(r"audiovisual_proj\.experts\.(\d+)\.3\.bias", PROJECTOR + r".ln_bias[\1]"),
+    Rule(r"audiovisual_proj\.experts\.(\d+)\.2\.bias", PROJECTOR + r".bias2[\1]"),
+    Rule(r"audiovisual_proj\.experts\.(\d+)\.3\.weight", PROJECTOR + r".layernorm_weight[\1]"),
+    Rule(r"audiovisual_proj\.experts\.(\d+)\.3\.bias", PROJECTOR + r".layernorm_bias[\1]"),
     Rule(_LORA + r"down_Q\.weight", r"language_model.\1.q_proj.lora_A.default.weight"),
     Rule(_LORA + r"up_Q\.weight", r"language_model.\1.q_proj.lora_B.default.weight"),
     Rule(_LORA + r"down_V\.weight", r"language_model.\1.v_proj.lora_A.default.weight"),
@@ -53,7 +55,7 @@ LANGUAGE_MODEL_LORA_SCALE, VIDEO_TOWER_LORA_SCALE = 0.125, 2.0
 
 def dense_rules(modalities: Sequence[str]) -> list[Rule]:
     """Llama-AVSR's `audio_proj.{0,2,3}` and `video_proj.{0,2,3}`; a modality alone is row 0."""
-    layers = (("0", "w1", "b1"), ("2", "w2", "b2"), ("3", "ln_weight", "ln_bias"))
+    layers = (("0", "w1", "bias1"), ("2", "w2", "bias2"), ("3", "layernorm_weight", "layernorm_bias"))
     return [
         Rule(rf"{m}_proj\.{layer}\.{leaf}", f"{PROJECTOR}.{name}[{row}]")
         for row, m in enumerate(modalities)
@@ -104,7 +106,7 @@ def convert_authors(
         raise ValueError(
             f"{source}: holds neither audio_encoder nor video_encoder: not a Llama-SMoP or Llama-AVSR file"
         )
-    rules = [*(load_rules(key_map) if key_map else ()), *dense_rules(modalities), *AUTHORS_RULES]
+    rules = [*(_rules_of(key_map) if key_map else ()), *dense_rules(modalities), *AUTHORS_RULES]
     parts = {}
     if "audio" in modalities:
         if audio_tower is None:
@@ -151,6 +153,15 @@ def convert_authors(
     return report
 
 
+def _rules_of(key_map: str | Path) -> list[Rule]:
+    """A user's rules; their targets may have the names of earlier versions."""
+    rules = []
+    for rule in load_rules(key_map):
+        name, bracket, row = (rule.target or "").partition("[")
+        rules.append(replace(rule, target=rule.target and f"{present_name(name)}{bracket}{row}"))
+    return rules
+
+
 def _projector_config(state, rules, top_k: int, backend: str, source) -> ProjectorConfig:
     """Kind, sharing, experts and hidden width, as the keys and shapes show them."""
     rows: dict[str, dict[int, Tensor]] = {}
@@ -161,7 +172,7 @@ def _projector_config(state, rules, top_k: int, backend: str, source) -> Project
         raise ValueError(f"{source}: no projector under a known name; name its keys in a key map (--key-map)")
     common = {
         "hidden_features": next(iter(rows["w1"].values())).shape[0],
-        "layer_norm": "ln_weight" in rows,
+        "layer_norm": "layernorm_weight" in rows,
         "backend": backend,
     }
     if "gate_weight" not in rows:

@@ -54,7 +54,11 @@ class EagerLoop(nn.Module):
         self.experts = nn.ModuleList()
         for e in range(smop.num_experts):
             first, second, norm = nn.Linear(D, H), nn.Linear(H, O), nn.LayerNorm(O)
-            pairs = ((first, smop.w1, smop.b1), (second, smop.w2, smop.b2), (norm, smop.ln_weight, smop.ln_bias))
+            pairs = (
+                (first, smop.w1, smop.bias1),
+                (second, smop.w2, smop.bias2),
+                (norm, smop.layernorm_weight, smop.layernorm_bias),
+            )
             for module, weight, bias in pairs:
                 module.weight = nn.Parameter(weight[e].detach().clone())
                 module.bias = nn.Parameter(bias[e].detach().clone())

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.former_names import present_name
 from llama_smop.models.hub import Source
 
 
@@ -81,7 +82,7 @@ def _check_generation_settings(folder: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that `from_pretrained` would load; unreadable files are left out."""
+    """Shapes of the weights that `from_pretrained` would load, by present names; unreadable files are left out."""
     files = [folder / SAFE_WEIGHTS_NAME]
     if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         files = sorted(folder.glob("model-*-of-*.safetensors"))
@@ -89,7 +90,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         try:
             with safe_open(file, "pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+                for name in weights.keys():  # noqa: SIM118
+                    shapes[present_name(name)] = tuple(weights.get_slice(name).get_shape())
         except (OSError, SafetensorError):
             continue  # loading reports what is wrong with it
     return shapes

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from llama_smop import files
 from llama_smop.models import hub, seal
 from llama_smop.models.checkpoint_checks import absent, check_folder, refuse_disagreement, refuse_non_finite
+from llama_smop.models.former_names import KEY_MAPPING
 from llama_smop.models.hub import Source
 from llama_smop.models.part_weights import load_part, part_weights
 
@@ -69,6 +70,7 @@ class CheckpointMixin:
                 disagrees with its config.
         """
         kwargs["ignore_mismatched_sizes"] = True
+        kwargs["key_mapping"] = KEY_MAPPING | (kwargs.get("key_mapping") or {})
         source = hub.Source(pretrained_model_name_or_path, kwargs)
         if "config" not in kwargs:
             check_folder(cls, source)

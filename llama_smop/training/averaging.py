@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from llama_smop import files
 from llama_smop.models import seal
+from llama_smop.models.former_names import present_name
 from llama_smop.training import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
 def _mean(paths: list[Path]) -> dict[str, torch.Tensor]:
     """Tensor by tensor, so that memory holds one model and one tensor at most."""
     sources = [safe_open(path, "pt") for path in paths]
-    names = [set(source.keys()) for source in sources]
+    # A training that an earlier version began has checkpoints with names of both.
+    saved = [{present_name(name): name for name in source.keys()} for source in sources]  # noqa: SIM118
+    names = [set(own) for own in saved]
     for path, own in zip(paths, names, strict=True):
         if own != names[0]:
             differing = ", ".join(sorted(own ^ names[0])[:3])
@@ -66,10 +69,10 @@ def _mean(paths: list[Path]) -> dict[str, torch.Tensor]:
             )
     mean = {}
     for name in sorted(names[0]):
-        newest = mean[name] = sources[0].get_tensor(name)
+        newest = mean[name] = sources[0].get_tensor(saved[0][name])
         total = newest.double() if newest.is_floating_point() else None
-        for path, source in zip(paths[1:], sources[1:], strict=True):
-            value = source.get_tensor(name)
+        for path, source, own in zip(paths[1:], sources[1:], saved[1:], strict=True):
+            value = source.get_tensor(own[name])
             if (value.shape, value.dtype) != (newest.shape, newest.dtype):
                 raise ValueError(
                     f"{path}: {name} is {tuple(value.shape)} {value.dtype}, in {paths[0]} {tuple(newest.shape)} "

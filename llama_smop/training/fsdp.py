@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from llama_smop.models.avhubert import FRONT_BLOCKS
+from llama_smop.models.former_names import present_name
 from llama_smop.projector import DenseProjector, SMoPProjector
 from llama_smop.training import weight_decay
 
@@ -89,7 +90,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
     """Load the weights in `file` into a sharded model; weights that it does not have keep their values."""
     own = model.state_dict()
     for name, value in load_file(file).items():
-        own[name].copy_(scatter(value, own[name]))
+        mine = own[present_name(name)]
+        mine.copy_(scatter(value, mine))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:

@@ -6,6 +6,8 @@ from itertools import chain
 from torch import nn
 from transformers import Trainer
 
+from llama_smop.projector import FORMER_NAMES, StackedMLPs
+
 
 def decayed_names(model: nn.Module) -> list[str]:
     """Names of the parameters with weight decay: matrices, convolution kernels and embeddings.
@@ -40,7 +42,7 @@ def regrouped(state: dict, model: nn.Module) -> dict:
     Earlier versions grouped by transformers' rule. A state with any other groups is returned unchanged.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    before = _split(trained, Trainer.get_decay_parameter_names(None, model))
+    before = _split(trained, [*Trainer.get_decay_parameter_names(None, model), *_formerly_decayed(model)])
     now = _split(trained, decayed_names(model))
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes == [len(names) for names in now] or sizes != [len(names) for names in before]:
@@ -53,6 +55,17 @@ def regrouped(state: dict, model: nn.Module) -> dict:
         groups.append(group | {"params": list(range(start, start + len(names)))})
         start += len(names)
     return state | {"state": {places[number]: v for number, v in state["state"].items()}, "param_groups": groups}
+
+
+def _formerly_decayed(model: nn.Module) -> list[str]:
+    """Parameters of projectors that transformers' rule spares now, and did not by their names in earlier versions."""
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, StackedMLPs)
+        for former, name in FORMER_NAMES.items()
+        if "bias" not in former
+    ]
 
 
 def _split(names: Sequence[str], decayed: Sequence[str]) -> tuple[list[str], list[str]]:

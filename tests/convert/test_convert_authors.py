@@ -153,7 +153,7 @@ def test_disjoint_experts_by_a_key_map(tmp_path):
     save_file(state, tmp_path / "dedr.safetensors")
     with pytest.raises(ValueError, match="name its keys in a key map"):
         convert_authors(tmp_path / "dedr.safetensors", tmp_path / "model", **PARTS)
-    names = {"0": ("w1", "b1"), "2": ("w2", "b2"), "3": ("ln_weight", "ln_bias")}
+    names = {"0": ("w1", "bias1"), "2": ("w2", "b2"), "3": ("layernorm_weight", "ln_bias")}  # earlier names too
     rules = []
     for prefix, router, shift in (("a_mix", 0, ""), ("v_mix", 1, "+4")):
         rules.append({"pattern": rf"{prefix}\.gate\.weight", "target": f"multi_modal_projector.gate_weight[{router}]"})

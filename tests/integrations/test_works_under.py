@@ -133,7 +133,9 @@ def test_a_gradient_that_is_kept_is_not_overwritten_by_the_next_step():
 
 @pytest.mark.parametrize("frozen", ("experts", "router"))
 def test_frozen_parts(frozen):
-    names = ("gate_weight",) if frozen == "router" else ("w1", "b1", "w2", "b2", "ln_weight", "ln_bias")
+    names = (
+        ("gate_weight",) if frozen == "router" else ("w1", "bias1", "w2", "bias2", "layernorm_weight", "layernorm_bias")
+    )
     module, inputs = make(), batch()
     expected = gradients(module, *inputs)
     for name in names:

@@ -74,7 +74,7 @@ def test_a_config_of_other_sizes_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     config["projector_config"]["hidden_features"] = 100
     (saved / "config.json").write_text(json.dumps(config))
-    _expect_one_line(saved, "another shape.*multi_modal_projector.b1")
+    _expect_one_line(saved, "another shape.*multi_modal_projector.bias1")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def spared(module) -> set[str]:
 
 
 def test_of_stacked_parameters_the_matrices_are_decayed():
-    vectors = {"b1", "b2", "ln_weight", "ln_bias"}
+    vectors = {"bias1", "bias2", "layernorm_weight", "layernorm_bias"}
     assert spared(model().multi_modal_projector) == vectors
     assert (
         spared(model(kind="dense").multi_modal_projector)
@@ -59,6 +59,18 @@ def test_a_zero_gradient_shrinks_what_is_decayed_and_leaves_the_rest():
     assert all((p == 1).all() for name, p in projector.named_parameters() if name not in shrunk)
 
 
+@pytest.mark.parametrize("kind", ("smop", "dense"))
+def test_a_plain_trainer_spares_the_same_of_the_projector(kind, tmp_path):
+    """Inside a user's model, whose Trainer knows parameters by their names."""
+    projector = nn.Sequential(nn.Linear(4, 16), model(kind=kind).multi_modal_projector)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], weight_decay=0.1)
+    groups = Trainer(model=projector, args=args).create_optimizer().param_groups
+    names = {p: n for n, p in projector.named_parameters()}
+    spared_by_it = {names[p] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert spared_by_it == spared(projector)
+    assert {"1.bias1", "1.bias2"} <= spared_by_it
+
+
 @pytest.fixture
 def trainer(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], weight_decay=0.1)
@@ -79,6 +91,8 @@ def test_a_training_goes_on_from_a_checkpoint_of_the_earlier_groups(trainer, sha
     ours = trainer.model
     by_name = set(Trainer.get_decay_parameter_names(None, ours))
     names = {p: n for n, p in ours.named_parameters() if p.requires_grad}
+    # Then the projector's were b1, b2, ln_weight and ln_bias, of which it spared the last.
+    by_name |= {f"multi_modal_projector.{name}" for name in ("bias1", "bias2", "layernorm_weight")}
     earlier = AdamW(
         [
             {"params": [p for p, n in names.items() if (n in by_name) == decayed], "weight_decay": decay}
