@@ -77,7 +77,7 @@ def _check_generation_settings(folder: Path) -> None:
     try:
         if file.exists() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
             raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: {file.name} cannot be read ({error}); copy it again") from None
 
 

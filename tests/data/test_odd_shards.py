@@ -78,6 +78,7 @@ def with_members(tar, change):
         (lambda n, m: [(k, b"{}" if k == f"{n}.json" else v) for k, v in m], "its .json does not say"),
         (lambda n, m: [(k, b"[1]" if k == f"{n}.json" else v) for k, v in m], "its .json does not say"),
         (lambda n, m: [(k, b"\xff" if k == f"{n}.json" else v) for k, v in m], "its .json does not say"),
+        (lambda n, m: [(k, b"[" * 100_000 if k == f"{n}.json" else v) for k, v in m], "its .json does not say"),
         (lambda n, m: [(k, v) for k, v in m if k != f"{n}.json"], "its .json does not say"),
         (lambda n, m: [(k, v) for k, v in m if k not in (f"{n}.wav", f"{n}.mp4")], "has no media file"),
         (lambda n, m: [*m, *((k, v) for k, v in m if k == f"{n}.wav")], "has its .wav twice"),
@@ -111,6 +112,7 @@ def test_a_bad_member_of_a_shard_is_named_and_another_clip_takes_its_place(small
         lambda index: index["shards"][0].update(name=7),
         lambda index: index.update(shards=[]),
         lambda index: index.update(shards=3, words=None),
+        lambda index: index.update(words="bin blue"),
         lambda index: index["shards"].append("clips"),
     ),
 )
@@ -121,3 +123,9 @@ def test_an_index_that_is_none_is_named(shards, tmp_path, change):
     with pytest.raises(ShardError, match=rf"^{tmp_path}/index\.json: ") as caught:
         read_index(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ShardError, match=rf"^{tmp_path}/index\.json: not the index"):
+        read_index(tmp_path)

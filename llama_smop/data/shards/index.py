@@ -65,7 +65,7 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
     try:
         with open_file(source, INDEX) as stream:
             index = json.loads(stream.read())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShardError(f"{where}: not the index of written shards ({first_line(error)})") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ShardError(
@@ -74,7 +74,9 @@ def read_index(source: str | os.PathLike) -> ShardIndex:
         )
     try:
         shards = tuple(_shard(entry) for entry in index["shards"])
-        words = tuple(str(word) for word in index["words"])
+        words = tuple(index["words"])
+        if not isinstance(index["words"], list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"expected a list of words, got {reprlib.repr(index['words'])}")
     except KeyError as error:
         raise ShardError(f"{where}: not the index of written shards (without {error})") from None
     except (TypeError, ValueError) as error:

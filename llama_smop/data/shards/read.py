@@ -169,7 +169,7 @@ class ShardClips:
 def _about(clip: dict[str, bytes]) -> dict[str, str] | None:
     try:
         about = json.loads(clip.get("json", b""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("id", "text"))
     return about if whole else None

@@ -1,7 +1,6 @@
 """A picture of a corpus: clips as strips of frames over time, with their words and their sound below."""
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from llama_smop import files
 from llama_smop.data.lrs3 import Clip, LabelError, load_clip, read_labels
 from llama_smop.data.media import write_bytes
+from llama_smop.data.synthetic.journal import read_journal
 from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
 
 _FRAMES = 16  # columns of the strip
@@ -46,11 +46,7 @@ def _choose(root: Path, n: int) -> list[tuple[str, Clip]]:
 
 
 def _word_times(root: Path) -> dict[str, list]:
-    path = root / "clips.jsonl"
-    if not path.exists():
-        return {}
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {record["path"]: record["words"] for record in records}
+    return {record["path"]: record["words"] for record in read_journal(root)}
 
 
 def _spectrogram(samples: np.ndarray) -> np.ndarray:

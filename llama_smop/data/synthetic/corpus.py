@@ -36,6 +36,7 @@ from llama_smop.data.media import write_audio, write_video
 from llama_smop.data.synthetic import mouth
 from llama_smop.data.synthetic.articulation import articulation
 from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
+from llama_smop.data.synthetic.journal import JOURNAL, read_journal
 from llama_smop.data.synthetic.speech import speak
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.processes import exit_with_parent
@@ -237,18 +238,14 @@ def _finished(root: Path, tasks: list[_Task]) -> dict[int, dict]:
     """Records of the clips that an earlier run finished and whose files are still as it left them."""
     by_index = {task.index: task for task in tasks}
     kept: dict[int, dict] = {}
-    journal = root / "clips.jsonl"
-    if not journal.exists():
-        return kept
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            continue
+    for record in read_journal(root):
         task = by_index.get(record["index"])
+        planned = None if task is None else (task.split, task.path, " ".join(task.words))
+        if planned is None or planned != (record["split"], record["path"], record["text"]):
+            continue
         mp4 = root / DATASET / record["path"]
         wav = mp4.with_suffix(".wav")
-        if task is None or task.path != record["path"] or not (mp4.exists() and wav.exists()):
+        if not (mp4.exists() and wav.exists()):
             continue
         if record["sha256"] == {"mp4": _sha256(mp4), "wav": _sha256(wav)}:
             kept[task.index] = record
@@ -295,7 +292,7 @@ def make_corpus(
     bar = tqdm(total=len(tasks), initial=len(records), desc="corpus", unit="clip", disable=not progress)
     with ExitStack() as stack:
         stack.enter_context(bar)
-        journal = stack.enter_context(open(root / "clips.jsonl", "a", encoding="utf-8"))
+        journal = stack.enter_context(open(root / JOURNAL, "a", encoding="utf-8"))
         if records:
             journal.write("\n")  # ends a line that a kill may have cut
         made = stack.enter_context(closing(_records(todo, root, settings, workers)))
@@ -306,7 +303,7 @@ def make_corpus(
             bar.update()
 
     ordered = [records[task.index] for task in tasks]
-    files.write_text(root / "clips.jsonl", "".join(json.dumps(record) + "\n" for record in ordered))
+    files.write_text(root / JOURNAL, "".join(json.dumps(record) + "\n" for record in ordered))
     counts, hashes = {}, {}
     for split in SPLITS:
         own = [r for r in ordered if r["split"] == split]

@@ -161,6 +161,17 @@ def test_a_damaged_clip_is_made_again(small_corpus, corpus_copy):
     assert_same_tree(corpus_copy, small_corpus)
 
 
+@pytest.mark.parametrize(
+    "line", (b"5", b"{}", b'{"index": [], "path": 3}', b"\xff\xfe", b"[" * 100_000), ids=lambda line: repr(line[:12])
+)
+def test_damaged_lines_of_the_journal_are_left_out(small_corpus, corpus_copy, tmp_path, line):
+    with open(corpus_copy / "clips.jsonl", "ab") as journal:
+        journal.write(line + b"\n")
+    assert contact_sheet(corpus_copy, tmp_path / "sheet.png", n=1).exists()
+    make_corpus(corpus_copy, clips=12, seed=3, progress=False, workers=1)
+    assert_same_tree(corpus_copy, small_corpus)
+
+
 def test_another_seed_gives_other_clips(small_corpus, tmp_path):
     other = make_corpus(tmp_path / "other", clips=8, seed=4, progress=False, workers=1)
     assert not set(tree(other).values()) & set(tree(small_corpus).values())
