@@ -18,15 +18,19 @@ NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def check_file(target: str | Path) -> Path:
+def check_file(target: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     """The path that a write to `target` changes, links followed. Makes its folder.
 
+    inputs: files that the same command reads.
+
     Raises:
-        OSError: `target` is a folder, or cannot be written.
+        OSError: `target` is a folder or one of `inputs`, or cannot be written.
     """
     real = Path(os.path.realpath(target))
     if real.is_dir():
         raise IsADirectoryError(f"{target}: is a folder; name a file to write")
+    if real.is_file() and any(os.path.isfile(path) and os.path.samefile(real, path) for path in inputs):
+        raise FileExistsError(f"{target}: is read by this command and would be lost; name another file to write")
     real.parent.mkdir(parents=True, exist_ok=True)
     beside = not real.exists() or real.is_file()
     if not (beside and os.access(real.parent, os.W_OK | os.X_OK)) and not os.access(real, os.W_OK):

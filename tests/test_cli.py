@@ -127,3 +127,30 @@ def test_a_noise_ratio_that_is_none_is_refused(snr):
     with pytest.raises(ValueError, match="--snr takes decibels"):
         _snr(snr)
     assert _snr("-5") == -5 and _snr("clean") is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    (
+        ["transcribe", "talk.mp4", "--model", "m", "--srt", "talk.mp4"],
+        ["transcribe", "talk.mp4", "--model", "m", "--json", "talk.wav"],
+        ["transcribe", "other.mp4", "talk.mp4", "--model", "m", "--vtt", "link"],
+        ["crop", "talk.mp4", "--out", "talk.mp4"],
+        ["crop", "talk.mp4", "--out", "talk.wav"],
+        ["crop", "talk.mp4", "--out", "new.mp4", "--sheet", "hard.mp4"],
+        ["evaluate", "--model", "m", "--root", ".", "--json", "labels/test.csv"],
+        ["evaluate", "--model", "m", "--root", ".", "--json", "talk.wav", "--noise", "talk.wav"],
+    ),
+    ids=" ".join,
+)
+def test_no_command_writes_over_what_it_reads(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("talk.mp4", "talk.wav", "labels/test.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    os.link("talk.mp4", "hard.mp4")
+    (tmp_path / "link").mkdir()
+    os.symlink(tmp_path / "talk.mp4", tmp_path / "link/talk.vtt")
+    with pytest.raises(SystemExit, match="is read by this command and would be lost"):
+        main(command)
+    assert all((tmp_path / name).read_text() == "precious" for name in ("talk.mp4", "talk.wav", "labels/test.csv"))

@@ -41,7 +41,7 @@ def evaluate(
     snrs = [_snr(text) for text in snr or ["clean"]]
     here = PartialState(cpu=not torch.cuda.is_available())  # one process, or a rank of torchrun with its own GPU
     if json is not None and here.is_main_process:
-        files.check_file(json)
+        files.check_file(json, (root / "labels" / labels, root / "labels" / babble_labels, labels, noise))
     loaded, processor = model_folder.load(model, here.device)
     rows, transcripts = module.evaluate(
         loaded,

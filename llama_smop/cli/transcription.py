@@ -54,9 +54,10 @@ def crop(
     """Cut the mouth out of a video, 96×96 and with its sound, as the models are trained on."""
     from llama_smop import files
     from llama_smop.data.faces.export import crop_video
+    from llama_smop.data.media import files_of
 
     which = _face(face)
-    for target in (out, sheet):
-        if target is not None:
-            files.check_file(target)
+    places = [files.check_file(target, files_of(video)) for target in (out, sheet) if target is not None]
+    if len(set(places)) < len(places):
+        raise ValueError(f"{sheet}: --out and --sheet name the same file")
     print(crop_video(video, out, sheet=sheet, face=which))

@@ -304,6 +304,12 @@ def audio_path(video_path: str | os.PathLike) -> Path:
     return wav
 
 
+def files_of(recording: str | os.PathLike) -> tuple[Path, Path]:
+    """The files that are read of a recording: itself, and the .wav beside it, which need not be there."""
+    path = Path(recording)
+    return path, path.parent / f"{path.stem}.wav"
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

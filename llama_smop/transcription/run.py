@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llama_smop import files
-from llama_smop.data.media import MediaError
+from llama_smop.data.media import MediaError, files_of
 from llama_smop.evaluation.run import supported
 from llama_smop.models import model_folder
 from llama_smop.models.units import WHISPER_RATE
@@ -141,14 +141,15 @@ class Outputs:
         """Check every place, before anything is computed.
 
         Raises:
-            OSError: a place that cannot be written. ValueError: two files that would be written to one place.
+            OSError: a place that cannot be written, or is one of the recordings. ValueError: two files that would be
+                written to one place.
         """
         self._places: dict[tuple[Path, str], Path] = {}
         taken: dict[Path, Path] = {}
         for kind, place in (("srt", srt), ("vtt", vtt), ("json", json)):
             for path in map(Path, paths) if place is not None else ():
                 target = place if len(paths) == 1 else place / f"{path.stem}.{kind}"
-                real = files.check_file(target)
+                real = files.check_file(target, [file for each in paths for file in files_of(each)])
                 if real in taken:
                     raise ValueError(f"{target}: would hold the transcripts of {taken[real]} and of {path}")
                 taken[real] = path
