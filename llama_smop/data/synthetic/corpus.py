@@ -240,8 +240,8 @@ def _finished(root: Path, tasks: list[_Task]) -> dict[int, dict]:
     kept: dict[int, dict] = {}
     for record in read_journal(root):
         task = by_index.get(record["index"])
-        planned = None if task is None else (task.split, task.path, " ".join(task.words))
-        if planned is None or planned != (record["split"], record["path"], record["text"]):
+        found = (record["split"], record["path"], record["text"])
+        if task is None or found != (task.split, task.path, " ".join(task.words)):
             continue
         mp4 = root / DATASET / record["path"]
         wav = mp4.with_suffix(".wav")
