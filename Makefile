@@ -14,7 +14,7 @@ GPU_EXTENSION := $(GPU_BUILD)/extension
 GPU_ENV  = PYTHONPATH=$(CURDIR):$(abspath $(SMOPCUDA)/..) SMOPCUDA_CACHE=$(GPU_BUILD)/smopcuda \
 	PTXRUN_CACHE=$(GPU_BUILD)/ptxrun LLAMA_SMOP_GPU_PATH_EXTENSION=$(GPU_EXTENSION)/llama_smop
 
-.PHONY: demo demo-full test test-all test-slow lint bench clean gpu-path gpu-path-all smopcuda
+.PHONY: demo demo-full test test-all test-slow lint bench clean gpu-path gpu-path-all smopcuda test-versions
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY)
@@ -37,6 +37,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel in an environment with the lowest versions that pyproject.toml allows, and in one with the newest on the
+# index, away from the checkout. Each takes some 6 GB and minutes to install.
+test-versions: $(READY)
+	rm -rf build/versions/dist build/versions/tests
+	LLAMA_SMOP_BUILD_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/versions/dist . > build/versions.log 2>&1
+	for resolution in lowest-direct highest; do PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/versions.sh $$resolution || exit 1; done
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks cpu

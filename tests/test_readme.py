@@ -51,12 +51,15 @@ def operands() -> dict:
 
 
 def mixtral() -> dict:
-    """What docs/integrations.md's snippets take as given: a model with experts that both of them know."""
+    """What docs/integrations.md's snippets take as given: a model with experts that all of them know, the kernels."""
     from transformers import MixtralConfig, MixtralForCausalLM
+
+    from llama_smop.integrations import kernels_hub
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return {
-        "model": MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes))
+        "model": MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes)),
+        "folder": kernels_hub.write("kernels"),
     }
 
 

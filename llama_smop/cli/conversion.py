@@ -1,4 +1,4 @@
-"""`convert`."""
+"""`convert`, `kernels`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,3 +42,13 @@ def convert(
         partial=partial,
     )
     print(f"{report.summary()}\n{to}")
+
+
+@app.command()
+def kernels(
+    out: Annotated[Path, typer.Argument(help="Folder to make, or one that this command made.", callback=utf8)],
+) -> None:
+    """Write the Triton kernels as a folder that Hugging Face's `kernels` package loads without an install of ours."""
+    from llama_smop.integrations import kernels_hub
+
+    print(kernels_hub.write(out))

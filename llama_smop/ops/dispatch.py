@@ -15,10 +15,10 @@ import torch
 from llama_smop.ops import trust
 from llama_smop.ops.backend import Backend
 
-MODULES = {
-    "torch": "llama_smop.ops.backends.torch",
-    "triton": "llama_smop.triton_kernels.projection",
-    "cuda": "llama_smop.ops.backends.cuda",
+MODULES = {  # from this package, which may have been copied under another name
+    "torch": ".backends.torch",
+    "triton": "..triton_kernels.projection",
+    "cuda": ".backends.cuda",
 }
 BACKENDS = tuple(MODULES)
 BACKENDS_BY_SPEED = "cuda", "triton", "torch"
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def module(name: str) -> Backend:
     """The backend `name`. Raises ImportError, with the remedy, where something it needs is not installed."""
     try:
-        return cast(Backend, import_module(MODULES[name]))
+        return cast(Backend, import_module(MODULES[name], __package__))
     except ImportError as error:
         if name != "triton":
             raise

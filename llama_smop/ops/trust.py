@@ -151,7 +151,8 @@ def _entry(name: str, dtype: torch.dtype) -> str:
 
 def _key(device: torch.device) -> str:
     found = provenance.versions(("llama-smop", "torch", "triton"))
-    return "; ".join([device_name(device), f"driver {driver()}", *(f"{n} {v}" for n, v in found.items())])
+    copy = __name__.partition(".")[0]  # of this package: `integrations.kernels_hub` writes copies under other names
+    return "; ".join([device_name(device), f"driver {driver()}", copy, *(f"{n} {v}" for n, v in found.items())])
 
 
 def device_name(device: torch.device) -> str:

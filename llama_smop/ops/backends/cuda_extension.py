@@ -14,7 +14,7 @@ LN_DTYPES = {**DTYPES, torch.float32: "float32"}
 def extension() -> ModuleType:
     """`llama_smop._C`. Raises ImportError, with the remedy, when it is not built."""
     try:
-        return import_module("llama_smop._C")
+        return import_module("..._C", __package__)  # this copy's own
     except ImportError as error:
         raise ImportError(
             f"the CUDA extension cannot be imported ({error}); to build it, reinstall with nvcc on PATH and "
