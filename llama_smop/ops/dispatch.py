@@ -94,8 +94,8 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int =
     return backend
 
 
-# Under torch.compile the choice is made once, while tracing. This is all that torch.compiler.assume_constant_result does,
-# but the decorator imports the whole compiler: half of the import time of this package.
+# Under torch.compile the choice is made once, while tracing. torch.compiler.assume_constant_result does just this,
+# but importing it imports the whole compiler: half of the import time of this package.
 vars(resolve)["_dynamo_marked_constant"] = True
 
 
