@@ -14,7 +14,7 @@ GPU_EXTENSION := $(GPU_BUILD)/extension
 GPU_ENV  = PYTHONPATH=$(CURDIR):$(abspath $(SMOPCUDA)/..) SMOPCUDA_CACHE=$(GPU_BUILD)/smopcuda \
 	PTXRUN_CACHE=$(GPU_BUILD)/ptxrun LLAMA_SMOP_GPU_PATH_EXTENSION=$(GPU_EXTENSION)/llama_smop
 
-.PHONY: demo demo-full test test-all test-slow lint bench clean gpu-path gpu-path-all smopcuda test-versions
+.PHONY: demo demo-full test test-all test-slow test-versions lint bench clean extension gpu-path gpu-path-all smopcuda
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY)
@@ -24,14 +24,18 @@ demo: $(READY)
 demo-full: $(READY)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --full --out $(OUT)-full
 
-test: $(READY) $(REAL)
+test: $(READY) $(REAL) extension
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # Soak tests, and cases beside others of their kind.
-test-slow: $(READY) $(REAL)
+test-slow: $(READY) $(REAL) extension
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 test-all: test test-slow
+
+# Once for each state of csrc/, where there is an nvcc.
+extension: $(READY)
+	$(BIN)/python -m tests.cuda.extension
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,9 @@ CASES = (
 )
 
 
-def scaled(recompute: str = "none", vocabulary: int = LLAMA_3_2_1B["vocab_size"]) -> LlamaSmopConfig:
+def scaled(
+    recompute: str = "none", vocabulary: int = LLAMA_3_2_1B["vocab_size"], hidden_features: int = 4096
+) -> LlamaSmopConfig:
     """Llama 3.2's vocabulary, rates (4, 2), DEDR E 4 K 2."""
     text = {
         "vocab_size": vocabulary,
@@ -54,7 +56,7 @@ def scaled(recompute: str = "none", vocabulary: int = LLAMA_3_2_1B["vocab_size"]
         video_config=AvHubertVideoConfig(
             **video, frontend_channels=8, frontend_stride=4, trunk_channels=(16, 32, 64), trunk_blocks=(1, 1, 1)
         ),
-        projector_config={"hidden_features": 4096, "recompute": recompute},
+        projector_config={"hidden_features": hidden_features, "recompute": recompute},
         lora={"language_model": {"r": 8, "alpha": 8}},
         **{name: vocabulary - 1 - i for i, name in enumerate(marks)},
         bos_token_id=0,
@@ -90,7 +92,7 @@ def run(path: Path | None = None, quick: bool = False, say: Callable[[str], None
 
 
 def _config(quick: bool, **options) -> LlamaSmopConfig:
-    return scaled(**options, vocabulary=2000) if quick else scaled(**options)
+    return scaled(**options, vocabulary=2000, hidden_features=256) if quick else scaled(**options)
 
 
 def _workload(quick: bool) -> estimate.Workload:

@@ -23,6 +23,7 @@ from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
 from llama_smop.models import model_folder
+from llama_smop.models.units import STREAMS
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
 from llama_smop.training.config import TrainConfig, read_config
@@ -110,8 +111,9 @@ def _timed(out: Path, name: str, work: Callable[[], object]) -> None:
 
 def _score(out: Path, model, processor, seed: int) -> None:
     corpus = out / "corpus"
-    rows, _ = evaluate(model, processor, corpus, "test.csv", snrs=SNRS, seed=seed)
-    unseen, _ = evaluate(model, processor, corpus, "test_unseen_voice.csv", snrs=(None, 0), seed=seed)
+    beside = {"seed": seed, "workers": 1}  # clips are decoded beside the model
+    rows, _ = evaluate(model, processor, corpus, "test.csv", snrs=SNRS, **beside)
+    unseen, _ = evaluate(model, processor, corpus, "test_unseen_voice.csv", snrs=(None, 0), **beside)
     rows += unseen
     test = Lrs3Dataset(corpus, "test.csv")
     files.write_json(
@@ -129,10 +131,10 @@ def _score(out: Path, model, processor, seed: int) -> None:
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
     """Word error rate for silence and a blank picture of each clip's length."""
     texts = []
-    for index in range(len(test)):
-        item = test[index]
-        blank = {"audio": item["audio"] * 0, "video": torch.zeros_like(item["video"])}
-        texts += transcribe_items(model, processor, [blank])
+    for indices in torch.arange(len(test)).split(16):
+        items = [test[index] for index in indices]
+        blank = [{name: torch.zeros_like(item[name]) for name in STREAMS} for item in items]
+        texts += transcribe_items(model, processor, blank)
     return word_errors([clip.text for clip in test.clips], texts).wer
 
 

@@ -44,6 +44,7 @@ for projector in (SMoPProjector(8, 16, 8, sharing="JEJR"), DenseProjector(8, 16,
     projector(x).hidden_states.sum().backward()
 a = functional.grouped_mm(torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32))
 assert a.shape == (4, 8)
+assert "torch._dynamo" not in sys.modules, "the whole compiler was imported: half of the time of this import"
 """
     done = without(brought("gpu", "model", "train", "corpus", "shards"), script)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ Nothing is downloaded: the wheel that Python itself carries for new environments
 
 import ensurepip
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -77,3 +78,8 @@ def test_nvcc_without_what_compiles_the_binding_still_installs(fresh, tmp_path):
         )
         assert (done.returncode == 0) == ends_well, done.stderr
         assert done.stderr.count("no pybind11 and no ninja: pip install pybind11 ninja") == 1
+
+
+def test_pre_commit_has_the_ruff_of_the_environment():
+    (pinned,) = re.findall(r"^ruff==.*$", (REPOSITORY / "constraints.txt").read_text(), re.M)
+    assert set(re.findall(r"ruff==[\d.]+", (REPOSITORY / ".pre-commit-config.yaml").read_text())) == {pinned}

@@ -96,6 +96,21 @@ def test_links_lead_somewhere(path):
     assert not missing, f"dead links in {path.name}: {missing}"
 
 
+def test_what_contributing_names_is_there():
+    """In its table of where to change what: every file, and every name in one of the files of its row."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where to change what")[1].split("##")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|") and "`" in line]
+    for row in rows:
+        words = re.findall(r"`([^`]+)`", row)
+        places = [word for word in words if "/" in word]
+        gone = [place for place in places if not (ROOT / place).exists()]
+        assert places and not gone, f"{row}: no {gone or 'file'}"
+        text = "".join((ROOT / place).read_text() for place in places if (ROOT / place).is_file())
+        for name in (word for word in words if re.fullmatch(r"[\w.]+", word)):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", text), f"{row}: no {name}"
+    assert len(rows) > 10
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_and_options_in_the_documents_exist(path):
     """Every `llama-smop COMMAND --option` of a document is one that the command line has."""

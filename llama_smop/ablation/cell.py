@@ -118,9 +118,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    exit_with_parent(int(sys.argv[2]))
+def main(folder: Path, parent: int) -> None:
+    exit_with_parent(parent)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for an orphaned cell in this folder to end
         run_cell(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

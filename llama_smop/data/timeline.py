@@ -10,7 +10,6 @@ from math import gcd
 from typing import TypeVar
 
 import numpy as np
-from scipy.signal import firwin, resample_poly
 
 Item = TypeVar("Item")
 
@@ -136,11 +135,15 @@ def resampled(blocks: Iterable[np.ndarray], source: int, rate: int) -> Iterator[
 
 
 def _resample(samples: np.ndarray, up: int, down: int) -> np.ndarray:
+    from scipy.signal import resample_poly  # takes a second to import
+
     return np.asarray(resample_poly(samples, up, down, window=_low_pass(up, down)), dtype=np.float32)
 
 
 @lru_cache(maxsize=8)
 def _low_pass(up: int, down: int) -> np.ndarray:
     """The filter that `resample_poly` would make anew at every call."""
+    from scipy.signal import firwin
+
     widest = max(up, down)
     return firwin(20 * widest + 1, 1 / widest, window=("kaiser", 5.0)).astype(np.float32)

@@ -1,12 +1,14 @@
 """A tiny grid, whole: killed, gone on with, a cell that fails, and the same command again."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from llama_smop.ablation import ablate, run
+from llama_smop.ablation import ablate, cell, run
 from llama_smop.data.synthetic.corpus import make_corpus
 from tests.training import children
 
@@ -33,6 +35,32 @@ def start(grid, out):
     ablate(grid, out)
 
 
+class ForkedCell:
+    """A cell without the imports of a new interpreter; for `run_children`, the `Popen` of one."""
+
+    def __init__(self, folder: Path, threads: int, device: str | None):
+        (folder / "log.txt").touch()
+        self._child = children.start(logged_cell, folder)
+
+    returncode = property(lambda self: self._child.exitcode)
+
+    def poll(self) -> int | None:
+        return self._child.exitcode
+
+    def terminate(self) -> None:
+        self._child.terminate()
+
+    def wait(self) -> None:
+        self._child.join()
+
+
+def logged_cell(folder: Path) -> None:
+    with open(folder / "log.txt", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    cell.main(folder, os.getppid())
+
+
 def test_a_grid_is_killed_fails_in_part_and_ends_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, grid = tmp_path / "out", tmp_path / "grid.yaml"
@@ -54,6 +82,7 @@ def test_a_grid_is_killed_fails_in_part_and_ends_whole(tmp_path, monkeypatch):
     killed.join()
     result = out / "cells" / SPARSE / "result.json"
     assert not result.exists(), "the cell ended before it could be killed"
+    monkeypatch.setattr(run, "_start", ForkedCell)  # those that were killed were as `_start` has them
 
     with pytest.raises(RuntimeError, match="1 of 2 cells failed") as error:
         ablate(grid, out)
@@ -88,8 +117,8 @@ def test_a_grid_is_killed_fails_in_part_and_ends_whole(tmp_path, monkeypatch):
     assert result.stat().st_mtime_ns == before, "a slip of the pen cost a result"
     grid.write_text(yaml.safe_dump(rescored))
     ablate(grid, out)
-    (cell,) = json.loads((out / "results.json").read_text())["cells"]
-    assert [(r["modality"], r["snr"]) for r in cell["rows"]] == [("audio", None)]
+    (rescored_cell,) = json.loads((out / "results.json").read_text())["cells"]
+    assert [(r["modality"], r["snr"]) for r in rescored_cell["rows"]] == [("audio", None)]
     assert (out / "cells" / SPARSE / "trained.json").stat().st_mtime_ns == trained, "it was only to be scored anew"
 
     grid.write_text(yaml.safe_dump(asked | {"set": {"optimizer": {"steps": STEPS + 1}}}))

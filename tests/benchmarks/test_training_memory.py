@@ -30,7 +30,19 @@ def test_the_peak_of_resident_memory_is_measured():
     assert 0.9 * size < grown < 1.5 * size, f"{grown} bytes measured where {size} were held"
 
 
-def test_a_case_that_fails_says_what_the_process_said():
+def test_a_case_that_fails_says_what_the_process_said(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(training_memory.sys, "executable", str(python))
+    with pytest.raises(ValueError, match=r"the case {'recompute': 'hz'} ended with status 3: out of luck"):
+        training_memory._in_a_child({"recompute": "hz"}, quick=True)
+
+
+@pytest.mark.slow
+def test_a_case_runs_in_a_process_of_its_own():
+    found = training_memory._in_a_child({"recompute": "hz"}, quick=True)
+    assert found["model_bytes"] > 0 and found["peak_bytes"] > 0
     with pytest.raises(ValueError, match="recompute must be one of"):
         training_memory._in_a_child({"recompute": "everything"}, quick=True)
 

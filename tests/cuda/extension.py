@@ -62,3 +62,7 @@ def on_ptxrun() -> ModuleType:
     """The shared module over ptxrun's CUDA runtime, which has to be in the process first."""
     ptxrun_support.load("ptxrun.cuda").install()
     return _load("llama_smop_ptxrun._C", path("shared"))
+
+
+if __name__ == "__main__":  # so that `make test` compiles on all cores first, not one test worker while others wait
+    print(f"the extension for the tests: {missing() or path('static')}")

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 from llama_smop import DenseProjector, SMoPProjector, functional
-from llama_smop.ops import expert_projection, grouped_mm, route
+from llama_smop.ops import dispatch, expert_projection, grouped_mm, route
 from tests.ops.problems import PARAMETERS, make, relative_error
 from tests.rounding import assert_same_gradients, assert_same_sums
 
@@ -143,6 +143,12 @@ def test_whole_layer_compiles_to_one_graph_forward_and_backward(backend, fresh_c
     assert_same_sums(out.hidden_states, expected.hidden_states, ADDITIONS, "the output")
     found = {name: parameter.grad for name, parameter in compiled.named_parameters()}
     assert_same_gradients(found, {name: expected_grads[name] for name in found}, ADDITIONS)
+
+
+def test_the_choice_of_the_backend_is_a_constant_to_the_compiler():
+    """`dispatch` sets what the decorator sets, without importing the compiler for it."""
+    marks = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marks and marks.items() <= vars(dispatch.resolve).items()
 
 
 def test_a_changing_number_of_tokens_does_not_recompile(fresh_compiler):

@@ -13,9 +13,7 @@ from unittest import mock
 LIMIT_S = 900  # a child that is not done by then hangs
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["llama_smop.training.run", "llama_smop.models.tiny", "tensorboard.summary.writer.event_file_writer"]
-)
+CONTEXT.set_forkserver_preload(["tests.training.preload"])
 # What Python does to the file system; safetensors and torch.save open their files in C++, out of sight.
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
@@ -60,10 +58,12 @@ def blank_picture(figure, caption: str) -> str:
 def _quiet(target, *args) -> None:
     import torch
 
-    from llama_smop.reports import training
+    from llama_smop.reports import plots, training
 
     torch.set_num_threads(1)
     training.picture = blank_picture
+    for name in ("losses", "schedule", "expert_load", "router_entropy"):
+        setattr(plots, name, lambda *_, **__: None)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -68,6 +68,9 @@ _ZOOM = 1.3  # and cropped around the mouth, as lip-reading data sets are
 _SHIFT = 4  # fractional bits of OpenCV's coordinates
 _CENTRE_X, _CENTRE_Y = 48.0, 50.0
 _MOUTH = np.s_[60:180, 36:156]  # rows and columns that the mouth can reach, at the drawn size
+_SHINE = (1 - np.linspace(-1, 1, 13)[:, None] ** 2) * (0, 0.55)  # half the thickness of the light on the lower lip
+_ACROSS = np.linspace(-1, 1, 17)  # from one corner of the opening to the other
+_ARCH = 1 - _ACROSS * _ACROSS
 
 
 def _skin_texture(face: Face, rng: np.random.Generator) -> np.ndarray:
@@ -126,7 +129,7 @@ def _skin_texture(face: Face, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fixed_point(points: np.ndarray) -> np.ndarray:
-    return np.round(points * (_SCALE << _SHIFT)).astype(np.int32)
+    return np.rint(points * (_SCALE << _SHIFT)).astype(np.int32)
 
 
 def _lip_contours(a: np.ndarray, face: Face) -> dict[str, np.ndarray]:
@@ -225,8 +228,7 @@ def _draw_lips(canvas: np.ndarray, lines: dict[str, np.ndarray], press: float, p
         _fill(canvas, _closed(bottom + share * (inner_bottom - bottom), inner_bottom), palette.lips * tone)
     if press < 0.6:
         middle = bottom[10:23] + 0.45 * (inner_bottom[10:23] - bottom[10:23])
-        thickness = (1 - np.linspace(-1, 1, 13)[:, None] ** 2) * (0, 0.55)
-        _fill(canvas, _closed(middle - thickness, middle + thickness), palette.shine)
+        _fill(canvas, _closed(middle - _SHINE, middle + _SHINE), palette.shine)
 
 
 def _draw_between_lips(canvas: np.ndarray, lines: dict[str, np.ndarray], pose: np.ndarray, palette: _Palette) -> None:
@@ -246,10 +248,12 @@ def _draw_between_lips(canvas: np.ndarray, lines: dict[str, np.ndarray], pose: n
 
     roof, floor = inner_top[16, 1], inner_bottom[16, 1]
     half = (inner_top[-1, 0] - inner_top[0, 0]) / 2
-    u = np.linspace(-1, 1, 17)
 
     def arc(height: float, width: float, bulge: float) -> np.ndarray:
-        return np.stack([_CENTRE_X + half * width * u, height + bulge * (1 - u * u)], axis=-1) - origin
+        line = np.empty((len(_ACROSS), 2))
+        line[:, 0] = _CENTRE_X + half * width * _ACROSS
+        line[:, 1] = height + bulge * _ARCH
+        return line - origin
 
     # The upper teeth stay with the skull, the lower ones go with the jaw.
     edge = min(_CENTRE_Y + 1.2 + 0.6 * jaw, roof + 5.2)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
 
-from scipy.stats import t as student_t
-
 from llama_smop.evaluation.wer import snr_order
 from llama_smop.models.units import MODALITIES
 
@@ -112,6 +110,8 @@ def paired(values: Sequence[float]) -> tuple[float, float, float]:
     Raises ValueError: fewer than two values, which have no spread.
     """
     n = len(values)
+    from scipy.stats import t as student_t  # takes seconds to import
+
     if n < 2:
         raise ValueError(f"a spread needs at least two seeds, got {n}")
     mean, error = fmean(values), stdev(values) / n**0.5
