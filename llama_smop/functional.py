@@ -121,7 +121,7 @@ def expert_projection(
     rows = Schedule(*(_projection.schedule(experts, X, backend) if schedule is None else schedule))
     if schedule is not None:
         _projection.check_schedule(experts, X, rows)
-        rows = _projection.bounded(rows)
+        _projection.check_rows(rows)
     y, *_ = _projection.expert_projection(x, weights, experts, rows, parameters, activation, eps, recompute, backend)
     return y
 

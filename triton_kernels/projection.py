@@ -175,7 +175,7 @@ def expert_projection_bwd(
             dz, w2, offs, dh, pre=kept, sums=dh_sums and dh_sums.sums, gradient=True, activation=activation
         ))  # fmt: skip
     if z_sums or dh_sums:
-        run(sum_partials(offs, z_sums, dh_sums, dgamma, dbeta, db2, db1))
+        run(sum_partials(offs, h.shape[0], z_sums, dh_sums, dgamma, dbeta, db2, db1))
     if need_dparams:
         run(grouped_wgrad(dz, h, offs, dw2))
         run(grouped_wgrad(dh, x, offs, dw1, gather=True, order=order, top_k=K))

@@ -65,21 +65,19 @@ def check_schedule(experts: Tensor, num_experts: int, schedule: Schedule) -> Non
             raise TypeError(f"{name} must be int32, as `route` returns it, got {tensor.dtype}")
 
 
-def bounded(schedule: Schedule) -> Schedule:
-    """A caller's schedule, kept from naming rows that do not exist: kernels read whatever it names.
+def check_rows(schedule: Schedule) -> None:
+    """Raise IndexError where a caller's schedule names rows that do not exist.
 
-    On a GPU, where values are not read, `offs` is clamped; elsewhere, and under LLAMA_SMOP_DEBUG=1, what does not fit
-    raises IndexError.
+    On a GPU only under LLAMA_SMOP_DEBUG=1: without it kernels take `offs` as clamped to the rows that exist.
     """
     order, inverse, offs = schedule
-    rows = order.shape[0]
     if not is_plain(schedule) or not checks.values_are_checked(offs.device):
-        return schedule._replace(offs=offs.clamp(0, rows))
+        return
+    rows = order.shape[0]
     checks.cumulative("offs", offs, rows)
     used = int(offs[-1]) if offs.numel() else 0
     checks.in_range("order", order[:used], 0, rows - 1)
     checks.in_range("inverse", inverse, -1, used - 1)
-    return schedule
 
 
 def _check(x, weights, experts, schedule, parameters, activation, eps, recompute, backend) -> None:
