@@ -52,7 +52,7 @@ class SMoPProjector(nn.Module):
         layer_norm: bool = True,
         backend: str = "auto",
         eps: float = 1e-5,
-        recompute: str = "none",
+        recompute: str | int = "none",
         global_aux_losses: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -156,7 +156,7 @@ class DenseProjector(nn.Module):
         layer_norm: bool = False,
         backend: str = "auto",
         eps: float = 1e-5,
-        recompute: str = "none",
+        recompute: str | int = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
