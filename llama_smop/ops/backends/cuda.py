@@ -36,8 +36,8 @@ def _ptr(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-class _launches:
-    """Makes the device of a tensor current and holds its stream: `with _launches(x) as stream:`."""
+class launches:
+    """Makes the device of a tensor current and holds its stream: `with launches(x) as stream:`."""
 
     def __init__(self, tensor: Tensor):
         self.device = tensor.device
@@ -79,7 +79,7 @@ def route_fwd(
     balance, z_loss = f32(), f32()
     order, inverse, offs = i32(T * K), i32(T, K), i32(X)
     block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
-    with _launches(x) as stream:
+    with launches(x) as stream:
         ext.route_fwd(
             **_route_sizes(ext, x, gate_weight, K), experts=X,
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
@@ -111,7 +111,7 @@ def route_bwd(
     partial = logits.new_empty(ext.gate_splits(T), R, E, D)
     dgate = torch.empty_like(gate_weight)
     dx = torch.empty_like(x) if need_dx else None
-    with _launches(x) as stream:
+    with launches(x) as stream:
         ext.route_bwd(
             **_route_sizes(ext, x, gate_weight, K),
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
@@ -129,7 +129,7 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     i32 = _like(experts, torch.int32)
     order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
     block_counts = i32(ext.route_blocks(T), num_experts)
-    with _launches(experts) as stream:
+    with launches(experts) as stream:
         ext.schedule(
             tokens=T, experts=num_experts, top_k=K, chosen=_ptr(experts), order=_ptr(order), inverse=_ptr(inverse),
             offs=_ptr(offs), block_counts=_ptr(block_counts), stream=stream,
@@ -150,7 +150,7 @@ def _like(tensor: Tensor, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
-def _gemm(
+def gemm(
     stream, a, b, offs, rows, *,
     order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, first=False,
 ) -> Tensor:  # fmt: skip
@@ -173,7 +173,7 @@ def _gemm(
     return out
 
 
-def _wgrad(stream, a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
+def wgrad(stream, a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
     """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n); the columns of a and b have unit strides."""
     ext = extension()
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
@@ -194,16 +194,16 @@ def grouped_mm(
         raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
     if b.dim() == 2:
         # The kernel takes both operands with the summed rows outermost; anything else is copied.
-        with _launches(a) as stream:
-            return _wgrad(stream, _unit_columns(a.t()), _unit_columns(b), offs, first=True), a.new_empty(0)
+        with launches(a) as stream:
+            return wgrad(stream, _unit_columns(a.t()), _unit_columns(b), offs, first=True), a.new_empty(0)
     rows, N = a.shape[0], b.shape[2]
     pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
     if G == 0:
         return a.new_zeros(rows, N), torch.zeros_like(pre)
     ext = extension()
     dtype = ext.DTYPES[DTYPES[a.dtype]]
-    with _launches(a) as stream:
-        out = _gemm(stream, a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre, first=True)
+    with launches(a) as stream:
+        out = gemm(stream, a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre, first=True)
         for t in (out, pre):
             if t.numel():
                 ext.zero_tail(
@@ -235,9 +235,9 @@ def expert_projection_fwd(
     mean = weights.new_empty(T * K if ln_weight is not None else 0)
     rstd = torch.empty_like(mean)
     ext = extension()
-    with _launches(x) as stream:
+    with launches(x) as stream:
         h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
-        z = _gemm(stream, h, w2.transpose(1, 2), offs, T * K, bias=b2)
+        z = gemm(stream, h, w2.transpose(1, 2), offs, T * K, bias=b2)
         ext.combine_fwd(
             **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
             inverse=_ptr(inverse), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), eps=eps, y=_ptr(y),
@@ -275,13 +275,13 @@ def expert_projection_bwd(
         hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
     sizes = _combine_sizes(ext, x, weights, w2, ln_weight)
     ahead = w2 if rows <= FEW_ROWS else None  # what dh's product reads
-    with _launches(x) as stream:
+    with launches(x) as stream:
         # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
         own_h, own_z = h.numel() == 0, z.numel() == 0
         if own_h:
             h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
         if own_z:
-            z = _gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
+            z = gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
         dz = z if own_z else torch.empty_like(z)
         ext.combine_bwd(
             **sizes, experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
@@ -290,15 +290,15 @@ def expert_projection_bwd(
             dependent=False, stream=stream,
         )  # fmt: skip
         if need_dparams and own_h:
-            dw2 = _wgrad(stream, dz, h, offs)
+            dw2 = wgrad(stream, dz, h, offs)
         if need_dx or need_dparams:
             aux = h if activation == "relu" else pre
             over, kind = aux if own_h else None, f"{activation}_grad"
-            dh = _gemm(stream, dz, w2, offs, rows, aux=aux, epilogue=kind, sums=hidden_sums, out=over)
+            dh = gemm(stream, dz, w2, offs, rows, aux=aux, epilogue=kind, sums=hidden_sums, out=over)
         if need_dparams and not own_h:
-            dw2 = _wgrad(stream, dz, h, offs)
+            dw2 = wgrad(stream, dz, h, offs)
         if need_dparams:
-            dw1 = _wgrad(stream, dh, x, offs, order=order, top_k=K)
+            dw1 = wgrad(stream, dh, x, offs, order=order, top_k=K)
             db1, db2 = (None if b is None else torch.empty_like(b) for b in (b1, b2))
             dln_weight, dln_bias = (torch.empty_like(p) if ln_grads else None for p in (ln_weight, ln_bias))
             ext.bias_sums(
@@ -307,7 +307,7 @@ def expert_projection_bwd(
                 db2=_ptr(db2), dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), dependent=True, stream=stream,
             )  # fmt: skip
         if need_dx:
-            dx_rows, dx = _gemm(stream, dh, w1, offs, rows), torch.empty_like(x)
+            dx_rows, dx = gemm(stream, dh, w1, offs, rows), torch.empty_like(x)
             ext.gather_sum(
                 dtype=ext.DTYPES[DTYPES[x.dtype]], tokens=T, top_k=K, dim=D, rows=_ptr(dx_rows), inverse=_ptr(inverse),
                 dx=_ptr(dx), dependent=True, stream=stream,
@@ -319,7 +319,7 @@ def _hidden(stream, x, order, offs, top_k: int, w1, b1, activation: str) -> tupl
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     rows, H = order.shape[0], w1.shape[1]
     pre = x.new_empty((0,) if activation == "relu" else (rows, H))
-    h = _gemm(
+    h = gemm(
         stream, x, w1.transpose(1, 2), offs, rows,
         order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, first=True,
     )  # fmt: skip
