@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cpu, gpu, data, memory, kernels, tune, report.
+"""`python -m benchmarks`: cpu, gpu, data, memory, layer-memory, kernels, tune, report.
 
 It uses argparse, because a GPU machine may have only torch, triton, numpy and pytest.
 """
@@ -32,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/training_memory/")
     memory.add_argument("--quick", action="store_true", help="small sizes, a smoke test (needs --out)")
 
+    layer = commands.add_parser(
+        "layer-memory", help="bytes of the projector's training pass on a CUDA device, by recompute"
+    )
+    layer.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/layer_memory/")
+
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
 
@@ -53,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             "gpu": _gpu,
             "data": _data,
             "memory": _memory,
+            "layer-memory": _layer_memory,
             "kernels": _kernels,
             "tune": _tune,
             "report": _report,
@@ -101,6 +107,13 @@ def _memory(options, _) -> int:
 
     _keep_apart(options)
     training_memory.run(options.out, options.quick)
+    return 0
+
+
+def _layer_memory(options, _) -> int:
+    from benchmarks import layer_memory
+
+    layer_memory.run(options.out or layer_memory.PATH)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 Everything that uses the GPU runs in a child process (benchmarks/worker.py). If the child dies, hangs or loses the
 device, the rival that was running is recorded and excluded, and a new child retries the case. The results are saved
-after every case. Files in DIR: results.json, log.txt, summary.md, pytest.txt, tuned.json.
+after every case. Files in DIR: results.json, log.txt, summary.md, build.txt, pytest.txt, tuned.json. The CUDA
+extension is compiled beside the first stages.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import results, say
+from benchmarks import build, results, say
 from benchmarks.gpu_stages import Stage, stages
 from benchmarks.rivals import BY_NAME
 from llama_smop import files
@@ -139,7 +140,8 @@ def run(
         state["finished"] = [c for c in state["finished"] if c not in state["failed"]]
         state["failed"] = {}
     deadline = time.time() + budget_s
-    with (Path(out) / "log.txt").open("a") as log:
+    compiles = device == "cuda" and not dry and any(s.name == "build" and _open(progress, s, dry) for s in plan)
+    with (Path(out) / "log.txt").open("a") as log, build.running(Path(out)) if compiles else contextlib.nullcontext():
         while (todo := [s for s in plan if _open(progress, s, dry)]) and time.time() < deadline:
             before = _position(progress)
             reason = _child(
@@ -189,7 +191,7 @@ def _child(progress, todo, deadline, budget_s, dry, device, out, command, log, s
     """Start a worker on `todo` and follow it. None when it ended well, else what happened to it."""
     job = {
         "results": progress.found,
-        "stages": {s.name: s.share * budget_s for s in todo},
+        "stages": {s.name: s.limit(budget_s) for s in todo},
         "deadline": deadline,
         "finished": {name: state["finished"] for name, state in progress.found["stages"].items()},
         "excluded": progress.excluded,

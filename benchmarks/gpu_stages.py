@@ -1,5 +1,8 @@
 """The stages of `python -m benchmarks gpu`, most important first. A stage is a list of cases; a case returns records.
 
+The first four minutes decide most: whether the model of the GPU by which tiles are chosen is right, whether the kernels
+are, and how they stand beside their peers. The CUDA extension is compiled meanwhile (`build.py`).
+
 A dry run executes the same stages with tiny shapes on a CPU; its numbers mean nothing.
 """
 
@@ -7,19 +10,23 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import environment, kernels, rivals, workloads
+from benchmarks import build, environment, kernels, predictions, rivals, workloads
 from benchmarks.compare import Contest, describe, raise_if_device_is_lost
 from benchmarks.floors import Ceilings, measure_ceilings
 from benchmarks.rivals import eager
 from benchmarks.workloads import Workload
+from llama_smop.ops import dispatch
 
 BACKENDS = ("torch", "triton", "cuda")
+BOTH = ("forward", "both")
+CONTENDERS = ("ours_triton", "ours_cuda", "dense_KH", "eager", "grouped_mm")
+PEERS = ("ours_triton", *(name for name in rivals.BY_NAME if name not in CONTENDERS))  # ours again, to compare with
 GPU_TESTS = ("tests/kernels", "tests/cuda")
 
 
@@ -52,27 +59,35 @@ class Case:
 
 @dataclass(frozen=True)
 class Stage:
-    """share: of the budget, at most; later stages get the time that is left."""
+    """At most a share of the budget, and not more seconds where they are given; later stages get what is left."""
 
     name: str
     share: float
     cases: Callable[[bool], list[Case]]
+    seconds: float = float("inf")
+
+    def limit(self, budget_s: float) -> float:
+        return min(self.share * budget_s, self.seconds)
 
 
 def stages() -> list[Stage]:
     return [
-        Stage("environment", 0.1, _environment),
-        Stage("build", 0.3, _build),
-        Stage("correctness", 0.25, _correctness),
-        Stage("headline", 0.3, lambda dry: _timed(_sizes(workloads.headline(), dry), ("forward", "both"))),
+        Stage("environment", 0.05, _environment, 15),
+        Stage("predictions", 0.1, lambda dry: _predictions("triton"), 25),
+        Stage("correctness", 0.1, lambda dry: _correctness(FIRST, ("torch", "triton"), dry), 30),
+        Stage("build", 0.1, _build, 60),
+        Stage("cuda", 0.1, lambda dry: _correctness(FIRST, ("cuda",), dry) + _predictions("cuda"), 20),
+        Stage("headline", 0.3, lambda dry: _timed(_sizes(workloads.headline(), dry), BOTH, names=CONTENDERS), 150),
+        Stage("tune", 0.25, _tune, 120),
+        Stage("more correctness", 0.2, lambda dry: _correctness(MORE, BACKENDS, dry)),
         Stage("memory", 0.1, _memory),
-        Stage("tune", 0.25, _tune),
+        Stage("peers", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), BOTH, key="peers", names=PEERS)),
         Stage("tests", 0.2, _tests),
         Stage("model", 0.2, _model),
-        Stage("libraries", 0.2, lambda dry: _timed(_sizes(workloads.library_shapes(), dry), ("forward", "both"))),
-        Stage("real", 0.15, lambda dry: _timed(_sizes(workloads.real_counts(), dry), ("forward", "both"))),
+        Stage("libraries", 0.2, lambda dry: _timed(_sizes(workloads.library_shapes(), dry), BOTH)),
+        Stage("real", 0.15, lambda dry: _timed(_sizes(workloads.real_counts(), dry), BOTH)),
         Stage("backward", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("backward",), key="backward")),
-        Stage("variations", 0.5, lambda dry: _timed(_sizes(workloads.variations(), dry), ("forward", "both"))),
+        Stage("variations", 0.5, lambda dry: _timed(_sizes(workloads.variations(), dry), BOTH)),
         Stage("hot", 0.2, lambda dry: _timed(_sizes(workloads.headline(), dry), ("forward",), key="hot", cold=False)),
         Stage("kernels", 0.2, _kernels),
         Stage("compiled", 0.5, lambda dry: [] if dry else _compiled()),
@@ -103,57 +118,56 @@ def _environment(dry: bool) -> list[Case]:
 
 
 def _build(dry: bool) -> list[Case]:
-    return [Case("CUDA extension", lambda c: {"note": "a dry run builds nothing"} if c.dry else _build_extension(c))]
+    """Wait for the compilation, which began with the run."""
+
+    def run(c: Context) -> dict:
+        if c.dry:
+            return {"note": "a dry run builds nothing"}
+        c.starting("nvcc", patience_s=c.budget_s)
+        return {"note": build.wait(c.out, c.budget_s)}
+
+    return [Case("CUDA extension", run)]
 
 
-def _build_extension(c: Context) -> dict:
-    """Run setup.py's build in a child process; the module goes beside the package's sources."""
-    built = "import llama_smop._C as ext; print(ext.build_info())"
-    run = {"cwd": environment.ROOT, "capture_output": True, "text": True}
-    there = subprocess.run([sys.executable, "-c", built], **run)
-    if there.returncode == 0:
-        return {"note": f"found built: {there.stdout.strip()[:200]}"}
-    c.starting("nvcc", patience_s=c.budget_s)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        env={**os.environ, "LLAMA_SMOP_BUILD_CUDA": "1"},
-        timeout=c.budget_s,
-        **run,
-    )
-    if done.returncode:
-        print(done.stdout, done.stderr)
-        raise RuntimeError(f"setup.py build_ext failed: {done.stderr.strip()[-300:]}")
-    return {"note": "built with setup.py build_ext --inplace"}
+def _predictions(backend: str) -> list[Case]:
+    """Does the model by which tiles are chosen say what the GPU does? Single launches, predicted beside measured."""
+
+    def run(c: Context) -> dict:
+        reason = "needs a GPU" if c.device.type != "cuda" else c.excluded.get(f"ours_{backend}")
+        reason = reason or dispatch.unsupported(backend, torch.bfloat16, c.device, 2, 8)
+        if reason is not None:
+            return {"note": reason}
+        c.starting(f"ours_{backend}")
+        return {"predictions": predictions.measured(c.device, backend, 0.05 if c.dry else 1.5, c.dry)}
+
+    return [Case(f"{backend} launches", run)]
 
 
 # ------------------------------------------------------------------------------------------------------ correctness
 
 
-def correctness_workloads() -> list[Workload]:
-    """Real sizes; every sharing, routing, dtype, and ragged token counts."""
-    base = Workload(1024)
-    return [
-        base,
-        Workload(4096),
-        replace(base, tokens=77, sharing="DEDR"),
-        replace(base, tokens=1),
-        replace(base, tokens=1500, sharing="DEDR", out_features=3072),
-        replace(base, sharing="JEDR", routing="zipf"),
-        replace(base, routing="one"),
-        replace(base, dtype="float16"),
-        replace(base, dtype="float32"),
-        replace(base, num_experts=16, top_k=4, out_features=4096),
-        replace(base, num_experts=8, top_k=1),
-        Workload(16384),
-    ]
+# Real sizes; every sharing, routing, dtype, and ragged token counts.
+BASE = Workload(1024)
+FIRST = (BASE, Workload(4096), replace(BASE, tokens=77, sharing="DEDR"))
+MORE = (
+    replace(BASE, tokens=1),
+    replace(BASE, tokens=1500, sharing="DEDR", out_features=3072),
+    replace(BASE, sharing="JEDR", routing="zipf"),
+    replace(BASE, routing="one"),
+    replace(BASE, dtype="float16"),
+    replace(BASE, dtype="float32"),
+    replace(BASE, num_experts=16, top_k=4, out_features=4096),
+    replace(BASE, num_experts=8, top_k=1),
+    Workload(16384),
+)
 
 
-def _correctness(dry: bool) -> list[Case]:
+def _correctness(declared: Iterable[Workload], backends: Iterable[str], dry: bool) -> list[Case]:
     """A case for each backend, so that a backend that loses the device fails only its own cases."""
     return [
         Case(f"{backend}: {w.key}", lambda c, w=w, backend=backend: check_backend(w, backend, c), w)
-        for w in _sizes(correctness_workloads(), dry)
-        for backend in BACKENDS
+        for w in _sizes(list(declared), dry)
+        for backend in backends
     ]
 
 

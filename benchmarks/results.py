@@ -1,7 +1,7 @@
 """The JSON file of a run, one per device.
 
 schema, kind ("cpu", "gpu", "peers", "data"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
-correctness [], timings [], memory [], kernels [], model [], skipped [], data []? (kind "data" alone)
+correctness [], predictions []?, timings [], memory [], kernels [], model [], skipped [], data []? (kind "data" alone)
 """
 
 import json
@@ -14,7 +14,7 @@ from llama_smop import files
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
-LISTS = ("correctness", "timings", "memory", "kernels", "model", "skipped")
+LISTS = ("correctness", "predictions", "timings", "memory", "kernels", "model", "skipped")
 
 
 def new(kind: str) -> dict:
@@ -26,7 +26,7 @@ def new(kind: str) -> dict:
 def add(results: dict, found: dict, workload: Workload | None = None) -> None:
     """Append the records of a case to the results' lists."""
     for name in LISTS:
-        results[name].extend(found.get(name, ()))
+        results.setdefault(name, []).extend(found.get(name, ()))
     if workload is not None:
         results["workloads"][workload.key] = asdict(workload)
 

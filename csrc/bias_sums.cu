@@ -25,14 +25,14 @@ constexpr int kLaneCols = 4, kBlockCols = kWarp * kLaneCols;
 
 // A block owns kBlockCols columns of one expert and one gradient.
 __global__ __launch_bounds__(kSumThreads) void bias_sums(const __grid_constant__ Gradients gradients,
-                                                         const int32_t* offs) {
+                                                         const int32_t* offs, int rows) {
   begin_kernel();
   const Gradient& g = gradients.of[blockIdx.z];
   const int e = blockIdx.y, col = blockIdx.x * kBlockCols + threadIdx.x % kWarp * kLaneCols;
-  const int first = row_tiles_before(offs, e, g.rows) * g.a_tile;
-  const int count = row_tiles_of(e ? offs[e - 1] : 0, offs[e], g.rows) * g.a_tile;
+  const RowTiles tiles = expert_row_tiles(offs, e, rows, g.rows);
+  const float* first = g.partial + tiles.before * g.a_tile * g.stride + col;
   float sum[kLaneCols];
-  sum_partials(sum, g.partial + first * g.stride + col, g.stride, count, col < g.n);
+  sum_partials(sum, first, g.stride, tiles.own * g.a_tile, col < g.n);
   if (threadIdx.x >= kWarp) return;
   const int64_t at = static_cast<int64_t>(e) * g.n + col;
   const auto store = [&](auto* out) {
@@ -81,5 +81,6 @@ extern "C" int smop_bias_sums(const SmopBiasSums* p, uint64_t stream, int depend
     }
   if (count == 0) return cudaSuccess;
   const dim3 blocks(static_cast<unsigned>(ceil_div(widest, kBlockCols)), p->experts, count);
-  return launch({blocks, kSumThreads, 0, stream, dependent != 0}, bias_sums, wanted, p->offs);
+  return launch({blocks, kSumThreads, 0, stream, dependent != 0}, bias_sums, wanted, p->offs,
+                static_cast<int>(p->rows));
 }

@@ -155,10 +155,10 @@ int device_arch() {
 // What `blocks` persistent blocks compute: (block, expert, first row, rows, column tile, index) of every tile, in each
 // block's order.
 using Tile = std::tuple<int, int, int, int, int, int>;
-std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int block_rows, int col_tiles, int blocks) {
+std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int64_t rows, int block_rows, int col_tiles, int blocks) {
   std::vector<Tile> tiles;
   for (int block = 0; block < blocks; ++block) {
-    smop::RowTileScheduler scheduler(offs.data(), static_cast<int>(offs.size()), block_rows, col_tiles);
+    smop::RowTileScheduler scheduler(offs.data(), static_cast<int>(offs.size()), rows, block_rows, col_tiles);
     smop::RowTile t;
     for (int number = block; scheduler.find(number, t); number += blocks)
       tiles.emplace_back(block, t.expert, t.row, t.rows, t.col_tile, t.index);
@@ -224,7 +224,7 @@ PYBIND11_MODULE(_C, m) {
             "Floats of combine_bwd's sums.");
   m.def("device_arch", &device_arch, "10 * major + minor of the current device.");
   m.def("max_row_tiles", &smop::max_row_tiles, "rows"_a, "experts"_a, "block_rows"_a);
-  m.def("row_tiles", &row_tiles, "offs"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a,
+  m.def("row_tiles", &row_tiles, "offs"_a, "rows"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a,
         "(block, expert, first row, rows, column tile, index) of every tile that `blocks` persistent blocks compute.");
   m.def(
       "weight_tile",

@@ -51,7 +51,7 @@ __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const Sm
   if (p.next && blockIdx.x >= gridDim.x - kPrefetchBlocks)
     return prefetch_next(p, blockIdx.x - (gridDim.x - kPrefetchBlocks));
   RowTile tile;
-  RowTileScheduler scheduler(p.offs, p.experts, run, 1);
+  RowTileScheduler scheduler(p.offs, p.experts, static_cast<int64_t>(p.tokens) * p.top_k, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;
   for (int i = threadIdx.x; i < tile.rows; i += kThreads) info[i] = row_info(p, tile.row + i, kNorm);
   __syncthreads();
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(kAnyThreads, 3) void combine_bwd_any(const SmopComb
   __shared__ __align__(16) float reduce[2][3 * kAnyThreads / kWarp];
   begin_kernel();
   RowTile tile;
-  RowTileScheduler scheduler(p.offs, p.experts, run, 1);
+  RowTileScheduler scheduler(p.offs, p.experts, static_cast<int64_t>(p.tokens) * p.top_k, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;
   const int my_col = threadIdx.x * 8, width = padded(p.dim);
   const bool norm = p.ln_weight != nullptr;

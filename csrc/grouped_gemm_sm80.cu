@@ -210,7 +210,7 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
   begin_kernel();
   T* ring = reinterpret_cast<T*>(shared);
   RowTile tile;
-  RowTileScheduler scheduler(p.offs, p.experts, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
+  RowTileScheduler scheduler(p.offs, p.experts, p.rows, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
   if (!scheduler.find(blockIdx.x, tile)) return;
 
   const int n0 = tile.col_tile * kBlockN;
@@ -235,12 +235,13 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgra
   T* ring = reinterpret_cast<T*>(shared);
   const WeightTile tile =
       weight_tile(blockIdx.x, static_cast<int>(ceil_div(p.m, kBlockM)), static_cast<int>(ceil_div(p.n, kBlockN)));
-  const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, rows = p.offs[tile.expert] - begin;
+  const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
+  const int rows = own.end - own.begin;
   const int m0 = tile.row_tile * kBlockM, n0 = tile.col_tile * kBlockN;
 
   float acc[4][16] = {};
-  ColsLoader<T, TokenRow> a_loader(static_cast<const T*>(p.a), p.lda, m0, p.m, rows, TokenRow{nullptr, 1, begin});
-  ColsLoader<T, TokenRow> b_loader(static_cast<const T*>(p.b), p.ldb, n0, p.n, rows, TokenRow{p.order, p.top_k, begin});
+  ColsLoader<T, TokenRow> a_loader(static_cast<const T*>(p.a), p.lda, m0, p.m, rows, TokenRow{nullptr, 1, own.begin});
+  ColsLoader<T, TokenRow> b_loader(static_cast<const T*>(p.b), p.ldb, n0, p.n, rows, TokenRow{p.order, p.top_k, own.begin});
   mainloop<T>(acc, ring, a_loader, b_loader, static_cast<int>(ceil_div(rows, kBlockK)));
   store_tile(wgrad_epilogue<T>(p, tile.expert, m0, kBlockM), acc, ring, n0);
 }

@@ -27,7 +27,7 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
     if (p.aux) ptx::prefetch_tensormap(&aux_map);
   }
   begin_kernel();
-  RowTileScheduler scheduler(p.offs, p.experts, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
+  RowTileScheduler scheduler(p.offs, p.experts, p.rows, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
   init_barriers<kBlockN>(shared, p.order ? 1 + kProducerWarps : 1);
   __syncthreads();
   if (threadIdx.x < kGroup) {
@@ -81,7 +81,8 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_wgrad_sm90(const __grid_c
     Ring<kBlockN> ring{shared};
     for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
       const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
-      const int rows = p.offs[tile.expert] - (tile.expert ? p.offs[tile.expert - 1] : 0);
+      const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
+      const int rows = own.end - own.begin;
       const int k_tiles = static_cast<int>(ceil_div(rows, kBlockK));
       float acc[kBlockN / 2] = {};
       consume<T, kBlockN, true, true>(acc, ring, k_tiles, rows - (k_tiles - 1) * kBlockK);

@@ -110,8 +110,8 @@ __device__ __forceinline__ void produce_wgrad_by_tma(const SmopWgrad& p, const W
   Ring<kBlockN> ring{shared};
   for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
     const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
-    const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
-    for (int k = begin; k < end; k += kBlockK) {
+    const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
+    for (int k = own.begin; k < own.end; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
       load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
@@ -136,17 +136,17 @@ __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const
   Announcer<kBlockN> announcer{{shared}};
   for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
     const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
-    const int begin = tile.expert ? p.offs[tile.expert - 1] : 0, end = p.offs[tile.expert];
+    const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
     // Columns that do not exist are filled with the last ones: what becomes of them is not stored.
     const int col = min(tile.col_tile * kBlockN + chunk * 8, p.n - 8);
     const char* columns = reinterpret_cast<const char*>(static_cast<const T*>(p.b) + col);
     // Lane l knows the gathered rows l and l + 32 of the stage; they are fetched one stage ahead. Past the segment row
     // 0 stands in, whose values are cleared with the rest.
     const auto gathered = [&](int row) {
-      return row < end ? static_cast<uint32_t>(p.order[row]) / static_cast<uint32_t>(p.top_k) : 0;
+      return row < own.end ? static_cast<uint32_t>(p.order[row]) / static_cast<uint32_t>(p.top_k) : 0;
     };
-    uint32_t low = gathered(begin + lane), high = gathered(begin + lane + kWarp);
-    for (int k = begin; k < end; k += kBlockK) {
+    uint32_t low = gathered(own.begin + lane), high = gathered(own.begin + lane + kWarp);
+    for (int k = own.begin; k < own.end; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(ring.full(), kABytes);

@@ -29,7 +29,8 @@ template <class T>
 __global__ __launch_bounds__(kThreads) void zero_tail(const SmopZeroTail p) {
   begin_kernel();
   const float zero[8] = {};
-  for (int64_t r = p.offs[p.experts - 1] + static_cast<int64_t>(blockIdx.x); r < p.rows; r += gridDim.x) {
+  const int64_t first = rows_end(0, p.offs[p.experts - 1], static_cast<int>(p.rows));
+  for (int64_t r = first + blockIdx.x; r < p.rows; r += gridDim.x) {
     T* row = static_cast<T*>(p.out) + r * p.n;
     for (int d = threadIdx.x * 8; d < p.n; d += kThreads * 8) store8(row + d, p.n - d, zero);
   }

@@ -19,6 +19,21 @@ SMOP_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b
 // Tiles are numbered by ints, which leave room for a step of a whole grid beyond the last.
 constexpr int64_t kMostTiles = INT32_MAX - (1 << 20);
 
+// The end of an expert's rows, which start at `begin`: what `offs` says, as far as it rises and such rows exist. A
+// caller's `offs` can be anything, and the host does not read it.
+SMOP_HOST_DEVICE int rows_end(int begin, int said, int rows) {
+  return said <= begin ? begin : said < rows ? said : rows;
+}
+
+struct ExpertRows {
+  int begin, end;
+};
+
+SMOP_HOST_DEVICE ExpertRows expert_rows(const int32_t* offs, int expert, int64_t rows) {
+  const int begin = expert > 0 ? rows_end(0, offs[expert - 1], static_cast<int>(rows)) : 0;
+  return {begin, rows_end(begin, offs[expert], static_cast<int>(rows))};
+}
+
 // Row tiles of an expert's rows begin … end.
 SMOP_HOST_DEVICE int row_tiles_of(int begin, int end, int block) {
   return static_cast<int>((static_cast<unsigned>(end - begin) + block - 1) / static_cast<unsigned>(block));
@@ -41,8 +56,13 @@ struct RowTile {
 // blocks that run together share the weights' tiles, and what they read of both operands fits the L2.
 class RowTileScheduler {
  public:
-  SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int block, int col_tiles)
-      : offs_(offs), experts_(experts), block_(block), col_tiles_(col_tiles), end_(experts > 0 ? offs[0] : 0) {}
+  SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int64_t rows, int block, int col_tiles)
+      : offs_(offs),
+        experts_(experts),
+        rows_(static_cast<int>(rows)),
+        block_(block),
+        col_tiles_(col_tiles),
+        end_(experts > 0 ? rows_end(0, offs[0], rows_) : 0) {}
 
   // The tile with this number, or false when there are fewer. Numbers must not fall from call to call.
   SMOP_HOST_DEVICE bool find(int number, RowTile& tile) {
@@ -65,7 +85,7 @@ class RowTileScheduler {
         row_ += kGroupRows * block_;
       } else {
         row_ = end_;
-        if (++expert_ < experts_) end_ = offs_[expert_];
+        if (++expert_ < experts_) end_ = rows_end(row_, offs_[expert_], rows_);
       }
     }
     return false;
@@ -74,17 +94,22 @@ class RowTileScheduler {
  private:
   static constexpr int kGroupRows = 16;
   const int32_t* offs_;
-  int experts_, block_, col_tiles_;
+  int experts_, rows_, block_, col_tiles_;
   int expert_ = 0, row_ = 0, end_;               // of the group: its expert, first row, the expert's last
   int tiles_before_ = 0, row_tiles_before_ = 0;  // before the group
 };
 
-// Number of row tiles before an expert's first one: where its part of per-tile scratch begins (expert = X: the total).
-SMOP_HOST_DEVICE int row_tiles_before(const int32_t* offs, int expert, int block) {
-  int tiles = 0, begin = 0;
-  for (int e = 0; e < expert; ++e) {
-    tiles += row_tiles_of(begin, offs[e], block);
-    begin = offs[e];
+// An expert's part of per-tile scratch: the row tiles before its own, and its own.
+struct RowTiles {
+  int before, own;
+};
+
+SMOP_HOST_DEVICE RowTiles expert_row_tiles(const int32_t* offs, int expert, int rows, int block) {
+  RowTiles tiles = {0, 0};
+  for (int e = 0, begin = 0; e <= expert; ++e) {
+    const int end = rows_end(begin, offs[e], rows);
+    tiles = {tiles.before + tiles.own, row_tiles_of(begin, end, block)};
+    begin = end;
   }
   return tiles;
 }

@@ -85,7 +85,7 @@ def expert_projection(
     *,
     activation: str = "relu",
     eps: float = 1e-5,
-    recompute: str = "none",
+    recompute: str | int = "none",
     schedule: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -103,7 +103,8 @@ def expert_projection(
         w1, b1: (X, H, D), (X, H).  w2, b2: (X, O, H), (X, O).  x's dtype; biases may be None.
         ln_weight, ln_bias: (X, O), or both None for no LayerNorm.
         activation: "relu", "gelu" (erf) or "silu".
-        recompute: "none", "h", "z" or "hz": what backward computes again instead of keeping it.
+        recompute: "none", "h", "z" or "hz": what backward computes again instead of keeping it. Or the bytes of h and z
+            that may be kept: then the least of these that keeps no more.
         schedule: (order, inverse, offs) of a `Routing` made for the same `experts`; made here when None.
 
     Returns:
@@ -121,8 +122,9 @@ def expert_projection(
     rows = Schedule(*(_projection.schedule(experts, X, backend) if schedule is None else schedule))
     if schedule is not None:
         _projection.check_schedule(experts, X, rows)
-        rows = _projection.bounded(rows)
-    y, *_ = _projection.expert_projection(x, weights, experts, rows, parameters, activation, eps, recompute, backend)
+        _projection.check_rows(rows)
+    again = _projection.recomputed(recompute, x, experts.numel(), w1, w2, activation)
+    y, *_ = _projection.expert_projection(x, weights, experts, rows, parameters, activation, eps, again, backend)
     return y
 
 
@@ -142,7 +144,7 @@ def smop(
     mask: Tensor | None = None,
     activation: str = "relu",
     eps: float = 1e-5,
-    recompute: str = "none",
+    recompute: str | int = "none",
     backend: str = "auto",
 ) -> SMoPOutput:
     """The sparse mixture of projectors: `route`, then `expert_projection`. Audio and video tokens go through together.
@@ -183,7 +185,7 @@ def smop(
         parameters,
         activation,
         eps,
-        recompute,
+        _projection.recomputed(recompute, flat, r.experts.numel(), w1, w2, activation),
         backend,
     )
     return SMoPOutput(

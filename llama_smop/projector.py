@@ -92,7 +92,7 @@ class SMoPProjector(StackedMLPs):
         layer_norm: bool = True,
         backend: str = "auto",
         eps: float = 1e-5,
-        recompute: str = "none",
+        recompute: str | int = "none",
         global_aux_losses: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -188,7 +188,7 @@ class DenseProjector(StackedMLPs):
         layer_norm: bool = False,
         backend: str = "auto",
         eps: float = 1e-5,
-        recompute: str = "none",
+        recompute: str | int = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

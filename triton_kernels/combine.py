@@ -105,7 +105,7 @@ def combine_bwd_kernel(
             skipped = (expert_of < 0) | (expert_of >= num_experts)
             tl.store(dweights_ptr + c, tl.zeros([BLOCK_C], tl.float32), mask=(c < last_choice) & skipped)
 
-    expert, first, end = tile_segment(tile, offs_ptr, num_experts, 0, ROWS, BLOCK_X)
+    expert, first, end = tile_segment(tile, offs_ptr, num_experts, choices, ROWS, False, BLOCK_X)
     if expert >= num_experts:
         return
     o = tl.arange(0, BLOCK_O)

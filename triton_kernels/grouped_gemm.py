@@ -60,8 +60,7 @@ def grouped_gemm_kernel(
     tile_m = group * GROUP_M + within % group_size
     tile_n = within // group_size
 
-    tail_end = rows if ZERO_TAIL else 0
-    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, tail_end, BLOCK_M, BLOCK_X)
+    expert, first, end = tile_segment(tile_m, offs_ptr, num_experts, rows, BLOCK_M, ZERO_TAIL, BLOCK_X)
     if expert > num_experts:
         return
     m = first + tl.arange(0, BLOCK_M)

@@ -15,13 +15,14 @@ from .segments import ceil_div, expert_segment
 from .tiles import TileConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def grouped_wgrad_kernel(
     a_ptr,  # (rows, M), any strides
     b_ptr,  # (rows, N), any strides; gathered: (T, N)
     out_ptr,  # (X, M, N)
     order_ptr,  # (rows,) int32 or None
     offs_ptr,  # (X,) int32
+    rows,
     M,
     N,
     stride_ar,
@@ -47,7 +48,7 @@ def grouped_wgrad_kernel(
     tile_m = group * GROUP_M + within % group_size
     tile_n = within // group_size
 
-    begin, end = expert_segment(expert, offs_ptr)
+    begin, end = expert_segment(expert, offs_ptr, rows)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     a_cols = a_ptr + m.to(tl.int64) * stride_am
@@ -103,7 +104,7 @@ def grouped_wgrad(
     return Launch(
         grouped_wgrad_kernel,
         (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
-        (a, b, out, order, offs, M, N, *a.stride(), *b.stride()),
+        (a, b, out, order, offs, a.shape[0], M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,

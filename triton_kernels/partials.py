@@ -31,7 +31,7 @@ def new_partials(rows: Tensor, num_experts: int, tile_rows: int, sums: int) -> P
     return Partials(rows.new_empty((tiles, sums, rows.shape[1]), dtype=torch.float32), tile_rows)
 
 
-@triton.jit(do_not_specialize=["num_experts", "z_tile_rows", "dh_tile_rows"])
+@triton.jit(do_not_specialize=["rows", "num_experts", "z_tile_rows", "dh_tile_rows"])
 def sum_partials_kernel(
     z_sums_ptr,  # (tiles, 3, O) float32: dγ, dβ, db2
     dh_sums_ptr,  # (tiles, 1, H) float32: db1
@@ -40,6 +40,7 @@ def sum_partials_kernel(
     db2_ptr,  # (X, O) or None
     db1_ptr,  # (X, H) or None
     offs_ptr,  # (X,) int32
+    rows,
     num_experts,
     O,
     H,
@@ -57,10 +58,12 @@ def sum_partials_kernel(
     else:
         sums_ptr, stride, width, tile_rows = dh_sums_ptr, H, H, dh_tile_rows
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    _, _, tiles = tiles_per_expert(offs_ptr, num_experts, 0, tile_rows, BLOCK_X)
+    _, _, tiles = tiles_per_expert(offs_ptr, num_experts, rows, tile_rows, False, BLOCK_X)
     x = tl.arange(0, BLOCK_X)
     first = tl.sum(tl.where(x < expert, tiles, 0), 0)
     last = first + tl.sum(tl.where(x == expert, tiles, 0), 0)
+    # A caller's `offs` that falls counts rows twice: no more than `max_tiles` tiles are there.
+    last = tl.minimum(last, tl.minimum(rows, (rows + num_experts * (tile_rows - 1)) // tile_rows))
 
     total = tl.zeros([BLOCK], tl.float32)
     for t0 in range(first, last, BLOCK_TILES):
@@ -80,6 +83,7 @@ def sum_partials_kernel(
 
 def sum_partials(
     offs: Tensor,
+    rows: int,
     z_sums: Partials | None,
     dh_sums: Partials | None,
     dgamma: Tensor | None,
@@ -95,7 +99,7 @@ def sum_partials(
     return Launch(
         sum_partials_kernel,
         (X, ceil_div(max(O, H), BLOCK_COLUMNS), 4),
-        (z.sums, dh.sums, dgamma, dbeta, db2, db1, offs, X, O, H, z.tile_rows, dh.tile_rows),
+        (z.sums, dh.sums, dgamma, dbeta, db2, db1, offs, rows, X, O, H, z.tile_rows, dh.tile_rows),
         {"BLOCK_TILES": BLOCK_TILES, "BLOCK": BLOCK_COLUMNS, "BLOCK_X": block_of(X + 1)},
         num_warps=4,
     )

@@ -15,7 +15,8 @@
                             sum_splits            dG, of several splits: 7 launches in all
 
 With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) more; route_bwd writes its own dx in the
-launches it makes. A saved tensor that was dropped costs the launch that made it. Nothing is read back on the host.
+launches it makes. A saved tensor that was dropped costs the launch that made it; with h dropped dW2 comes before dh.
+Nothing is read back on the host.
 Every launch of an operator but its first may start while the one before it ends (`dependent_launch`).
 
 Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
@@ -145,16 +146,19 @@ def expert_projection_bwd(
     h, pre, z, mean, rstd = saved
     K, X = weights.shape[1], w2.shape[0]
     run = Sequence()
-    if h.numel() == 0:
+    # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
+    own_h, own_z = h.numel() == 0, z.numel() == 0
+    if own_h:
         h, pre = _hidden(run, x, w1, b1, activation, order, offs, K)
-    if z.numel() == 0:
+    if own_z:
         z = _output(run, h, w2, b2, offs)
+    kept = pre if keeps_pre(activation) else h
 
     def gradient(parameter: Tensor | None) -> Tensor | None:
         return torch.empty_like(parameter) if need_dparams and parameter is not None else None
 
     dw1, db1, dw2, db2, dgamma, dbeta = (gradient(p) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
-    dz, dh = torch.empty_like(z), torch.empty_like(h)
+    dz, dh = z if own_z else torch.empty_like(z), kept if own_h else torch.empty_like(h)
     dweights = torch.empty_like(weights) if need_dweights else None
     z_sums = dh_sums = None
     if dgamma is not None or db2 is not None:
@@ -169,15 +173,17 @@ def expert_projection_bwd(
         gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, dweights=dweights, sums=z_sums and z_sums.sums,
     ))  # fmt: skip
     dx = None
+    if need_dparams and own_h:
+        run(grouped_wgrad(dz, h, offs, dw2))
     if need_dparams or need_dx:
-        kept = pre if keeps_pre(activation) else h
         run(grouped_gemm(
             dz, w2, offs, dh, pre=kept, sums=dh_sums and dh_sums.sums, gradient=True, activation=activation
         ))  # fmt: skip
     if z_sums or dh_sums:
-        run(sum_partials(offs, z_sums, dh_sums, dgamma, dbeta, db2, db1))
-    if need_dparams:
+        run(sum_partials(offs, h.shape[0], z_sums, dh_sums, dgamma, dbeta, db2, db1))
+    if need_dparams and not own_h:
         run(grouped_wgrad(dz, h, offs, dw2))
+    if need_dparams:
         run(grouped_wgrad(dh, x, offs, dw1, gather=True, order=order, top_k=K))
     if need_dx:
         dx_rows, dx = x.new_empty((h.shape[0], x.shape[1])), torch.empty_like(x)

@@ -24,27 +24,35 @@ def block_of(size: int, least: int = 16) -> int:
 
 
 @triton.jit
-def expert_segment(expert, offs_ptr):
-    """→ (begin, end) rows of an expert."""
-    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offs_ptr + expert)
-    return begin, end
+def existing(end, rows):
+    """An entry of `offs` as it may be used: a caller's can be anything, and the host does not read it."""
+    return tl.minimum(tl.maximum(end, 0), rows)
 
 
 @triton.jit
-def tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
-    """→ (begin, end, tiles), each (BLOCK_X,). Rows from the last offset to `tail_end` count as one expert more."""
+def expert_segment(expert, offs_ptr, rows):
+    """→ (begin, end) rows of an expert, of the `rows` that exist."""
+    begin = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs_ptr + expert)
+    return existing(begin, rows), existing(end, rows)
+
+
+@triton.jit
+def tiles_per_expert(offs_ptr, num_experts, rows, tile_rows, TAIL: tl.constexpr, BLOCK_X: tl.constexpr):
+    """→ (begin, end, tiles), each (BLOCK_X,). With TAIL the rows past the last offset count as one expert more."""
     x = tl.arange(0, BLOCK_X)
     begin = tl.load(offs_ptr + x - 1, mask=(x > 0) & (x <= num_experts), other=0)
     end = tl.load(offs_ptr + x, mask=x < num_experts, other=0)
-    end = tl.where(x == num_experts, tail_end, end)
+    if TAIL:
+        end = tl.where(x == num_experts, rows, end)
+    begin, end = existing(begin, rows), existing(end, rows)
     return begin, end, tl.cdiv(tl.maximum(end - begin, 0), tile_rows)
 
 
 @triton.jit
-def tile_segment(tile, offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X: tl.constexpr):
+def tile_segment(tile, offs_ptr, num_experts, rows, tile_rows, TAIL: tl.constexpr, BLOCK_X: tl.constexpr):
     """→ (expert, first row, end of its rows) of a tile. `expert == num_experts` in the tail, greater past the end."""
-    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, tail_end, tile_rows, BLOCK_X)
+    begins, ends, tiles = tiles_per_expert(offs_ptr, num_experts, rows, tile_rows, TAIL, BLOCK_X)
     done = tl.cumsum(tiles, 0)
     expert = tl.sum((done <= tile).to(tl.int32), 0)
     mine = tl.arange(0, BLOCK_X) == expert

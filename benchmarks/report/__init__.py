@@ -18,7 +18,8 @@ def run(
     Raises:
         FileNotFoundError: no results in `folder`. ValueError: a file of another schema.
     """
-    from benchmarks.report import page, performance, plots, tables, training_memory
+    from benchmarks import layer_memory, predictions
+    from benchmarks.report import page, performance, plots, predicted, tables, training_memory
 
     folder = Path(folder)
     paths = sorted(folder.glob("*.json"))
@@ -32,6 +33,11 @@ def run(
     page.write(folder / "index.html", drawn, memories)
     say(f"wrote {folder / 'README.md'} and {folder / 'index.html'}")
     if document is not None:
+        of_h100 = predictions.load()
+        picture = predicted.draw(of_h100, predictions.PREDICTED.parent)
+        texts = predicted.section(of_h100, results.load(layer_memory.PATH), picture, document.parent)
+        for marker, text in texts.items():
+            performance.update(document, text, f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->")
         changed = performance.update(document, performance.section(drawn, document.parent))
         missing = f"{document.name} has no {performance.BEGIN} … {performance.END}: left alone"
         say(f"updated {document.name}" if changed else missing)

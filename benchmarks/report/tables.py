@@ -268,6 +268,19 @@ def data(results: dict) -> Table | None:
     )
 
 
+def predictions(results: dict) -> Table | None:
+    """Single launches, beside what the model of the GPU says of them."""
+    rows = [
+        [r["question"], r["workload"], f"{r['backend']} {r['launch']}", number(r["median_us"]),
+         "–" if r["predicted_us"] is None else number(r["predicted_us"]),
+         "–" if r["predicted_us"] is None else f"{r['median_us'] / r['predicted_us'] - 1:+.0%}"]
+        for r in results.get("predictions", ())
+    ]  # fmt: skip
+    note = "Each launch alone in a CUDA graph, whose start is part of both figures."
+    header = ["", "workload", "launch", "measured (µs)", "predicted (µs)", "off"]
+    return Table("predicted and measured", header, rows, note, text=True) if rows else None
+
+
 def skipped(results: dict) -> Table | None:
     """The reasons why rivals were not timed, and the failures; identical reasons once."""
     timed = {t["rival"] for t in results["timings"]}
@@ -338,7 +351,7 @@ def all_tables(results: dict) -> list[Table]:
         found.append(memory(results, of))
     found += [single_workloads(results, which) for which in ("both", "forward")]
     found += [kernels(results), model(results), data(results)]
-    found += [correctness(results), stages(results), skipped(results)]
+    found += [correctness(results), predictions(results), stages(results), skipped(results)]
     return [t for t in found if t is not None]
 
 

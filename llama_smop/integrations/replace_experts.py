@@ -64,7 +64,7 @@ class Replacement:
 
 
 def replace_experts(
-    module: nn.Module, *, dry_run: bool = False, backend: str = "auto", recompute: str = "none"
+    module: nn.Module, *, dry_run: bool = False, backend: str = "auto", recompute: str | int = "none"
 ) -> Replacement:
     """Swap every mixture of the known shape inside `module` for a `StackedMixture` with the same weights.
 
@@ -151,7 +151,7 @@ def _activation(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
-def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute: str) -> "StackedMixture | str":
+def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute: str | int) -> "StackedMixture | str":
     """The stacked mixture that reproduces `original`, or why there is none."""
     known = getattr(original, "top_k", None)
     weight = getattr(original, parts.experts)[0][0].weight
@@ -208,7 +208,7 @@ class StackedMixture(nn.Module):
     forward(hidden_states (..., D)) -> (output (..., O), router_logits (tokens, E)), both in hidden_states' dtype.
     """
 
-    def __init__(self, original: nn.Module, parts: Parts, top_k: int, backend: str, recompute: str):
+    def __init__(self, original: nn.Module, parts: Parts, top_k: int, backend: str, recompute: str | int):
         super().__init__()
         for name, value in vars(original).items():  # plain settings that other code may read: top_k, num_experts, …
             if not name.startswith("_") and isinstance(value, int | float | str | None):

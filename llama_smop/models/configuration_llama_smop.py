@@ -101,7 +101,7 @@ class ProjectorConfig(PreTrainedConfig):
     activation: str = "relu"
     layer_norm: bool = True
     backend: str = "auto"
-    recompute: str = "none"
+    recompute: str | int = "none"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -111,7 +111,11 @@ class ProjectorConfig(PreTrainedConfig):
         check.choice(
             self, part, kind=("smop", "dense"), sharing=(*SHARED_EXPERTS, "DEDR"), backend=("auto", *dispatch.BACKENDS)
         )
-        check.choice(self, part, recompute=checks.RECOMPUTE, activation=checks.ACTIVATIONS)
+        check.choice(self, part, activation=checks.ACTIVATIONS)
+        if check.is_whole(self.recompute):
+            check.whole(self, part, recompute=(0, 2**63 - 1))
+        else:
+            check.choice(self, part, recompute=checks.RECOMPUTE)
         check.finite_with_dtype(self, part)
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(

@@ -30,7 +30,7 @@ def build_tiny(
     compression: str = "pool",
     ctc_weight: float = 1.5,
     backend: str = "auto",
-    recompute: str = "none",
+    recompute: str | int = "none",
     **settings,
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.

@@ -87,11 +87,11 @@ def layout(sharing: str, num_experts: int) -> tuple[int, int]:
     return (1 if sharing == "JEJR" else 2), (2 * num_experts if sharing == "DEDR" else num_experts)
 
 
-def options(activation: str, recompute: str) -> None:
+def options(activation: str, recompute: str | int) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+    if recompute not in RECOMPUTE and not (type(recompute) is int and recompute >= 0):
+        raise ValueError(f"recompute must be one of {RECOMPUTE} or a number of bytes to keep, got {recompute!r}")
 
 
 def debug() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_smop.ops import checks, dispatch
 from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype
-from llama_smop.ops.operator import is_plain, operator
+from llama_smop.ops.operator import autocast_dtype, is_plain, operator
 
 
 def _check_experts(experts, num_experts, backend) -> None:
@@ -36,7 +36,7 @@ def schedule(experts: Tensor, num_experts: int, backend: str) -> Schedule:
     return Schedule(*made)
 
 
-def check_parameters(x: Tensor, parameters: Experts, activation: str, recompute: str) -> None:
+def check_parameters(x: Tensor, parameters: Experts, activation: str, recompute: str | int) -> None:
     """All that is known of the parameters without reading a value, except dtypes, which autocast may change yet."""
     w1, b1, w2, b2, ln_weight, ln_bias = parameters
     if (ln_weight is None) != (ln_bias is None):
@@ -46,6 +46,21 @@ def check_parameters(x: Tensor, parameters: Experts, activation: str, recompute:
         ("ln_weight", ln_weight, "XO"), ("ln_bias", ln_bias, "XO"),
     )  # fmt: skip
     checks.options(activation, recompute)
+
+
+def recomputed(recompute: str | int, x: Tensor, choices: int, w1: Tensor, w2: Tensor, activation: str) -> str:
+    """The name of what backward computes again.
+
+    A number is the bytes of h and z that may be kept: of the choices that keep no more, the one with least arithmetic.
+    """
+    if isinstance(recompute, str):
+        return recompute
+    (_, H, D), O = w1.shape, w2.shape[1]
+    row_bytes = choices * autocast_dtype(x).itemsize
+    h, z = row_bytes * H * (1 if activation == "relu" else 2), row_bytes * O
+    kept = {"none": h + z, "h": z, "z": h, "hz": 0}
+    flops = {"none": 0, "h": H * D, "z": H * O, "hz": H * (D + O)}
+    return min((name for name in kept if kept[name] <= recompute), key=flops.__getitem__)
 
 
 def check_choices(x: Tensor, weights: Tensor, experts: Tensor) -> None:
@@ -65,21 +80,19 @@ def check_schedule(experts: Tensor, num_experts: int, schedule: Schedule) -> Non
             raise TypeError(f"{name} must be int32, as `route` returns it, got {tensor.dtype}")
 
 
-def bounded(schedule: Schedule) -> Schedule:
-    """A caller's schedule, kept from naming rows that do not exist: kernels read whatever it names.
+def check_rows(schedule: Schedule) -> None:
+    """Raise IndexError where a caller's schedule names rows that do not exist.
 
-    On a GPU, where values are not read, `offs` is clamped; elsewhere, and under LLAMA_SMOP_DEBUG=1, what does not fit
-    raises IndexError.
+    On a GPU only under LLAMA_SMOP_DEBUG=1: without it kernels take `offs` as clamped to the rows that exist.
     """
     order, inverse, offs = schedule
-    rows = order.shape[0]
     if not is_plain(schedule) or not checks.values_are_checked(offs.device):
-        return schedule._replace(offs=offs.clamp(0, rows))
+        return
+    rows = order.shape[0]
     checks.cumulative("offs", offs, rows)
     used = int(offs[-1]) if offs.numel() else 0
     checks.in_range("order", order[:used], 0, rows - 1)
     checks.in_range("inverse", inverse, -1, used - 1)
-    return schedule
 
 
 def _check(x, weights, experts, schedule, parameters, activation, eps, recompute, backend) -> None:

@@ -26,7 +26,8 @@ class ProjectorSection(Section):
     top_k: int = Field(2, ge=1)
     hidden_features: int = Field(2048, ge=1)
     backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
-    recompute: Literal["none", "h", "z", "hz"] = "none"  # activations that backward recomputes instead of keeping
+    # Activations that backward computes again instead of keeping them; or how many bytes of them may be kept.
+    recompute: Literal["none", "h", "z", "hz"] | Annotated[int, Field(ge=0)] = "none"
 
 
 class TinySection(Section):

@@ -80,7 +80,7 @@ def worker(tmp_path, body: str) -> list[str]:
 
 
 def correctness_keys() -> list[str]:
-    return [c.key for c in next(s for s in gpu_stages.stages() if s.name == "correctness").cases(True)]
+    return [c.key for c in next(s for s in gpu_stages.stages() if s.name == "more correctness").cases(True)]
 
 
 def test_a_backend_that_kills_the_process_costs_its_own_cases_only(tmp_path):
@@ -88,32 +88,33 @@ def test_a_backend_that_kills_the_process_costs_its_own_cases_only(tmp_path):
     command = worker(
         tmp_path,
         f"""
-        tell("stage", stage="correctness", cases=0)
+        tell("stage", stage="more correctness", cases=0)
         for case in {correctness_keys()!r}:
-            if case in job["finished"].get("correctness", ()):
+            if case in job["finished"].get("more correctness", ()):
                 continue
-            tell("begin", stage="correctness", case=case)
+            tell("begin", stage="more correctness", case=case)
             backend = case.split(":")[0]
             rival = "ours_" + backend
             out = job["excluded"].get("*", {{}}) | job["excluded"].get(case, {{}})
             if rival in out:
-                end("correctness", case, {{"skipped": [{{"workload": case, "rival": rival, "reason": out[rival]}}]}})
+                skipped = {{"workload": case, "rival": rival, "reason": out[rival]}}
+                end("more correctness", case, {{"skipped": [skipped]}})
                 continue
             tell("running", what=rival)
             if backend == "triton":
                 os.abort()
-            end("correctness", case, {{"correctness": [{{"workload": case, "backend": backend, "within": True}}]}})
-        tell("stage_done", stage="correctness")
+            end("more correctness", case, {{"correctness": [{{"workload": case, "backend": backend, "within": True}}]}})
+        tell("stage_done", stage="more correctness")
         """,
     )
     out = tmp_path / "out"
-    found = gpu.run(out, 60, dry=True, only=["correctness"], command=command, say=quiet)
+    found = gpu.run(out, 60, dry=True, only=["more correctness"], command=command, say=quiet)
     keys = correctness_keys()
     assert [c["workload"] for c in found["correctness"]] == [k for k in keys if not k.startswith("triton")]
     assert {s["rival"] for s in found["skipped"]} == {"ours_triton"}
     assert "status -6" in found["skipped"][0]["reason"]
     assert any("brought down 2 cases" in s["reason"] for s in found["skipped"]), "after two it is left alone"
-    assert found["stages"]["correctness"]["status"] == "done"
+    assert found["stages"]["more correctness"]["status"] == "done"
     assert json.loads((out / "results.json").read_text()) == found
 
 

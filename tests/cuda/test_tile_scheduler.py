@@ -25,7 +25,7 @@ def offsets(rows_of: list[int]) -> list[int]:
 @example([128, 0, 129], 128, 2, 2)
 def test_every_output_tile_exactly_once(rows_of, block, col_tiles, blocks):
     ends = offsets(rows_of)
-    tiles = extension.static().row_tiles(ends, block, col_tiles, blocks)
+    tiles = extension.static().row_tiles(ends, ends[-1], block, col_tiles, blocks)
     covered = set()
     for _, expert, row, rows, col, _ in tiles:
         assert 1 <= rows <= block
@@ -41,18 +41,29 @@ def test_every_output_tile_exactly_once(rows_of, block, col_tiles, blocks):
 @given(sizes, st.sampled_from([4, 64, 128]), st.integers(1, 9), st.integers(1, 140))
 def test_the_worst_case_grid_suffices_and_blocks_share_evenly(rows_of, block, col_tiles, blocks):
     ends = offsets(rows_of)
-    tiles = extension.static().row_tiles(ends, block, col_tiles, blocks)
+    tiles = extension.static().row_tiles(ends, ends[-1], block, col_tiles, blocks)
     bound = extension.static().max_row_tiles(ends[-1], len(ends), block)
     assert len(tiles) <= bound * col_tiles
     shares = [sum(tile[0] == b for tile in tiles) for b in range(blocks)]
     assert max(shares) - min(shares) <= 1
 
 
+@settings(max_examples=200, **QUIET)
+@given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-9, 900), min_size=1, max_size=40), st.integers(0, 700))
+@example([5, 2, 8], 8)
+def test_whatever_offs_says_tiles_hold_rows_that_exist_once(offs, rows):
+    tiles = extension.static().row_tiles(offs, rows, 64, 1, 1)
+    covered = [r for _, _, row, count, _, _ in tiles for r in range(row, row + count)]
+    assert covered == list(range(len(covered))) and len(covered) <= rows
+    assert len(tiles) <= extension.static().max_row_tiles(rows, len(offs), 64)
+
+
 @settings(max_examples=100, **QUIET)
 @given(sizes, st.sampled_from([4, 64]))
 def test_scratch_slots_follow_the_rows(rows_of, block):
     """A row tile's slot in per-tile scratch: 0, 1, 2, … down the rows, so an expert's slots are consecutive."""
-    tiles = extension.static().row_tiles(offsets(rows_of), block, 1, 1)
+    ends = offsets(rows_of)
+    tiles = extension.static().row_tiles(ends, ends[-1], block, 1, 1)
     assert [tile[5] for tile in tiles] == list(range(len(tiles)))
     assert [tile[2] for tile in tiles] == sorted(tile[2] for tile in tiles)
 

@@ -71,14 +71,14 @@ def cuda_without_device_guard() -> None:
     from llama_smop.ops.backends import cuda
 
     _run_operators_on_the_current_device()
-    initialise = cuda._launches.__init__
+    initialise = cuda.launches.__init__
 
     def unguarded(self, tensor) -> None:
         initialise(self, tensor)
         assert hasattr(self, "guard")
         self.guard = contextlib.nullcontext()
 
-    cuda._launches.__init__ = unguarded
+    cuda.launches.__init__ = unguarded
 
 
 def _run_operators_on_the_current_device() -> None:

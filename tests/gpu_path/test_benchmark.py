@@ -20,5 +20,7 @@ def test_every_stage_at_tiny_sizes(tmp_path):
         state = found["stages"][name]
         assert state["status"] == "done" and not state["failed"], f"{name}: {state}\n{log[-3000:]}"
     assert torch.cuda.get_device_name() in str(found["environment"])
+    launches = {r["backend"]: r for r in found["predictions"]}
+    assert launches.keys() == {"triton", "cuda"} and all(r["median_us"] > 0 for r in found["predictions"])
     ours = [c for c in found["correctness"] if "triton" in c["backend"] or "cuda" in c["backend"]]
     assert ours and all(c["within"] for c in ours), ours

@@ -51,8 +51,8 @@ def test_each_bias_and_layer_norm_may_be_absent(runner, absent):
         check(runner, model, replace(make(model, 70, seed=9, masked=0.1), **dict.fromkeys(absent)))
 
 
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90)))
-@pytest.mark.parametrize("recompute", ["h", "hz"])
+@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 80, 90), ("jejr-gelu", 90)))
+@pytest.mark.parametrize("recompute", ["h", "z", "hz"])
 def test_recompute_gives_the_same_bits(runner, name, recompute):
     model = MODELS[name]
     skip_unless_served(runner, model)

@@ -104,6 +104,8 @@ CASES = [
     ("expert_projection", {"w2": torch.randn(E, O, H, device="meta")}, ValueError, "w2 must be on x's device cpu"),
     ("expert_projection", {"activation": "tanh"}, ValueError, "activation must be one of"),
     ("expert_projection", {"recompute": "x"}, ValueError, "recompute must be one of"),
+    ("expert_projection", {"recompute": -1}, ValueError, "or a number of bytes to keep, got -1"),
+    ("expert_projection", {"recompute": True}, ValueError, "or a number of bytes to keep, got True"),
     (
         "expert_projection",
         {"schedule": (torch.zeros(3, dtype=torch.int32),) * 3},

@@ -82,6 +82,24 @@ def test_large_cpu_memory_is_used_again_once_no_tensor_holds_it():
     cpu_memory.release()
 
 
+@pytest.mark.parametrize("activation, widths", (("relu", (96, 128)), ("gelu", (2 * 96, 128))))
+def test_a_budget_keeps_no_more_and_recomputes_the_least(activation, widths):
+    """z costs more arithmetic to compute again than h, as its products are wider."""
+    p = make(T=64, D=64, H=96, O=128)
+    rows = 64 * p.top_k * p.x.element_size()
+    h, z = (rows * width for width in widths)
+
+    def kept(recompute):
+        weights = p.gate_weight, *p.parameters.values()
+        shared = {"top_k": p.top_k, "sharing": p.sharing, "activation": activation}
+        return kept_bytes(lambda q: functional.smop(q.x, *weights, **shared, recompute=recompute), p)
+
+    for budget, same in ((h + z, "none"), (h + z - 1, "h"), (z, "h"), (min(h, z) - 1, "hz"), (0, "hz")):
+        assert kept(budget) == kept(same), f"{budget} bytes"
+    if h < z:
+        assert kept(z - 1) == kept("z")
+
+
 def test_kept_cpu_memory_is_bounded(monkeypatch):
     cpu_memory.release()
     monkeypatch.setattr(cpu_memory, "KEPT_BYTES", 10 << 20)

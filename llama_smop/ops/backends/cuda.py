@@ -36,8 +36,8 @@ def _ptr(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-class _launches:
-    """Makes the device of a tensor current and holds its stream: `with _launches(x) as stream:`."""
+class launches:
+    """Makes the device of a tensor current and holds its stream: `with launches(x) as stream:`."""
 
     def __init__(self, tensor: Tensor):
         self.device = tensor.device
@@ -79,7 +79,7 @@ def route_fwd(
     balance, z_loss = f32(), f32()
     order, inverse, offs = i32(T * K), i32(T, K), i32(X)
     block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
-    with _launches(x) as stream:
+    with launches(x) as stream:
         ext.route_fwd(
             **_route_sizes(ext, x, gate_weight, K), experts=X,
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
@@ -111,7 +111,7 @@ def route_bwd(
     partial = logits.new_empty(ext.gate_splits(T), R, E, D)
     dgate = torch.empty_like(gate_weight)
     dx = torch.empty_like(x) if need_dx else None
-    with _launches(x) as stream:
+    with launches(x) as stream:
         ext.route_bwd(
             **_route_sizes(ext, x, gate_weight, K),
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
@@ -129,7 +129,7 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     i32 = _like(experts, torch.int32)
     order, inverse, offs = i32(T * K), i32(T, K), i32(num_experts)
     block_counts = i32(ext.route_blocks(T), num_experts)
-    with _launches(experts) as stream:
+    with launches(experts) as stream:
         ext.schedule(
             tokens=T, experts=num_experts, top_k=K, chosen=_ptr(experts), order=_ptr(order), inverse=_ptr(inverse),
             offs=_ptr(offs), block_counts=_ptr(block_counts), stream=stream,
@@ -150,9 +150,10 @@ def _like(tensor: Tensor, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
-def _gemm(
-    a, b, offs, rows, *, order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, first=False
-) -> Tensor:
+def gemm(
+    stream, a, b, offs, rows, *,
+    order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, first=False,
+) -> Tensor:  # fmt: skip
     """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
 
     With `order`, row r of the product takes row order[r] // top_k of `a`. `sums` takes partial column sums of the
@@ -161,29 +162,27 @@ def _gemm(
     ext = extension()
     X, K, N = b.shape
     k_major = b.stride(1) == 1 or K == 1
-    out = a.new_empty(rows, N)
-    with _launches(a) as stream:
-        ext.grouped_gemm(
-            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
-            b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
-            offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
-            aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
-            dependent=not first, stream=stream,
-        )  # fmt: skip
+    out = a.new_empty(rows, N) if out is None else out
+    ext.grouped_gemm(
+        dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+        b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
+        offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
+        aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
+        dependent=not first, stream=stream,
+    )  # fmt: skip
     return out
 
 
-def _wgrad(a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
+def wgrad(stream, a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
     """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n); the columns of a and b have unit strides."""
     ext = extension()
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(X, m, n)
-    with _launches(a) as stream:
-        ext.grouped_wgrad(
-            dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
-            b=_ptr(b), ldb=b.stride(0), b_rows=b.shape[0], offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X,
-            m=m, n=n, out=_ptr(out), dependent=not first, stream=stream,
-        )  # fmt: skip
+    ext.grouped_wgrad(
+        dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+        b=_ptr(b), ldb=b.stride(0), b_rows=b.shape[0], offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X,
+        m=m, n=n, out=_ptr(out), dependent=not first, stream=stream,
+    )  # fmt: skip
     return out
 
 
@@ -195,15 +194,16 @@ def grouped_mm(
         raise ValueError(f"a's sizes must stay under 2^31, got {tuple(a.shape)}")
     if b.dim() == 2:
         # The kernel takes both operands with the summed rows outermost; anything else is copied.
-        return _wgrad(_unit_columns(a.t()), _unit_columns(b), offs, first=True), a.new_empty(0)
+        with launches(a) as stream:
+            return wgrad(stream, _unit_columns(a.t()), _unit_columns(b), offs, first=True), a.new_empty(0)
     rows, N = a.shape[0], b.shape[2]
     pre = a.new_empty((rows, N) if activation in ("gelu", "silu") else (0,))
     if G == 0:
         return a.new_zeros(rows, N), torch.zeros_like(pre)
-    out = _gemm(a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre, first=True)
     ext = extension()
     dtype = ext.DTYPES[DTYPES[a.dtype]]
-    with _launches(a) as stream:
+    with launches(a) as stream:
+        out = gemm(stream, a, b, offs, rows, bias=bias, epilogue=activation or "identity", pre=pre, first=True)
         for t in (out, pre):
             if t.numel():
                 ext.zero_tail(
@@ -231,13 +231,13 @@ def expert_projection_fwd(
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = weights.shape, w2.shape[1]
     _check_projection(T, K, parameters)
-    h, pre = _hidden(x, order, offs, K, w1, b1, activation)
-    z = _gemm(h, w2.transpose(1, 2), offs, T * K, bias=b2)
     y = x.new_empty(T, O)
     mean = weights.new_empty(T * K if ln_weight is not None else 0)
     rstd = torch.empty_like(mean)
     ext = extension()
-    with _launches(x) as stream:
+    with launches(x) as stream:
+        h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
+        z = gemm(stream, h, w2.transpose(1, 2), offs, T * K, bias=b2)
         ext.combine_fwd(
             **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
             inverse=_ptr(inverse), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), eps=eps, y=_ptr(y),
@@ -265,48 +265,49 @@ def expert_projection_bwd(
     (T, K), (X, O, _), D = weights.shape, w2.shape, x.shape[1]
     _check_projection(T, K, parameters)
     rows = T * K
-    if h.numel() == 0:
-        h, pre = _hidden(x, order, offs, K, w1, b1, activation)
-    if z.numel() == 0:
-        z = _gemm(h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
-
     ext = extension()
     ln_grads = need_dparams and ln_weight is not None
-    dz = torch.empty_like(z)
     dweights = torch.zeros_like(weights) if need_dweights else None  # skipped choices keep the zero
     combine_sums = hidden_sums = dx = dw1 = db1 = dw2 = db2 = dln_weight = dln_bias = None
     if ln_grads or (need_dparams and b2 is not None):
         combine_sums = weights.new_empty(ext.sizes.combine_sums(rows, X, O, ln_weight is not None))
+    if need_dparams and b1 is not None:
+        hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
     sizes = _combine_sizes(ext, x, weights, w2, ln_weight)
     ahead = w2 if rows <= FEW_ROWS else None  # what dh's product reads
-    with _launches(x) as stream:
+    with launches(x) as stream:
+        # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
+        own_h, own_z = h.numel() == 0, z.numel() == 0
+        if own_h:
+            h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
+        if own_z:
+            z = gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
+        dz = z if own_z else torch.empty_like(z)
         ext.combine_bwd(
             **sizes, experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
             ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd), dz=_ptr(dz),
             dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead), next_bytes=2 * w2.numel(),
             dependent=False, stream=stream,
         )  # fmt: skip
-
-    if need_dx or need_dparams:
-        if need_dparams and b1 is not None:
-            hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
-        aux = h if activation == "relu" else pre
-        dh = _gemm(dz, w2, offs, rows, aux=aux, epilogue=f"{activation}_grad", sums=hidden_sums)
-    if need_dparams:
-        dw2 = _wgrad(dz, h, offs)
-        dw1 = _wgrad(dh, x, offs, order=order, top_k=K)
-        db1, db2 = (None if b is None else torch.empty_like(b) for b in (b1, b2))
-        dln_weight, dln_bias = (torch.empty_like(p) if ln_grads else None for p in (ln_weight, ln_bias))
-        with _launches(x) as stream:
+        if need_dparams and own_h:
+            dw2 = wgrad(stream, dz, h, offs)
+        if need_dx or need_dparams:
+            aux = h if activation == "relu" else pre
+            over, kind = aux if own_h else None, f"{activation}_grad"
+            dh = gemm(stream, dz, w2, offs, rows, aux=aux, epilogue=kind, sums=hidden_sums, out=over)
+        if need_dparams and not own_h:
+            dw2 = wgrad(stream, dz, h, offs)
+        if need_dparams:
+            dw1 = wgrad(stream, dh, x, offs, order=order, top_k=K)
+            db1, db2 = (None if b is None else torch.empty_like(b) for b in (b1, b2))
+            dln_weight, dln_bias = (torch.empty_like(p) if ln_grads else None for p in (ln_weight, ln_bias))
             ext.bias_sums(
                 dtype=sizes["dtype"], ln_dtype=sizes["ln_dtype"], experts=X, hidden=w1.shape[1], dim=O, rows=rows,
                 offs=_ptr(offs), hidden_sums=_ptr(hidden_sums), combine_sums=_ptr(combine_sums), db1=_ptr(db1),
                 db2=_ptr(db2), dln_weight=_ptr(dln_weight), dln_bias=_ptr(dln_bias), dependent=True, stream=stream,
             )  # fmt: skip
-    if need_dx:
-        dx_rows = _gemm(dh, w1, offs, rows)
-        dx = torch.empty_like(x)
-        with _launches(x) as stream:
+        if need_dx:
+            dx_rows, dx = gemm(stream, dh, w1, offs, rows), torch.empty_like(x)
             ext.gather_sum(
                 dtype=ext.DTYPES[DTYPES[x.dtype]], tokens=T, top_k=K, dim=D, rows=_ptr(dx_rows), inverse=_ptr(inverse),
                 dx=_ptr(dx), dependent=True, stream=stream,
@@ -314,13 +315,14 @@ def expert_projection_bwd(
     return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
 
 
-def _hidden(x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor, Tensor]:
+def _hidden(stream, x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor, Tensor]:
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     rows, H = order.shape[0], w1.shape[1]
     pre = x.new_empty((0,) if activation == "relu" else (rows, H))
-    h = _gemm(
-        x, w1.transpose(1, 2), offs, rows, order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, first=True
-    )
+    h = gemm(
+        stream, x, w1.transpose(1, 2), offs, rows,
+        order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, first=True,
+    )  # fmt: skip
     return h, pre
 
 

@@ -1,0 +1,44 @@
+"""A caller's `offs` can be anything, and no kernel reads it on the host: it may give wrong numbers, but kernels stay
+inside their tensors. ptxrun, which knows each tensor's end, is the judge."""
+
+import torch
+from torch import Tensor
+
+from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
+from llama_smop.ops.self_check import Inputs, Model
+
+LARGEST = 2**31 - 1
+BEYOND = ([9, 20, 30, 1_000], [9, 20, LARGEST, LARGEST], [LARGEST] * 4)  # as if clamped, for 40 rows
+SENSELESS = (
+    [30, 4, 40, 12],
+    [-5, 3, -LARGEST, 40],
+    [-LARGEST - 1] * 4,
+    [40, 0, 40, 0],
+    [LARGEST, -LARGEST, 7, LARGEST],
+)
+
+
+def project(backend: Backend, model: Model, i: Inputs, offs: list[int]) -> dict[str, Tensor]:
+    """Forward and backward of the projection, over a schedule whose `offs` are replaced."""
+    _, weights, experts, *_, order, inverse, _ = backend.route_fwd(
+        i.x, i.gate_weight, i.modality, None, model.K, model.X
+    )
+    schedule = Schedule(order, inverse, torch.tensor(offs, dtype=torch.int32, device=i.x.device))
+    options = Experts(*i.parameters()), model.activation, 1e-5
+    y, *kept = backend.expert_projection_fwd(i.x, weights, experts, schedule, *options)
+    saved = Saved(*(y.new_empty(0) if t is None else t for t in kept))
+    grads = backend.expert_projection_bwd(
+        i.dy, i.x, weights, experts, schedule, options[0], saved, *options[1:], True, True, True
+    )
+    names = "y", "dx", "dweights", "dw1", "db1", "dw2", "db2", "dln_weight", "dln_bias"
+    return {name: t.cpu() for name, t in zip(names, (y, *grads), strict=True) if t is not None}
+
+
+def products(backend: Backend, offs: list[int], device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Both forms of grouped_mm, 40 rows or columns in groups."""
+    ends = torch.tensor(offs, dtype=torch.int32, device=device)
+    a, b = (torch.randn(n, 24, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in (40, 41))
+    weights = torch.randn(len(offs), 24, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    forward, _ = backend.grouped_mm(a, weights, ends, None, "relu")
+    gradient, _ = backend.grouped_mm(a.t(), b[:40], ends, None, None)
+    return [forward.cpu(), gradient.cpu()]
