@@ -59,4 +59,4 @@ def crop(
     for target in (out, sheet):
         if target is not None:
             files.check_file(target)
-    print(crop_video(video, out, sheet=sheet, face=which))
+    print(crop_video(video, out, sheet=sheet, face=which, progress=True))
