@@ -60,4 +60,4 @@ def crop(
     places = [files.check_file(target, files_of(video)) for target in (out, sheet) if target is not None]
     if len(set(places)) < len(places):
         raise ValueError(f"{sheet}: --out and --sheet name the same file")
-    print(crop_video(video, out, sheet=sheet, face=which))
+    print(crop_video(video, out, sheet=sheet, face=which, progress=True))

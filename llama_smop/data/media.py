@@ -32,6 +32,7 @@ from llama_smop.data.container import (
     sound_of,
     whole_packets,
 )
+from llama_smop.data.video_writer import write_frames
 from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
 
 VIDEO_SIZE = 96
@@ -337,35 +338,8 @@ def write_video(
 ) -> None:
     """Writes uint8 RGB frames (T, H, W, 3) as H.264 in mp4, with the sound as AAC where `audio` (samples,) is given.
 
-    The same input gives the same bytes.
+    The same input gives the same bytes. `video_writer.write_frames` does the same for frames that come one by one.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"expected uint8 frames (T, H, W, 3), got {frames.dtype} {frames.shape}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"expected an even height and width for H.264, got {frames.shape[1]}×{frames.shape[2]}")
-    # In memory first: the codec libraries do not report a full disk.
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        picture = container.add_stream("libx264", rate=fps)
-        picture.height, picture.width = frames.shape[1:3]
-        picture.pix_fmt = "yuv420p"
-        picture.thread_count = 1
-        # Without x264's lookahead, whose macroblock tree is not deterministic.
-        picture.options = {"preset": "superfast", "crf": "20", "x264-params": "mbtree=0:rc-lookahead=0"}
-        if audio is not None:
-            sound = container.add_stream("aac", rate=rate, layout="mono", format="fltp")
-            sound.bit_rate = 48000
-            sound.options = {"aac_coder": "fast"}
-            sound.codec_context.flags |= av.codec.context.Flags.bitexact
-            samples = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio, dtype=np.float32)[None], "fltp", "mono")
-            samples.rate = rate
-            samples.pts = 0
-            samples.time_base = Fraction(1, rate)
-            container.mux(sound.encode(samples))
-            container.mux(sound.encode(None))
-        scaler = VideoReformatter()
-        for image in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(picture.encode(scaler.reformat(frame, format="yuv420p", threads=1)))
-        container.mux(picture.encode(None))
-    write_bytes(path, buffer.getvalue())
+    write_frames(path, frames, fps, None if audio is None else [audio], rate)

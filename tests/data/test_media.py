@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 
 import av
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from llama_smop.data import video_writer
 from llama_smop.data.media import MediaError, audio_path, read_audio, read_video, write_audio, write_video
 
 RATE = 16000
@@ -194,10 +196,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path, monk
     write_video(path, numbered_frames(3))
     before = path.read_bytes()
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class Full(io.FileIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr(video_writer, "open", Full, raising=False)
     with pytest.raises(MediaError, match=r"a\.mp4: cannot be written \(No space left"):
         write_video(path, numbered_frames(5))
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from llama_smop.data.faces.geometry import PLACE, SMOOTHING, crop_matrices, warp
 from llama_smop.data.faces.tracker import Track, Tracker
 from llama_smop.data.media import audio_path, stream_video
 
+AT_ONCE = 250  # frames whose maps are computed together
 SMALL_MOUTH = 22  # pixels from corner to corner; a crop of less is mostly invention
 DARK = 40.0  # mean grey value of a face
 PROFILE = 0.35  # the nose's distance from the middle of the eyes, over the distance of the eyes
@@ -91,9 +92,24 @@ def crop_mouths(path: str | os.PathLike, selections: Sequence[Selection]) -> Ite
             yield np.stack(crops)
 
 
+def stream_crops(path: str | os.PathLike, selection: Selection) -> Iterator[np.ndarray]:
+    """The crops of one selection one by one, uint8 RGB (96, 96, 3): the memory does not grow with its length."""
+    matrices, since = np.empty((0, 2, 3)), selection.first
+    for number, frame in enumerate(frames_beside_sound(path)):
+        if number >= selection.end:
+            return
+        if number < selection.first:
+            continue
+        if number >= since + len(matrices):
+            since = number
+            matrices = _matrices(Selection(number, min(number + AT_ONCE, selection.end), selection.track))
+        yield warp(frame, matrices[number - since])
+
+
 def warnings(track: Track) -> list[str]:
     """What makes the lips of a track hard to read, a line each."""
-    points = track.filled_points()
+    found_points = [points for points in track.points if points is not None]
+    points = np.stack(found_points[:: 1 + len(found_points) // 2000]).astype(np.float64)
     mouth = np.median(np.linalg.norm(points[:, PLACE[61]] - points[:, PLACE[291]], axis=1))
     eyes = points[:, PLACE[263]] - points[:, PLACE[33]]
     middle = (points[:, PLACE[263]] + points[:, PLACE[33]]) / 2

@@ -1,6 +1,6 @@
 """Who speaks: the face whose mouth opens with the sound."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,8 @@ RATE = 25
 LAGS = 8  # frames that sound and picture may be apart
 BAND = (1.0, 8.0)  # Hz: syllables
 MIN_OVERLAP = 12  # frames
+SILENCE = -3.0  # the envelope where nothing is heard
+AT_ONCE = 1000  # frames whose landmarks are in memory together
 
 
 def mouth_opening(points: np.ndarray) -> np.ndarray:
@@ -32,7 +34,19 @@ def sound_envelope(samples: np.ndarray, frames: int, rate: int = 16000) -> np.nd
     hop = rate // RATE
     padded = np.zeros(frames * hop, np.float32)
     padded[: min(len(samples), len(padded))] = samples[: len(padded)]
-    return np.log10(np.sqrt((padded.reshape(frames, hop) ** 2).mean(axis=1)) + 1e-3)
+    return np.log10(np.sqrt((padded.reshape(frames, hop) ** 2).mean(axis=1)) + 10**SILENCE)
+
+
+def stream_envelope(blocks: Iterable[np.ndarray], rate: int = 16000) -> Iterator[np.ndarray]:
+    """`sound_envelope` of sound that comes in blocks of any length, float32 (n,); the last frame may be begun only."""
+    left, hop = np.zeros(0, np.float32), rate // RATE
+    for block in blocks:
+        left = np.concatenate([left, block])
+        frames = len(left) // hop
+        yield sound_envelope(left, frames, rate)
+        left = left[frames * hop :]
+    if len(left):
+        yield sound_envelope(left, 1, rate)
 
 
 def speaking_score(opening: np.ndarray, envelope: np.ndarray | None) -> float:
@@ -83,7 +97,8 @@ def choose(
 
     def score(i: int) -> tuple[float, float]:
         a, b = inside[i]
-        opening = mouth_opening(tracks[i].filled_points(a, b))
+        parts = (tracks[i].filled_points(at, min(at + AT_ONCE, b)) for at in range(a, b, AT_ONCE))
+        opening = np.concatenate([mouth_opening(points) for points in parts])
         heard = None if envelope is None else envelope[a:b]
         return speaking_score(opening, heard) * (b - a) / (end - first), _size(tracks[i], a, b)
 
