@@ -32,12 +32,31 @@ def transcribe(
     srt: Annotated[Path | None, typer.Option(help="Write SubRip subtitles here.", callback=utf8)] = None,
     vtt: Annotated[Path | None, typer.Option(help="Write WebVTT subtitles here.", callback=utf8)] = None,
     json: Annotated[Path | None, typer.Option(help="Write pieces, times and warnings here.", callback=utf8)] = None,
+    word_times: Annotated[
+        bool, typer.Option("--word-times", help="Find when each word is said: in the JSON, and for the cues.")
+    ] = False,
+    aligner: Annotated[
+        str | None, typer.Option(help="Whisper that finds it, a name or folder; default: the audio tower's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pieces in a batch; default: 4, on a GPU 16.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Files that are read ahead at a time; default: 1, on a GPU 4.")
+    ] = None,
 ) -> None:
     """Print what is said in each file. With several, --srt, --vtt and --json name folders."""
     from llama_smop.transcription import run
     from llama_smop.transcription.recording import Options
 
-    options = Options(modality=modality, face=_face(face), prepared=prepared, num_beams=beams)
+    options = Options(
+        modality=modality,
+        face=_face(face),
+        prepared=prepared,
+        num_beams=beams,
+        pieces_at_once=batch_size,
+        workers=workers,
+        word_times=word_times or aligner is not None,
+        aligner=aligner,
+    )
     outputs = run.Outputs(clips, srt=srt, vtt=vtt, json=json)
     for transcript in run.transcripts(clips, model, options, progress=True):
         outputs.write(transcript)

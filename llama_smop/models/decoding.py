@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 
+from llama_smop.models.generation import SPEECH_INPUTS
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.outputs import SpeechFeatures
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.units import VIDEO_RATE, WHISPER_RATE
 
@@ -35,7 +37,6 @@ def token_limits(batch: BatchFeature) -> Tensor:
     return LEAST_TOKENS + (seconds * TOKENS_PER_SECOND).ceil().long()
 
 
-@torch.inference_mode()
 def transcribe_batch(
     model: LlamaSmopForConditionalGeneration,
     processor: LlamaSmopProcessor,
@@ -49,11 +50,27 @@ def transcribe_batch(
 
     `settings` go to `generate`; a `max_new_tokens` there replaces the limit that fits each clip's duration.
     """
+    return recognise_batch(model, processor, audio=audio, video=video, num_beams=num_beams, **settings)[0]
+
+
+@torch.inference_mode()
+def recognise_batch(
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    *,
+    audio: Sequence | None = None,
+    video: Sequence | None = None,
+    num_beams: int = 1,
+    **settings,
+) -> tuple[list[str], SpeechFeatures]:
+    """Texts as in `transcribe_batch`, and the towers' frames that they were written from."""
     batch = processor(audio=audio, video=video).to(model.device)
     prompt = batch["input_ids"].shape[1]
     if "max_new_tokens" not in settings:
         limits = token_limits(batch)
         settings["max_new_tokens"] = int(limits.max())
         settings["stopping_criteria"] = StoppingCriteriaList([PerClipLimit(prompt, limits)])
-    generated = model.generate(**batch, num_beams=num_beams, **settings)
-    return processor.decode_new(generated, prompt)
+    speech = model.get_speech_features(**{name: batch.pop(name) for name in SPEECH_INPUTS if name in batch})
+    embeds = model.place_speech(batch["input_ids"], speech)
+    generated = model.generate(**batch, inputs_embeds=embeds, num_beams=num_beams, **settings)
+    return processor.decode_new(generated, prompt), speech

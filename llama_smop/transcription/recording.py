@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,13 @@ from llama_smop.data.faces.speaker import choose, sound_envelope
 from llama_smop.data.media import VIDEO_SIZE, MediaError, audio_path, stream_audio, stream_video, streams
 from llama_smop.data.transforms import ClipTransform
 from llama_smop.extras import remedy
-from llama_smop.models.decoding import transcribe_batch
 from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
-from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of, new_words
+from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of
+from llama_smop.transcription.pieces import Clip, Piece
 from llama_smop.transcription.voice_activity import JOIN_S, Span, speech_pieces, speech_probabilities
 
 LONGEST_S = 16.0  # of a piece: what LRS3 is trained in
 ENDS_TOGETHER_S = 0.5  # that the sound may go on after the picture without being a piece of its own
-OVERLAP_WORDS = 8  # that fit into the overlap of two pieces
 
 
 @dataclass(frozen=True)
@@ -30,30 +29,20 @@ class Options:
     modality: "audio", "video", "audiovisual"; None = all that both the model and the recording have.
     face: "auto" (who speaks), "largest", or the number of a face.
     prepared: whether the picture is a mouth crop already; None = it is where it has 96×96 pixels.
-    pieces_at_once: pieces in a batch.
+    pieces_at_once: pieces in a batch, of one recording or of several short ones; None = 4, on a GPU 16.
+    workers: recordings that are read and cropped ahead at the same time; None = 1, on a GPU 4.
+    word_times: whether to find when each word is said. aligner: the Whisper model that finds it, a hub name or folder;
+        None = the one that the model's audio tower comes from.
     """
 
     modality: str | None = None
     face: str | int = "auto"
     prepared: bool | None = None
     num_beams: int = 1
-    pieces_at_once: int = 4
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a recording and what is said in it.
-
-    start, end: seconds. modality: "audio", "video" or "audiovisual": what the model was given.
-    face: the number of the face whose lips were read, box: its left, top, right, bottom where the piece begins.
-    """
-
-    start: float
-    end: float
-    text: str
-    modality: str
-    face: int | None = None
-    box: tuple[int, int, int, int] | None = None
+    pieces_at_once: int | None = None
+    workers: int | None = None
+    word_times: bool = False
+    aligner: str | Path | None = None
 
 
 def usable(path: str | os.PathLike, known: Sequence[str], wanted: str | None = None) -> tuple[Path | None, bool]:
@@ -262,44 +251,21 @@ class Recording:
 
     # -- to text ---------------------------------------------------------------------------------------------------
 
-    def transcribe(self, model, processor) -> Iterator[Piece]:
-        """The pieces in order, some at a time; memory does not grow with the length of the recording.
+    def clips(self, processor) -> Iterator[Clip]:
+        """What the model is to be given, piece by piece in order; memory does not grow with the recording's length.
 
         Raises:
             MediaError: a recording, all in one piece, that the model cannot take.
         """
         transform = ClipTransform.testing()
-        before: list[str] = []
-        batch: list[tuple[Piece, float, tuple]] = []
-        for piece, overlap, audio, video in self._clips():
+        for piece, overlap, audio, video in self._cut():
             reason = processor.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is None:
-                batch.append((piece, overlap, transform(audio, video)))
+                yield Clip(piece, overlap, *transform(audio, video))
             elif len(self.parts) == 1:
                 raise MediaError(self.path, reason)
-            if len(batch) == self.options.pieces_at_once:
-                yield from self._texts(model, processor, batch, before)
-                batch = []
-        yield from self._texts(model, processor, batch, before)
 
-    def _texts(self, model, processor, batch: list[tuple[Piece, float, tuple]], before: list[str]) -> Iterator[Piece]:
-        for modality, group in groupby(batch, key=lambda clip: clip[0].modality):
-            clips = list(group)
-            inputs = {
-                name: [streams[place] for _, _, streams in clips]
-                for place, name in enumerate(("audio", "video"))
-                if modality in (name, "audiovisual")
-            }
-            texts = transcribe_batch(model, processor, num_beams=self.options.num_beams, **inputs)
-            for (piece, overlap, _), text in zip(clips, texts, strict=True):
-                words = text.split()
-                if overlap:
-                    words = new_words(before, words)
-                before[:] = [*before, *words][-OVERLAP_WORDS:]
-                self._progress("transcribing", round(piece.end * VIDEO_RATE), round(self.seconds * VIDEO_RATE))
-                yield replace(piece, text=" ".join(words))
-
-    def _clips(self) -> Iterator[tuple[Piece, float, np.ndarray | None, np.ndarray | None]]:
+    def _cut(self) -> Iterator[tuple[Piece, float, np.ndarray | None, np.ndarray | None]]:
         """Each piece without its text, seconds that it shares with the one before, its samples and its crops."""
         spans = [span for span, _ in self.parts]
         sounds = cut_sound(self._sound, spans) if self._sound is not None else None

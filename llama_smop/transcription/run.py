@@ -2,50 +2,16 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llama_smop import files
-from llama_smop.data.media import MediaError, files_of
-from llama_smop.evaluation.run import supported
+from llama_smop.data.media import files_of
 from llama_smop.models import model_folder
-from llama_smop.models.units import WHISPER_RATE
 from llama_smop.transcription import subtitles
-from llama_smop.transcription.recording import Options, Piece, Recording
+from llama_smop.transcription.attempts import Transcript, attempts
+from llama_smop.transcription.recording import Options
 
 logger = logging.getLogger(__name__)
-
-BAR_AFTER_S = 3  # work that is done sooner shows no progress
-
-
-@dataclass
-class Transcript:
-    """What is said in a file.
-
-    seconds: its length. warnings: what makes the transcript less than it could be. finished: False after Ctrl-C.
-    """
-
-    path: Path
-    pieces: list[Piece] = field(default_factory=list)
-    seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    finished: bool = True
-
-    @property
-    def text(self) -> str:
-        return " ".join(piece.text for piece in self.pieces if piece.text)
-
-    def as_json(self) -> dict:
-        return {
-            "file": str(self.path),
-            "seconds": self.seconds,
-            "text": self.text,
-            "finished": self.finished,
-            "warnings": self.warnings,
-            "pieces": [asdict(piece) for piece in self.pieces],
-        }
 
 
 def transcribe(
@@ -70,63 +36,22 @@ def transcripts(
         progress: show a bar on standard error where it takes long.
 
     Raises:
-        ValueError: no model there, or a modality that it lacks. MediaError: a file that cannot be used, where it is
-            the only one. ValueError: after the last one, how many could not be used.
+        ValueError: no model there, a modality that it lacks, or no Whisper for word times. MediaError: a file that
+            cannot be used, where it is the only one. ValueError: after the last one, how many could not be used.
     """
-    options = options or Options()
-    loaded, processor = model_folder.load(model)
-    known = supported(loaded)
-    if options.modality is not None and options.modality not in known:
-        raise ValueError(f"{model} takes {', '.join(known)}, not {options.modality}")
-    window = processor.audio_window / WHISPER_RATE
     failed = 0
-    for path in map(Path, paths):
-        transcript = Transcript(path)
-        try:
-            with _Bar(progress) as bar:
-                recording = Recording(path, known, window, options, bar.show)
-                transcript.seconds, transcript.warnings = recording.seconds, recording.warnings
-                for piece in recording.transcribe(loaded, processor):
-                    transcript.pieces.append(piece)
-        except MediaError as error:
-            if len(paths) == 1:
-                raise
-            logger.warning("%s", error)
+    for found in attempts(paths, *model_folder.load(model), options, progress):
+        if isinstance(found, Transcript):
+            for line in found.warnings:
+                logger.warning("%s: %s", found.path, line)
+            yield found
+        elif len(paths) == 1:
+            raise found
+        else:
+            logger.warning("%s", found)
             failed += 1
-            continue
-        except KeyboardInterrupt:
-            transcript.finished = False
-            yield transcript
-            raise
-        for line in transcript.warnings:
-            logger.warning("%s: %s", path, line)
-        yield transcript
     if failed:
         raise ValueError(f"{failed} of {len(paths)} files could not be transcribed; they are named above")
-
-
-class _Bar:
-    """A progress bar over the frames of a file, begun anew for each thing that is done with them."""
-
-    def __init__(self, shown: bool):
-        self._shown, self._doing = shown, ""
-        self._bar: tqdm | None = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, doing: str, done: int, total: int) -> None:
-        if self._bar is None or doing != self._doing:
-            self.__exit__()
-            self._doing = doing
-            self._bar = tqdm(
-                desc=doing, total=total or None, unit="frame", delay=BAR_AFTER_S, leave=False, disable=not self._shown
-            )
-        self._bar.update(done - self._bar.n)
 
 
 class Outputs:
@@ -157,7 +82,7 @@ class Outputs:
 
     def write(self, transcript: Transcript) -> None:
         """Write what was asked for of one recording. Raises OSError."""
-        cues = subtitles.cues((piece.start, piece.end, piece.text) for piece in transcript.pieces)
+        cues = subtitles.cues((piece.start, piece.end, piece.text, piece.words) for piece in transcript.pieces)
         writers = {
             "srt": lambda target: files.write_text(target, subtitles.srt(cues)),
             "vtt": lambda target: files.write_text(target, subtitles.vtt(cues)),

@@ -16,8 +16,9 @@ from llama_smop.data.media import MediaError, write_audio, write_video
 from llama_smop.data.transforms import ClipTransform
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
-from llama_smop.transcription import recording as module
+from llama_smop.transcription import pieces as module
 from llama_smop.transcription import run
+from llama_smop.transcription.attempts import attempts
 from llama_smop.transcription.recording import Options, Recording
 from tests.data.faces.planted import syllables, track
 from tests.data.recordings import numbered, record
@@ -52,9 +53,9 @@ def told(monkeypatch):
         for k in range(len(audio or video)):
             samples, frames = (None if s is None else len(s[k]) for s in (audio, video))
             given.append((None if samples is None else samples / 16000, frames))
-        return [f"w{first + k}" for k in range(len(given) - first)]
+        return [f"w{first + k}" for k in range(len(given) - first)], None
 
-    monkeypatch.setattr(module, "transcribe_batch", answer)
+    monkeypatch.setattr(module, "recognise_batch", answer)
     return given
 
 
@@ -76,9 +77,10 @@ def planted(monkeypatch, tracks, frames, path_sees=None):
     monkeypatch.setattr(crop, "find_faces", lambda path, progress: crop.Faces(tracks, frames, (128, 128)))
 
 
-def pieces(path, pair, options=None, known=ALL):
-    recording = Recording(path, known, WINDOW, options)
-    return recording, list(recording.transcribe(*pair))
+def pieces(path, pair, options=None):
+    """The transcript of a file, and its pieces."""
+    (found,) = attempts([path], *pair, options)
+    return found, found.pieces
 
 
 # -- sound -------------------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def test_a_short_clip_is_taken_whole_as_in_training(tmp_path, pair, told):
 def test_words_heard_twice_where_a_cut_is_forced_are_said_once(tmp_path, pair, monkeypatch):
     write_audio(tmp_path / "a.wav", loud((9, 0.1)))
     texts = iter(["a b c d", "c d e f", "x f g", *"hijkl"])
-    monkeypatch.setattr(module, "transcribe_batch", lambda *a, audio, **k: [next(texts) for _ in audio])
+    monkeypatch.setattr(module, "recognise_batch", lambda *a, audio, **k: ([next(texts) for _ in audio], None))
     _, found = pieces(tmp_path / "a.wav", pair)
     assert all(b.start < a.end for a, b in pairwise(found)), "the pieces overlap"
     assert " ".join(p.text for p in found).startswith("a b c d e f g")
@@ -136,7 +138,7 @@ def test_a_prepared_clip_is_one_clip_with_its_sound(tmp_path, pair, told):
 def test_of_a_prepared_clip_the_model_gets_what_evaluation_gives_it(tmp_path, pair, monkeypatch, modality):
     record(tmp_path / "v.mp4", numbered(40), sound=loud((1.3, 1e-4), (0.4, 0.1)))
     given = []
-    monkeypatch.setattr(module, "transcribe_batch", lambda *a, num_beams, **clips: given.append(clips) or ["w"])
+    monkeypatch.setattr(module, "recognise_batch", lambda *a, num_beams, **clips: given.append(clips) or (["w"], None))
     pieces(tmp_path / "v.mp4", pair, Options(modality=modality))
     expected = ClipTransform.testing()(*load_clip(tmp_path / "v.mp4", modality))
     wanted = {name: stream for name, stream in zip(("audio", "video"), expected, strict=True) if stream is not None}
@@ -291,7 +293,7 @@ def test_places_are_checked_before_anything_is_computed(tmp_path, monkeypatch):
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, folder, told, capsys, monkeypatch):
     write_audio(tmp_path / "a.wav", loud(*[(1, 0.1), (2, 1e-4)] * 6))
-    answer, calls = module.transcribe_batch, []
+    answer, calls = module.recognise_batch, []
 
     def interrupted(*arguments, **settings):
         calls.append(1)
@@ -299,7 +301,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, folder, told, capsys, monkeypatch):
             raise KeyboardInterrupt
         return answer(*arguments, **settings)
 
-    monkeypatch.setattr(module, "transcribe_batch", interrupted)
+    monkeypatch.setattr(module, "recognise_batch", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(
             ["transcribe", str(tmp_path / "a.wav"), "--model", str(folder), "--json", str(tmp_path / "out.json")],
@@ -313,17 +315,17 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, folder, told, capsys, monkeypatch):
 def test_memory_does_not_grow_with_the_length_of_the_sound(tmp_path, pair, told, monkeypatch):
     import tracemalloc
 
-    from llama_smop.transcription import cutting
+    from llama_smop.transcription import cutting, recording
 
     write_audio(tmp_path / "a.wav", loud((1, 0.1)))
     block = loud((1, 0.1), (2, 1e-4))
     peaks = []
-    for repeats in (7, 7, 28):  # the first warms up
-        for user in (module, cutting):
+    for repeats in (8, 8, 48):  # the first warms up
+        for user in (recording, cutting):
             monkeypatch.setattr(user, "stream_audio", lambda path, n=repeats: (block for _ in range(n)))
         tracemalloc.start()
         _, found = pieces(tmp_path / "a.wav", pair)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found) == repeats
-    assert peaks[2] < peaks[1] + 3e5, f"{peaks[1:]} bytes for 21 s and 84 s, of which the sound is 1.3 and 5.4 MB"
+    assert peaks[2] < peaks[1] + 2e6, f"{peaks[1:]} bytes for 24 s and 144 s, of which the sound is 1.5 and 9.2 MB"

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_smop.transcription.subtitles import cues, srt, vtt
+from llama_smop.transcription.word_times import Word
 
 PIECES = [
     (0.5, 4.0, "place blue in y two now"),
@@ -93,3 +94,20 @@ def test_any_pieces_give_readable_cues(pieces):
     assert_readable([(c.start, c.end, list(c.lines)) for c in shown], [text for *_, text in spoken])
     if shown:
         read(srt(shown), SRT_TIME, numbered=True)
+
+
+def test_with_word_times_cues_begin_and_end_with_their_words():
+    words = [Word(f"word{i:02d}", i, i + 0.8) for i in range(20)] + [Word("later", 25.0, 25.5)]
+    shown = cues([(0.0, 30.0, " ".join(w.word for w in words), words), (30.0, 31.0, "untimed")])
+    times = {w.word: w for w in words}
+    for cue in shown[:-1]:
+        said = " ".join(cue.lines).split()
+        assert (cue.start, cue.end) == (times[said[0]].start, times[said[-1]].end)
+    assert [c.lines for c in shown[-2:]] == [("later",), ("untimed",)], "a pause ends a cue"
+    assert_readable([(c.start, c.end, list(c.lines)) for c in shown], [" ".join(times), "untimed"])
+
+
+def test_a_word_longer_than_a_cue_is_shown_whole():
+    shown = cues([(0.0, 3.0, "", [Word("a" * 100, 0.0, 3.0), Word("b", 3.0, 3.1)])])
+    assert "".join(line for cue in shown for line in cue.lines) == "a" * 100 + "b"
+    assert all(len(cue.lines) <= 2 for cue in shown)

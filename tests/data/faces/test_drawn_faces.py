@@ -125,19 +125,22 @@ def test_a_full_picture_gives_the_words_of_its_prepared_crop(person, tmp_path, m
     """What the model is given of both is nearly the same."""
     from llama_smop.data.synthetic.head import filmed
     from llama_smop.models.tiny import build_tiny
-    from llama_smop.transcription import recording
+    from llama_smop.transcription import pieces
+    from llama_smop.transcription.attempts import attempts
 
     prepared, heads, samples = person
     write_video(tmp_path / "prepared.mp4", prepared, audio=samples)
     write_video(tmp_path / "full.mp4", np.stack(list(filmed(heads, (320, 400)))), audio=samples)
     given = []
     monkeypatch.setattr(
-        recording, "transcribe_batch", lambda *a, audio, video, **k: given.append((audio[0], video[0])) or ["said"]
+        pieces,
+        "recognise_batch",
+        lambda *a, audio, video, **k: given.append((audio[0], video[0])) or (["said"], None),
     )
-    _, processor = build_tiny(["said"], max_seconds=3.0, width=16, audio_layers=1, video_layers=1, text_layers=1)
+    pair = build_tiny(["said"], max_seconds=3.0, width=16, audio_layers=1, video_layers=1, text_layers=1)
     for name in ("prepared", "full"):
-        found = recording.Recording(tmp_path / f"{name}.mp4", ("audio", "video", "audiovisual"), 3.0)
-        assert [piece.text for piece in found.transcribe(None, processor)] == ["said"]
+        (found,) = attempts([tmp_path / f"{name}.mp4"], *pair)
+        assert [piece.text for piece in found.pieces] == ["said"]
     (sound, mouths), (same_sound, same_mouths) = given
     assert same_sound == pytest.approx(sound, abs=1e-6)
     assert same_mouths.shape == mouths.shape
