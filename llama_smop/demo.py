@@ -6,7 +6,7 @@ Every stage writes its result into the folder. An interrupted demo resumes at th
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files as resources
@@ -20,9 +20,11 @@ from llama_smop.data.noise import Noise
 from llama_smop.data.sources import FolderClips
 from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.expert_use import expert_activation
-from llama_smop.evaluation.run import evaluate, table, transcribe_dataset, transcribe_items
+from llama_smop.evaluation.run import Row, evaluate, records, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
-from llama_smop.models import model_folder
+from llama_smop.models import model_folder, seal
+from llama_smop.models.card import rewrite_card
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.units import STREAMS
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
@@ -125,7 +127,16 @@ def _score(out: Path, model, processor, seed: int) -> None:
             "expert_activation": expert_activation(model, processor, test),
         },
     )
+    _write_card(out, rows)
     print(table(rows))
+
+
+def _write_card(out: Path, rows: Sequence[Row]) -> None:
+    """Put the scores into the card of the model, unless somebody edited it."""
+    model = out / "run" / "model"
+    if not seal.is_edited(model / seal.CARD):
+        found = [(out / "evaluation.json", records(rows, model, out / "corpus", "babble", num_beams=1))]
+        rewrite_card(LlamaSmopForConditionalGeneration, model, {}, found)
 
 
 def _no_input(model, processor, test: Lrs3Dataset) -> float:

@@ -93,6 +93,7 @@ def test_scores_are_written_before_they_are_printed(tmp_path, monkeypatch):
     here.destroy_process_group = lambda: None
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: here)
     monkeypatch.setattr(model_folder, "load", lambda *_: (None, None))
+    monkeypatch.setattr(run, "fingerprint", lambda folder: "of m")
     row = Row("test", "audio", None, 1, 2, 1, 0, 0, 0.5)
     monkeypatch.setattr(run, "evaluate", lambda *_, **__: ([row], [[{"id": "a"}]]))
     monkeypatch.setattr(run, "table", lambda rows: raising(BrokenPipeError(32, "Broken pipe"))())

@@ -26,8 +26,6 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=utf8)] = None,
 ) -> None:
     """Print a table of word error rates by modality and SNR. Under torchrun the processes share the clips."""
-    from dataclasses import asdict
-
     import torch
     from accelerate import PartialState
 
@@ -60,8 +58,8 @@ def evaluate(
     if not here.is_main_process:
         return
     if json is not None:
-        records = [asdict(row) | {"transcripts": texts} for row, texts in zip(rows, transcripts, strict=True)]
-        files.write_json(json, records)
+        kept = module.records(rows, model, root, noise, beams)
+        files.write_json(json, [r | {"transcripts": texts} for r, texts in zip(kept, transcripts, strict=True)])
     print(module.table(rows))
 
 

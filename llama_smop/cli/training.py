@@ -72,7 +72,7 @@ def average(
     checkpoints = averaging.newest(run, last)
     if len(checkpoints) < last:
         raise ValueError(f"{run}: has {len(checkpoints)} whole checkpoints, --last asks for {last}; see run.keep")
-    averaging.average(checkpoints, to)
+    averaging.average(checkpoints, to, run)
     print(f"{to}\tmean of {', '.join(folder.name for folder in checkpoints)}")
 
 

@@ -18,6 +18,7 @@ from llama_smop.models.formats.key_map import KeyReport, Rule, load_rules, match
 from llama_smop.models.formats.safe_load import load_checkpoint, state_dict_of
 from llama_smop.models.former_names import present_name
 from llama_smop.models.hub import fetch
+from llama_smop.models.model_folder import describe
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.tokenizer import add_special_tokens, token_ids
@@ -148,6 +149,7 @@ def convert_authors(
         model.save_pretrained(folder)
         LlamaSmopProcessor.for_config(config, feature_extractor, tokenizer).save_pretrained(folder)
         files.write_json(folder / ACCOUNT, account)
+        describe(LlamaSmopForConditionalGeneration, folder, Path(to).name)
 
     seal.write_sealed(to, write)
     return report

@@ -17,6 +17,7 @@ from llama_smop.evaluation.wer import per_cent, snr_label, snr_order, word_error
 from llama_smop.models.decoding import transcribe_batch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.seal import fingerprint
 from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME, SAMPLES_PER_WHISPER_FRAME, STREAMS
 
 
@@ -121,6 +122,16 @@ def evaluate(
                 ]
             )
     return rows, transcripts
+
+
+def records(
+    rows: Sequence[Row], model: str | Path, corpus: str | Path, noise: str | Path, num_beams: int
+) -> list[dict]:
+    """Rows as `evaluate --json` and a model's card keep them: with the corpus's name, the noise, the beams, and the
+    fingerprint of the model folder, so that no other model's card takes them."""
+    measured = {"corpus": Path(corpus).resolve().name, "beams": num_beams, "model_sha256": fingerprint(Path(model))}
+    named = noise if noise == "babble" else Path(noise).name
+    return [asdict(row) | measured | {"noise": None if row.snr is None else named} for row in rows]
 
 
 def supported(model: LlamaSmopForConditionalGeneration) -> tuple[str, ...]:

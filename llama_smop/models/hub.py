@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from transformers.utils.hub import cached_file, create_and_tag_model_card
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils.hub import cached_file
+
+from llama_smop.models.seal import CARD, is_edited
 
 HUB_SECONDS = 5
 # Arguments of `from_pretrained` that say where files are.
@@ -42,26 +45,46 @@ def upload(
     names: Iterable[str],
     *,
     repo_id: str,
-    tags: list[str] | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
     **repository,
-) -> None:
-    """Put files of `folder`, by name, and a model card into a repository of the hub.
+) -> CommitInfo:
+    """Put files of `folder`, by name, and its model card into a repository of the hub.
+
+    A card that somebody edited there is replaced by one that somebody edited here, and by no other.
 
     repository: further arguments of `create_repo`.
     """
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, exist_ok=True, **repository).repo_id
-    create_and_tag_model_card(repo_id, tags, token=token).save(folder / "README.md")
-    hub.upload_folder(
+    if revision is not None and not revision.startswith("refs/"):
+        hub.create_branch(repo_id, branch=revision, exist_ok=True)
+    own = (folder / CARD).exists()
+    if own and not is_edited(folder / CARD) and hub.file_exists(repo_id, CARD, revision=revision):
+        own = not is_edited(Path(hub.hf_hub_download(repo_id, CARD, revision=revision)))
+    return hub.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=[*names, "README.md"],
+        allow_patterns=[*names, *([CARD] if own else [])],
         commit_message=commit_message or "Upload LlamaSmopForConditionalGeneration",
+        commit_description=commit_description,
+        revision=revision,
         create_pr=create_pr,
     )
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source of weights is a name on the hub, not a folder or a file."""
+    if Path(source).exists() or source.startswith((".", "~")) or source.endswith((".pt", ".pth", ".ckpt", ".gguf")):
+        return False
+    try:
+        validate_repo_id(source)
+    except ValueError:
+        return False
+    return True
 
 
 def fetch(kind: Any, name: str | Path, **kwargs) -> Any:

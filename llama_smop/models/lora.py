@@ -1,8 +1,12 @@
 """LoRA through peft: where the published recipe puts it, with its sizes."""
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # The recipe's `rank` divides the width: r = hidden / rank, scale alpha / rank; these are the same as peft writes them.
 PRESETS = {
@@ -48,21 +52,31 @@ def lora_settings(lora: str | dict) -> dict:
     }
 
 
+def peft_config(lora: str | dict, **settings) -> "LoraConfig":
+    """peft's configuration of the same LoRA; `settings` are further fields. Raises ValueError as `lora_settings`."""
+    from peft import LoraConfig
+
+    lora = lora_settings(lora)
+    return LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        target_modules=lora["targets"],
+        lora_dropout=0.0,
+        bias="none",
+        **settings,
+    )
+
+
 def inject_lora(module: nn.Module, lora: str | dict) -> None:
     """Put LoRA into `module` in place; its own weights are frozen.
 
     Raises:
         ValueError: no module of the targets' names.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     lora = lora_settings(lora)
-    inject_adapter_in_model(
-        LoraConfig(
-            r=lora["r"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0, bias="none"
-        ),
-        module,
-    )
+    inject_adapter_in_model(peft_config(lora), module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name and lora["init"] == "normal":

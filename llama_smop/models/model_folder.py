@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from llama_smop.models import card
+from llama_smop.models.card_records import write_training
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.seal import SEAL, is_whole, write_sealed
@@ -18,8 +22,12 @@ def save(
     processor: LlamaSmopProcessor,
     folder: str | Path,
     weights: dict[str, Tensor] | None = None,
+    training: dict | None = None,
+    metadata: card.Metadata | None = None,
 ) -> Path:
-    """Write a model folder; `weights` in place of the model's own, which may be sharded.
+    """Write a model folder with its model card; `weights` in place of the model's own, which may be sharded.
+
+    training, metadata: for the card (`card_records.write_training`, `card.Metadata`).
 
     Raises:
         OSError: see `seal.check_target`; a disk that is full, and the model that was there before still is.
@@ -28,9 +36,21 @@ def save(
     def write(aside: Path) -> None:
         model.save_pretrained(aside, state_dict=weights)
         processor.save_pretrained(aside)
+        describe(type(model), aside, Path(folder).name, training, metadata)
 
     with quietly():
         return write_sealed(folder, write)
+
+
+def describe(
+    kind: Any, folder: Path, name: str, training: dict | None = None, metadata: card.Metadata | None = None
+) -> None:
+    """Write the records and the card of a model folder that is being written and will be called `name`."""
+    metadata = metadata or card.Metadata()
+    if training:
+        write_training(folder, training)
+        name = training.get("name", name)
+    card.write_card(kind, folder, replace(metadata, name=metadata.name or name))
 
 
 def load(

@@ -4,19 +4,22 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_smop import files
-from llama_smop.models import hub, seal
+from llama_smop.models import card, hub, seal
 from llama_smop.models.checkpoint_checks import absent, check_folder, refuse_disagreement, refuse_non_finite
 from llama_smop.models.former_names import KEY_MAPPING
 from llama_smop.models.hub import Source
@@ -36,10 +39,18 @@ class CheckpointMixin:
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         **kwargs,
-    ) -> None:
+    ) -> CommitInfo | None:
         """Save whole, or with `config.sources` (and not `complete`) only what cannot be fetched again: what is
         trained, and the special tokens' embeddings. Written aside, then renamed: a full disk leaves the old files;
-        weights of an earlier save that the new ones do not replace are removed."""
+        weights of an earlier save that the new ones do not replace are removed, and a model card that nobody edited
+        is written anew.
+
+        A push goes to the repository `repo_id`, by default of the folder's name, with a model card; parts whose source
+        is a folder or a file of this machine are saved whole."""
+        if push_to_hub and (named := local_sources(self.config)):
+            with without_sources(self.config, named):
+                pushed = {"complete": complete, "state_dict": state_dict, "push_to_hub": True}
+                return self.save_pretrained(save_directory, **pushed, **kwargs)
         state = self.state_dict() if state_dict is None else state_dict
         rows = None
         if self.config.sources and not complete:
@@ -53,11 +64,25 @@ class CheckpointMixin:
             if rows is not None:
                 save_file(rows, folder / SPECIAL_TOKENS_FILE)
             written = {file.name for file in folder.iterdir()}
-        remove_stale_weights(Path(save_directory), written, kwargs.get("variant"))
-        seal.renew(Path(save_directory), ())
-        if push_to_hub and kwargs.get("is_main_process", True):
-            pushing.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
-            hub.upload(Path(save_directory), written, tags=self.model_tags, **pushing)
+        folder = Path(save_directory)
+        remove_stale_weights(folder, written, kwargs.get("variant"))
+        if not kwargs.get("is_main_process", True):
+            return None
+        tags = [*(self.model_tags or ()), *(pushing.pop("tags", None) or ())]
+        if push_to_hub:
+            pushing.setdefault("repo_id", Path(os.path.abspath(folder)).name)
+            told = card.read_metadata(folder)
+            card.write_card(type(self), folder, replace(told, name=pushing["repo_id"], tags=[*told.tags, *tags]))
+        elif (folder / seal.CARD).exists():
+            card.write_card(type(self), folder)
+        seal.renew(folder, () if seal.is_edited(folder / seal.CARD) else [seal.CARD])
+        return hub.upload(folder, written, **pushing) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Save and upload the model with a model card. `kwargs` are `save_pretrained`'s and `create_repo`'s, `tags`,
+        `commit_message`, `commit_description`, `revision`, `create_pr` and `token`."""
+        with TemporaryDirectory() as folder:
+            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -86,6 +111,27 @@ class CheckpointMixin:
         fetch_left_out_parts(model, info, source)
         model.freeze()
         return (model, info) if output_loading_info else model
+
+
+def local_sources(config: Any) -> list[str]:
+    """The parts whose source is on this machine, where others cannot fetch it."""
+    return [part for part, source in config.sources.items() if not hub.is_hub_name(source)]
+
+
+@contextmanager
+def without_sources(config: Any, parts: Iterable[str]) -> Iterator[None]:
+    """While open, `config` does not name the sources of `parts`, so that their weights are saved with the model."""
+    sources, configs = config.sources, {"language_model": config.text_config, "audio_tower": config.audio_config}
+    named = [(part, part.name_or_path) for part in (configs[p] for p in parts if p in configs)]
+    config.sources = {part: source for part, source in sources.items() if part not in parts}
+    for part, _ in named:
+        part.name_or_path = ""
+    try:
+        yield
+    finally:
+        config.sources = sources
+        for part, name in named:
+            part.name_or_path = name
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """The seal of a folder that this package wrote: the SHA-256 of every file, which shows damage."""
 
 import hashlib
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 SEAL = "sha256.json"
 TRAINER_STATE = "trainer_state.json"  # transformers' name; marks a checkpoint that training resumes from
+CARD = "README.md"  # the hub's name of a model card
+# The card holds its own hash: whether somebody edited it shows in any folder, and on the hub.
+_MARK = "<!-- Written by llama-smop. Edit it freely: an edited card is not overwritten. sha256 {} -->\n"
 
 
 def seal(folder: Path) -> None:
@@ -27,26 +32,55 @@ def renew(folder: Path, written: Iterable[str]) -> None:
     hashes = read(folder)
     if hashes is None:
         return
-    hashes |= {name: _sha256(folder / name) for name in written if name != SEAL}
+    hashes |= {name: _sha256(folder / name) for name in written if name != SEAL and (folder / name).is_file()}
     files.write_json(folder / SEAL, {name: digest for name, digest in hashes.items() if (folder / name).is_file()})
 
 
+def mark_card(text: str) -> str:
+    """The text of a model card with its mark, by which `is_edited` knows it."""
+    text = text.rstrip("\n") + "\n\n"
+    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_edited(card: Path) -> bool:
+    """Whether a model card is there that this package did not write as it stands."""
+    if not card.exists():
+        return False
+    try:
+        text = card.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return True
+    mark = re.search(re.escape(_MARK).replace(r"\{\}", "([0-9a-f]{64})") + r"\Z", text)
+    return mark is None or hashlib.sha256(text[: mark.start()].encode()).hexdigest() != mark[1]
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model's configuration and weights, by which a result names the model that it was measured on."""
+    config = files.read_json(folder / "config.json")
+    known = {name: value for name, value in config.items() if name != "transformers_version"}
+    parts = [json.dumps(known, sort_keys=True), *(_sha256(file) for file in sorted(folder.glob("*.safetensors")))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def is_whole(folder: Path, suffix: str = "") -> bool:
-    """Whether every file, or every one of that suffix, is there with the hash it was sealed with."""
+    """Whether every file, or every one of that suffix, is there with the hash it was sealed with; a model card may be
+    edited."""
     hashes = read(folder)
     if hashes is None:
         return False
-    hashes = {folder / name: digest for name, digest in hashes.items() if name.endswith(suffix)}
+    hashes = {folder / name: digest for name, digest in hashes.items() if name.endswith(suffix) and name != CARD}
     return all(file.is_file() and _sha256(file) == digest for file, digest in hashes.items())
 
 
 def owned(folder: Path) -> set[str] | None:
-    """The files of a sealed folder that its seal names, and the seal; None where there is no seal that can be read."""
+    """The files of a sealed folder that its seal names, but for an edited model card, and the seal; None where there is
+    no seal that can be read."""
     hashes = read(folder)
     if hashes is None:
         return None
     inside = {name for name in hashes if not os.path.isabs(name) and ".." not in Path(name).parts}
-    return {name for name in inside if (folder / name).is_file()} | {SEAL}
+    edited = {CARD} if is_edited(folder / CARD) else set()
+    return {name for name in inside - edited if (folder / name).is_file()} | {SEAL}
 
 
 def read(folder: Path) -> dict[str, str] | None:
@@ -66,7 +100,7 @@ def read(folder: Path) -> dict[str, str] | None:
 
 def write_sealed(folder: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a new folder, seal it, and put it in the place of `folder`. Files that others put into a sealed
-    folder that was there before stay.
+    folder that was there before stay, and so does a model card that somebody edited.
 
     Raises:
         OSError: see `check_target`; a disk that is full, and what was there before still is.
@@ -74,6 +108,8 @@ def write_sealed(folder: str | Path, write: Callable[[Path], object]) -> Path:
 
     def sealed(aside: Path) -> None:
         write(aside)
+        if is_edited(Path(folder) / CARD):
+            files.remove(aside / CARD)
         seal(aside)
 
     check_target(folder)

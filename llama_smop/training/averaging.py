@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from llama_smop import files
-from llama_smop.models import seal
+from llama_smop.models import model_folder, seal
 from llama_smop.models.former_names import present_name
+from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.training import checkpoints
+from llama_smop.training.summary import training_facts
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ def newest(run: str | Path, last: int) -> list[Path]:
     return found
 
 
-def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
-    """Write the mean of checkpoints of one training, newest first, as a sealed model folder `to`, atomically.
+def average(checkpoints: Sequence[Path], to: str | Path, run: Path) -> Path:
+    """Write the mean of checkpoints of the training in `run`, newest first, as a sealed model folder `to`, atomically.
 
     Floating-point tensors are averaged in float64 and keep their dtype. Integer tensors and the other files come from
     the newest checkpoint. `to/averaged_from.json` lists the checkpoints' names.
@@ -51,6 +53,8 @@ def average(checkpoints: Sequence[Path], to: str | Path) -> Path:
         weights = _mean([folder / SAFE_WEIGHTS_NAME for folder in checkpoints])
         save_file(weights, aside / SAFE_WEIGHTS_NAME, {"format": "pt"})
         files.write_json(aside / SOURCES, [folder.name for folder in checkpoints])
+        facts = training_facts(run, len(checkpoints))
+        model_folder.describe(LlamaSmopForConditionalGeneration, aside, Path(to).name, facts)
 
     return seal.write_sealed(to, write)
 

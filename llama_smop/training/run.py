@@ -24,6 +24,7 @@ from llama_smop.training.record import RunFolder, check_report_targets, check_ru
 from llama_smop.training.resume import check_shared, starting_point
 from llama_smop.training.setbacks import ReplacedClips, Setbacks
 from llama_smop.training.signals import StopRequest
+from llama_smop.training.summary import training_facts
 from llama_smop.training.trainer import LogAndSaveSteps, LossBar, SmopTrainer
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def _save_model(trainer: SmopTrainer, processor, out: Path, average_last: int) -
     if not trainer.is_world_process_zero():
         return
     if average_last > 1:
-        average(newest(out, average_last), out / "model")
+        average(newest(out, average_last), out / "model", out)
     else:
-        model_folder.save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "model", weights)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model_folder.save(model, processor, out / "model", weights, training_facts(out))

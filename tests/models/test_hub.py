@@ -1,18 +1,18 @@
-"""A model that names its parts, by hub name, in a subfolder, and pushed to a hub that is a folder here."""
+"""A model that names its parts, by hub name, in a subfolder, and pushed to a stand-in for the hub."""
 
 import copy
 import json
 import logging
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models import hub, pretrained
 from llama_smop.models.assemble import assemble
 from tests.golden_files import GOLDEN
+from tests.models.hub_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +58,24 @@ def test_in_a_subfolder(assembled, tmp_path):
     assert same(LlamaSmopForConditionalGeneration.from_pretrained(tmp_path, subfolder="sub"), assembled)
 
 
-class FolderHub:
-    """The few calls of huggingface_hub's HfApi that a push makes; a repository is a folder."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def create_repo(self, repo_id, exist_ok=False, token=None, private=None):
-        (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, repo_id, operations, **_):
-        for operation in operations:
-            shutil.copy(operation.path_or_fileobj, self.root / repo_id / operation.path_in_repo)
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message, create_pr):
-        for name in allow_patterns:
-            shutil.copy(folder_path / name, self.root / repo_id / name)
-
-
 @pytest.fixture
-def hub_folder(tmp_path, monkeypatch):
-    class Card:
-        def save(self, path):
-            with open(path, "w") as file:
-                file.write("card")
-
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(hub, "HfApi", lambda token=None: FolderHub(folder))
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: FolderHub(folder))
-    for module in ("llama_smop.models.hub", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: Card())
-    return folder
+def remote(tmp_path, monkeypatch):
+    """A hub whose repositories are folders here."""
+    with serve(tmp_path / "hub") as (address, _):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hub, "HfApi", lambda token=None: HfApi(address, token=token or "secret"))
+        yield tmp_path / "hub"
 
 
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained", "save_pretrained by another name"])
-def test_a_pushed_model_is_whole(assembled, tmp_path, hub_folder, way):
+WAYS = ("push_to_hub", "save_pretrained", "save_pretrained by another name")
+
+
+@pytest.mark.parametrize("whole", (False, True), ids=("parts elsewhere", "parts on this machine"))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pushed_model_is_whole(assembled, tmp_path, remote, monkeypatch, way, whole):
+    if not whole:
+        monkeypatch.setattr(hub, "is_hub_name", lambda source: True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/private.txt").write_text("not for the hub")
     repository = "user/other" if "another" in way else "mine"
@@ -102,15 +84,30 @@ def test_a_pushed_model_is_whole(assembled, tmp_path, hub_folder, way):
     else:
         named = {"repo_id": repository} if "another" in way else {}
         assembled.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True, **named)
-    pushed = hub_folder / repository
-    assert {f.name for f in pushed.iterdir()} == {
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        pretrained.SPECIAL_TOKENS_FILE,
-    }
+    pushed = remote / (repository if "/" in repository else f"me/{repository}")
+    rows = set() if whole else {pretrained.SPECIAL_TOKENS_FILE}
+    expected = {"README.md", "config.json", "generation_config.json", "model.safetensors"} | rows
+    assert {f.name for f in pushed.iterdir()} == expected
+    assert f"# {repository}\n" in (pushed / "README.md").read_text()
     assert same(LlamaSmopForConditionalGeneration.from_pretrained(pushed), assembled)
+    assert (str(GOLDEN) in (pushed / "config.json").read_text()) == (not whole), "names folders that others do not have"
+    assert assembled.config.sources, "the model that was pushed has forgotten its sources"
+
+
+def test_a_card_that_somebody_edited_on_the_hub_stays(assembled, tmp_path, remote):
+    card = remote / "me/mine/README.md"
+    assembled.push_to_hub("mine", tags=["first"])
+    assert "- first" in card.read_text()
+    assembled.push_to_hub("mine", tags=["second"])
+    assert "- second" in card.read_text()
+    edited = card.read_text().replace("## Model", "Our best model so far.\n\n## Model")
+    card.write_text(edited)
+    assembled.push_to_hub("mine")
+    assert card.read_text() == edited
+    assembled.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder/README.md").write_text("mine")
+    assembled.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="mine")
+    assert card.read_text() == (tmp_path / "folder/README.md").read_text() == "mine"
 
 
 def test_only_what_was_saved_last_is_loaded(pair, assembled, tmp_path):

@@ -103,7 +103,7 @@ def test_whole_numbers_are_the_newest_and_strangers_are_refused(run, tmp_path):
     for number, folder in enumerate(folders):
         tensors = {"count": torch.tensor(10 - number), "half": torch.tensor([1.0, 2.0 + number]).bfloat16()}
         save_file(tensors, folder / "model.safetensors")
-    average(folders, tmp_path / "mean")
+    average(folders, tmp_path / "mean", run)
     mean = weights(tmp_path / "mean")
     assert mean["count"] == 10 and mean["half"].tolist() == [1.0, 2.5] and mean["half"].dtype == torch.bfloat16
     count = torch.tensor(1)
@@ -113,7 +113,7 @@ def test_whole_numbers_are_the_newest_and_strangers_are_refused(run, tmp_path):
     ):
         save_file(tensors, folders[1] / "model.safetensors")
         with pytest.raises(ValueError, match=message):
-            average(folders, tmp_path / "mean")
+            average(folders, tmp_path / "mean", run)
     assert weights(tmp_path / "mean").keys() == mean.keys(), "what was there before is still there"
 
 
