@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -110,6 +111,8 @@ def refuse_non_finite(weights: Mapping[str, Tensor], source: Source | str | Path
 
 
 def _finite(value: Tensor) -> bool:
+    if is_traceable_wrapper_subclass(value):  # such as torchao's: whole numbers and their scales
+        return all(_finite(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     whole = not value.is_floating_point() or value.element_size() < 2  # as in quantised weights
     if whole or value.is_meta or value.numel() == 0:
         return True

@@ -8,6 +8,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.models.quantise import language_model_in
 from llama_smop.models.tiny import build_tiny
 from tests.models.conftest import WORDS, chosen, clip
 
@@ -77,6 +78,39 @@ def test_it_runs_and_only_what_learnt_before_learns(modality, lora):
     loss = model(**batch).loss
     torch.testing.assert_close(loss, expected, rtol=0.1, atol=0)
     loss.backward()
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), ((8, 0.05), (4, 0.3)))
+@pytest.mark.parametrize("library", ("torchao", "bitsandbytes"))
+def test_the_language_model_alone(tmp_path, library, bits, tolerance):
+    pytest.importorskip(library)
+    model, processor = made(lora=True)
+    model.save_pretrained(tmp_path)
+    settings = language_model_in(bits, library)
+    loaded = LlamaSmopForConditionalGeneration.from_pretrained(tmp_path, quantization_config=settings).eval()
+    own, plain = loaded.state_dict(), model.state_dict()
+    same = {n for n in plain if type(own.get(n)) is torch.Tensor and torch.equal(own[n], plain[n])}
+    rounded = {n for n in plain if n not in same}
+    layers = {f"{n}.weight" for n, m in model.language_model.named_modules() if type(m) is nn.Linear}
+    layers = {f"language_model.{n}" for n in layers if "lora_" not in n and "lm_head" not in n}
+    assert rounded == layers, "towers, projector, LoRA or embeddings were rounded too, or the language model was not"
+    batch = processor(text=["bin blue", "set red at"], **chosen(CLIPS, "audiovisual"))
+    expected = model.eval()(**batch).loss
+    torch.testing.assert_close(loaded(**batch).loss.float(), expected, rtol=tolerance, atol=0)
+    prompt = processor(**chosen(CLIPS, "audiovisual"))
+    assert loaded.generate(**prompt, max_new_tokens=2).shape == model.generate(**prompt, max_new_tokens=2).shape
+
+
+@pytest.mark.parametrize(("arguments", "message"), (((3,), "8 or 4 bits, got 3"), ((8, "gguf"), "got 'gguf'")))
+def test_another_quantisation_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        language_model_in(*arguments)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("llama_smop.models.quantise.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="torchao is not installed"):
+        language_model_in(8)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "all trainable"])
