@@ -78,7 +78,20 @@ def trained() -> dict:
     return {}
 
 
-GIVEN = {"operators.md": operands, "integrations.md": mixtral, "training.md": trained, "video.md": trained}
+def saved() -> dict:
+    """What the snippet of docs/checkpoints.md finds in the working directory."""
+    trained()
+    Path("runs/demo/run/model").rename("model")
+    return {}
+
+
+GIVEN = {
+    "checkpoints.md": saved,
+    "operators.md": operands,
+    "integrations.md": mixtral,
+    "training.md": trained,
+    "video.md": trained,
+}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -87,7 +87,7 @@ def test_the_parameters_are_those_of_the_model(tmp_path, kind):
     projector = model.multi_modal_projector
     projector(torch.randn(1, 1, 16), torch.zeros(1, 1, dtype=torch.int32)).hidden_states.square().sum().backward()
     for name, p in projector.named_parameters():
-        used = 1 if name == "gate_weight" else sum(bool(row.any()) for row in projector.b2.grad)
+        used = 1 if name == "gate_weight" else sum(bool(row.any()) for row in projector.bias2.grad)
         idle += p.numel() // len(p) * (len(p) - used)
     assert int(active.replace(",", "")) == sum(number.values()) - idle
 
