@@ -142,9 +142,9 @@ def _write_card(out: Path, rows: Sequence[Row]) -> None:
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
     """Word error rate for silence and a blank picture of each clip's length."""
     texts = []
-    for indices in torch.arange(len(test)).split(16):
-        items = [test[index] for index in indices]
-        blank = [{name: torch.zeros_like(item[name]) for name in STREAMS} for item in items]
+    for start in range(0, len(test), 16):
+        items = [test[index] for index in range(start, min(start + 16, len(test)))]
+        blank = [{name: item[name] * 0 for name in STREAMS} for item in items]
         texts += transcribe_items(model, processor, blank)
     return word_errors([clip.text for clip in test.clips], texts).wer
 

@@ -61,6 +61,7 @@ def _quiet(target, *args) -> None:
     from llama_smop.reports import plots, training
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # a data worker from a server of its own would import anew
     training.picture = blank_picture
     for name in ("losses", "schedule", "expert_load", "router_entropy"):
         setattr(plots, name, lambda *_, **__: None)

@@ -1,14 +1,18 @@
-"""Trainings write their reports without pictures; test_record.py, about the reports, has them drawn."""
+"""Trainings write their reports without pictures; a test about those asks for `pictures`."""
 
 import pytest
 
-from llama_smop.reports import training
+from llama_smop.reports import html, training
 from tests.training.children import blank_picture
 
 
 @pytest.fixture(scope="module", autouse=True)
-def blank_pictures(request):
+def blank_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.name != "test_record.py":
-            patch.setattr(training, "picture", blank_picture)
+        patch.setattr(training, "picture", blank_picture)
         yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    monkeypatch.setattr(training, "picture", html.picture)

@@ -158,7 +158,8 @@ def test_two_processes_give_the_curve_of_the_joint_batch(joint, two, strategy):
     assert_same_curves(two(strategy), joint(2, accumulate=2))
 
 
-@pytest.mark.parametrize("strategy", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"))
+@pytest.mark.slow  # test_ranks_setbacks.py has checkpointing in two processes
+@pytest.mark.parametrize("strategy", ("ddp", "fsdp2"))
 def test_so_do_four_with_gradient_checkpointing(corpus, joint, tmp_path, strategy):
     children.ranks(children.train, 4, config(corpus, strategy, gradient_checkpointing=True), tmp_path)
     assert_same_curves(tmp_path, joint(4, accumulate=1))

@@ -76,7 +76,7 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_page_shows_what_happened(run):
+def test_the_page_shows_what_happened(run, pictures):
     log = [row(10, skipped_steps=0), row(20, skipped_steps=3, **{"router_entropy/audio": 1.2}), {"step": 40}]
     files.write_json(run / "bad_clips.json", {"corpus/<torn>.mp4": "no frames"})
     scored = [{"labels": "test", "modality": "audio", "snr": snr, "wer": wer} for snr, wer in ((None, 0.1), (0, 0.345))]
@@ -114,7 +114,7 @@ def test_what_cannot_be_had_is_said_before_anything_is_done(tmp_path, monkeypatc
 MARK = "<script>alert(1)</script>"
 
 
-def test_nothing_that_is_shown_is_taken_for_html(run):
+def test_nothing_that_is_shown_is_taken_for_html(run, pictures):
     settings = json.loads((run / "config.json").read_text())
     settings["model"]["projector"]["sharing"] = MARK
     settings["model"]["modalities"] = [MARK]
