@@ -125,6 +125,7 @@ def test_two_processes_share_the_files_and_the_first_tells_in_order(recordings, 
     assert (other, silent) == (0, ""), "torchrun takes its status from the first"
     lines = [line.split("\t") for line in said.splitlines()]
     assert [Path(path) for path, _ in lines] == [path for path in recordings if path.name != BAD]
+    assert any(text for _, text in lines)
     for path, text in lines:
         assert json.loads((out / f"{Path(path).stem}.json").read_text())["text"] == text
         assert (out / f"{Path(path).stem}.srt").exists()
