@@ -92,10 +92,7 @@ class WhisperAligner:
             )
         if any(name.startswith("model.decoder.") for name in known["missing_keys"]):
             raise ValueError(f"{source}: holds Whisper's encoder alone, and word times need its decoder")
-        try:
-            tokenizer = fetch(AutoTokenizer, source)
-        except ValueError as error:
-            raise ValueError(f"{error}; word times need the tokenizer of the Whisper model, too") from None
+        tokenizer = fetch(AutoTokenizer, source)
         extractor = fetch(WhisperFeatureExtractor, source)
         shares = _same_weights(whisper.model.encoder, getattr(model, "audio_tower", None))
         return cls(whisper.eval().to(model.device), extractor, tokenizer, shares)
@@ -103,7 +100,7 @@ class WhisperAligner:
     def _id(self, token: str) -> int:
         found = self.tokenizer.get_vocab().get(token)
         if found is None:
-            raise ValueError(f"the aligner's tokenizer has no {token}: it is not that of a Whisper model")
+            raise ValueError(f"the aligner has no token {token}; its folder must hold Whisper's tokenizer, too")
         return found
 
     @torch.inference_mode()
