@@ -43,8 +43,12 @@ def transcribe(
         int | None, typer.Option(min=1, help="Files that are read ahead at a time; default: 1, on a GPU 4.")
     ] = None,
 ) -> None:
-    """Print what is said in each file. With several, --srt, --vtt and --json name folders."""
+    """Print what is said in each file. With several, --srt, --vtt and --json name folders.
+
+    Under torchrun the processes share the files.
+    """
     from llama_smop.transcription import run
+    from llama_smop.transcription.ranks import ranks
     from llama_smop.transcription.recording import Options
 
     options = Options(
@@ -58,9 +62,13 @@ def transcribe(
         aligner=aligner,
     )
     outputs = run.Outputs(clips, srt=srt, vtt=vtt, json=json)
-    for transcript in run.transcripts(clips, model, options, progress=True):
-        outputs.write(transcript)
-        print(f"{transcript.path}\t{transcript.text}" if len(clips) > 1 else transcript.text, flush=True)
+    with ranks() as here:
+        if here.world == 1:
+            found = outputs.written(run.transcripts(clips, model, options, progress=True))
+        else:
+            found = run.share_out(clips, model, options, outputs, here)
+        for transcript in found:
+            print(f"{transcript.path}\t{transcript.text}" if len(clips) > 1 else transcript.text, flush=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from llama_smop.data.container import open_container
+from llama_smop.data.container import naming, open_container
 from llama_smop.data.media import MediaError
 from llama_smop.evaluation.run import supported
 from llama_smop.models.units import VIDEO_RATE, WHISPER_RATE
@@ -144,7 +144,7 @@ def attempts(
         if job.error is not None:
             return job.error
         if options.word_times and any(piece.text and piece.words is None for piece in job.transcript.pieces):
-            job.transcript.warnings.append(_why_without_words(aligner is not None))
+            job.transcript.warnings.append(_why_without_words(aligner is not None or known == ("video",)))
         return job.transcript
 
     def finished() -> Iterator[Transcript | MediaError]:
@@ -179,14 +179,14 @@ def attempts(
 def _is_short(path: Path) -> bool:
     """Whether the file says that it is no longer than a piece; False where it does not say."""
     try:
-        with open_container(path, None) as container:
+        with naming(path), open_container(path, None) as container:
             return container.duration is not None and container.duration <= LONGEST_S * av.time_base
     except MediaError:
         return True  # nothing will come of it
 
 
-def _why_without_words(aligned: bool) -> str:
-    if aligned:
+def _why_without_words(could: bool) -> str:
+    if could:
         return "words have no times where only lips were read, or where more was written than Whisper's decoder takes"
     return (
         "words have no times: the model does not record the Whisper that its audio tower is from; name one with "

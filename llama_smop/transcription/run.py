@@ -1,14 +1,15 @@
 """From files to text: `transcribe(["talk.mp4", …], "runs/demo/run/model")`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llama_smop import files
-from llama_smop.data.media import files_of
+from llama_smop.data.media import MediaError, files_of
 from llama_smop.models import model_folder
 from llama_smop.transcription import subtitles
 from llama_smop.transcription.attempts import Transcript, attempts
+from llama_smop.transcription.ranks import Ranks
 from llama_smop.transcription.recording import Options
 
 logger = logging.getLogger(__name__)
@@ -41,17 +42,48 @@ def transcripts(
     """
     failed = 0
     for found in attempts(paths, *model_folder.load(model), options, progress):
-        if isinstance(found, Transcript):
-            for line in found.warnings:
-                logger.warning("%s: %s", found.path, line)
-            yield found
-        elif len(paths) == 1:
+        if not isinstance(found, Transcript) and len(paths) == 1:
             raise found
+        if _told(found):
+            yield found
         else:
-            logger.warning("%s", found)
             failed += 1
+    _count(failed, len(paths))
+
+
+def share_out(
+    paths: Sequence[Path], model: str | Path, options: Options, outputs: "Outputs", here: Ranks
+) -> Iterator[Transcript]:
+    """As `transcripts`, by the processes of torchrun, all of which must call this.
+
+    Each transcribes its share and writes it to `outputs` as it goes. The first process then yields all transcripts in
+    order, and raises what `transcripts` raises at the end.
+    """
+    own = [paths[index] for index in here.share(paths)]
+    found: dict[Path, Transcript] = {}
+    for attempt in attempts(own, *model_folder.load(model, here.device), options, progress=here.rank == 0):
+        if _told(attempt):
+            outputs.write(attempt)
+            found[attempt.path] = attempt
+    found = here.gathered(found)
+    if here.rank == 0:
+        yield from (found[path] for path in paths if path in found)
+        _count(sum(path not in found for path in paths), len(paths))
+
+
+def _told(found: Transcript | MediaError) -> bool:
+    """Whether it is a transcript. Its warnings, or why there is none, are logged."""
+    if not isinstance(found, Transcript):
+        logger.warning("%s", found)
+        return False
+    for line in found.warnings:
+        logger.warning("%s: %s", found.path, line)
+    return True
+
+
+def _count(failed: int, files: int) -> None:
     if failed:
-        raise ValueError(f"{failed} of {len(paths)} files could not be transcribed; they are named above")
+        raise ValueError(f"{failed} of {files} files could not be transcribed; they are named above")
 
 
 class Outputs:
@@ -79,6 +111,12 @@ class Outputs:
                     raise ValueError(f"{target}: would hold the transcripts of {taken[real]} and of {path}")
                 taken[real] = path
                 self._places[path, kind] = target
+
+    def written(self, transcripts: Iterable[Transcript]) -> Iterator[Transcript]:
+        """The same transcripts, each once it is written."""
+        for transcript in transcripts:
+            self.write(transcript)
+            yield transcript
 
     def write(self, transcript: Transcript) -> None:
         """Write what was asked for of one recording. Raises OSError."""

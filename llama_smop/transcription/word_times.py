@@ -1,8 +1,9 @@
 """When each word of a transcript is said: Whisper's decoder reads the text, and shows where in the sound it listens.
 
 Some of the decoder's cross-attention heads follow the sound in time (its alignment heads). The text is given to the
-decoder, so that it need not recognise anything, and the path of most attention through tokens and frames is taken. So
-does openai-whisper (timing.py, MIT), by dynamic time warping; here words may also have gaps between them.
+decoder, so that it need not recognise anything, and the path of most attention through tokens and frames is taken, as
+in openai-whisper (timing.py, MIT). Two corrections come on top: the decoder listens late, and a pause is no part of the
+words beside it.
 """
 
 from collections.abc import Sequence
@@ -13,20 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
 
 from llama_smop.models.hub import fetch
+from llama_smop.models.model_folder import quietly
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_WHISPER_FRAME, WHISPER_RATE
-from llama_smop.transcription.alignment import IMPOSSIBLE, align
+from llama_smop.transcription.alignment import align
 
 MULTILINGUAL_TOKENS = 51865  # a vocabulary of at least so many tokens has languages
 MEDIAN_FRAMES = 7  # of the filter over attention, as openai-whisper has it
+LATE_S = 0.1  # the attention comes after the word: median over the generated corpus with Whisper-tiny.en
+QUIET_DB = 30.0  # below the loud frames of a piece, where no word is
 START, NO_TIMES, TASK, LANGUAGE = "<|startoftranscript|>", "<|notimestamps|>", "<|transcribe|>", "<|en|>"
 
 
@@ -74,15 +78,21 @@ class WhisperAligner:
         Raises:
             ValueError: it cannot be found, is no whole Whisper, or hears less than the model; with what to do.
         """
-        config = fetch(WhisperConfig, source)
-        if config.model_type != "whisper":
-            raise ValueError(f"{source}: is a {config.model_type}, and --aligner takes a Whisper model")
+        kind = fetch(AutoConfig, source).model_type
+        if kind != "whisper":
+            raise ValueError(f"{source}: is a {kind} model, and --aligner takes a Whisper model")
         dtype = next(model.multi_modal_projector.parameters()).dtype
-        whisper = fetch(WhisperForConditionalGeneration, source, dtype=dtype, attn_implementation="eager")
-        try:
-            tokenizer = fetch(AutoTokenizer, source)
-        except ValueError as error:
-            raise ValueError(f"{error}; word times need the tokenizer of the Whisper model, too") from None
+        with quietly():
+            whisper, known = fetch(
+                WhisperForConditionalGeneration,
+                source,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        if any(name.startswith("model.decoder.") for name in known["missing_keys"]):
+            raise ValueError(f"{source}: holds Whisper's encoder alone, and word times need its decoder")
+        tokenizer = fetch(AutoTokenizer, source)
         extractor = fetch(WhisperFeatureExtractor, source)
         shares = _same_weights(whisper.model.encoder, getattr(model, "audio_tower", None))
         return cls(whisper.eval().to(model.device), extractor, tokenizer, shares)
@@ -90,7 +100,7 @@ class WhisperAligner:
     def _id(self, token: str) -> int:
         found = self.tokenizer.get_vocab().get(token)
         if found is None:
-            raise ValueError(f"the aligner's tokenizer has no {token}: it is not that of a Whisper model")
+            raise ValueError(f"the aligner has no token {token}; its folder must hold Whisper's tokenizer, too")
         return found
 
     @torch.inference_mode()
@@ -115,14 +125,13 @@ class WhisperAligner:
         attention = torch.stack([output.cross_attentions[layer][0, head] for layer, head in self._heads])
         # The row before a token predicts it; the last one predicts the end, and listens to what follows.
         scores = _sharpened(attention[:, len(prompt) - 1 :].float()).T.cpu().numpy().astype(np.float64)
-        begins = np.searchsorted(word_of, np.arange(len(words)))
-        ends = np.append(begins[1:], len(ids))
-        gaps = np.full((len(scores), len(ids) + 2), IMPOSSIBLE)
-        gaps[:, [*begins, len(ids)]] = 0.0  # the mean of every frame
-        found = align(scores, gaps, np.zeros(len(ids) + 1, bool)) / WHISPER_RATE
+        loud = _loud(audio, states.shape[1])
+        first = np.searchsorted(word_of, np.arange(len(words) + 1))  # tokens of the words, and of the end
+        edges = np.maximum(align(scores)[first, 0] - round(LATE_S * WHISPER_RATE), 0)
+        times = [_loud_part(edges[i], edges[i + 1], loud) for i in range(len(words))]
         return [
-            Word(word, float(found[begin, 0]), float(found[end - 1, 1]))
-            for word, begin, end in zip(words, begins, ends, strict=True)
+            Word(word, float(begin / WHISPER_RATE), float(end / WHISPER_RATE))
+            for word, (begin, end) in zip(words, times, strict=True)
         ]
 
     def _tokens(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -163,6 +172,20 @@ def find_aligner(model: LlamaSmopForConditionalGeneration, source: str | Path | 
         raise ValueError(
             f"word times need the Whisper of the audio tower: {error}; or name one with --aligner"
         ) from None
+
+
+def _loud(audio: np.ndarray, frames: int) -> np.ndarray:
+    """(frames,) bool: whether each Whisper frame is loud beside the loudest twentieth."""
+    padded = np.zeros(frames * SAMPLES_PER_WHISPER_FRAME, np.float32)
+    padded[: min(len(audio), len(padded))] = audio[: len(padded)]
+    levels = 10 * np.log10((padded.reshape(frames, -1) ** 2).mean(axis=1) + 1e-10)
+    return levels > np.percentile(levels, 95) - QUIET_DB
+
+
+def _loud_part(begin: int, end: int, loud: np.ndarray) -> tuple[int, int]:
+    """The frames from the first loud one to the last; all of them where none is."""
+    found = np.flatnonzero(loud[begin:end])
+    return (begin + found[0], begin + found[-1] + 1) if len(found) else (begin, end)
 
 
 def _sharpened(attention: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import typer
 from llama_smop.cli import app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "video.md"
-COMMANDS = re.findall(r"^    llama-smop (.*)$", PAGE.read_text(), re.M)
+COMMANDS = re.findall(r"^    (?:llama-smop|torchrun .* -m llama_smop\.cli) (.*)$", PAGE.read_text(), re.M)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -22,6 +22,6 @@ def test_a_command_is_understood(line):
 
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE.read_text())
-    assert len(links) >= 4 and len(COMMANDS) >= 2
+    assert len(links) >= 4 and len(COMMANDS) >= 6
     missing = [link for link in links if not (PAGE.parent / link).exists()]
     assert not missing, f"dead links in docs/video.md: {missing}"
