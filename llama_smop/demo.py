@@ -22,6 +22,7 @@ from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import Row, evaluate, records, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
+from llama_smop.lock import LOCK, folder_lock
 from llama_smop.models import model_folder, seal
 from llama_smop.models.card import rewrite_card
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
@@ -29,7 +30,6 @@ from llama_smop.models.units import STREAMS
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
 from llama_smop.training.config import TrainConfig, read_config
-from llama_smop.training.lock import LOCK, folder_lock
 from llama_smop.training.run import train
 
 # Clips and training file: of minutes, or of the figures in the documents.

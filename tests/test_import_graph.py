@@ -11,6 +11,7 @@ PACKAGE = "llama_smop"
 LAYERS = (
     "files",
     "processes",
+    "lock",
     "provenance",
     "extras",
     "read_yaml",

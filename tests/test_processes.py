@@ -1,9 +1,13 @@
-"""Children end when their parent is killed."""
+"""Children end when their parent is killed; work is shared out over them."""
 
 import os
 import subprocess
 import sys
 import time
+
+import pytest
+
+from llama_smop.processes import WorkerLost, unordered
 
 CHILD = (
     "import sys, time; from llama_smop.processes import exit_with_parent; "
@@ -35,3 +39,9 @@ def test_a_child_ends_when_its_parent_is_killed():
     while is_running(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not is_running(child), "the child outlived its parent"
+
+
+def test_a_worker_that_ends_is_told():
+    assert list(unordered(abs, [-1, 2], 0)) == [1, 2]
+    with pytest.raises(WorkerLost):
+        list(unordered(os._exit, [3], 1))

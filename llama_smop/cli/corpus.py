@@ -1,4 +1,4 @@
-"""`corpus make | show | labels | shard`."""
+"""`corpus make | show | labels | crop | shard`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import corpus_app
-from llama_smop.cli.options import utf8
+from llama_smop.cli.options import Face, face_choice, utf8
 
 
 @corpus_app.command("make")
@@ -52,6 +52,39 @@ def corpus_labels(
     from llama_smop.data.auto_avsr import write_labels
 
     print(write_labels(root, prepared, to, min_seconds=min_seconds, max_seconds=max_seconds, lower=not keep_case))
+
+
+@corpus_app.command("crop")
+def corpus_crop(
+    root: Annotated[Path, typer.Argument(help="Folder of videos, in any layout.")],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.", callback=utf8)],
+    name: Annotated[str | None, typer.Option(help="Of the data set; default: ROOT's.", callback=utf8)] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="CSV of path,text; default: NAME.txt beside NAME.mp4, as in LRS3.")
+    ] = None,
+    without_text: Annotated[bool, typer.Option("--without-text", help="Crop videos without a text too.")] = False,
+    face: Face = "auto",
+    min_seconds: Annotated[float, typer.Option(min=0, help="Leave out shorter videos.")] = 0.2,
+    max_seconds: Annotated[float, typer.Option(help="Leave out longer videos; Whisper's limit is 30.")] = 30.0,
+    keep_case: Annotated[bool, typer.Option("--keep-case", help="Do not lower-case the texts.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per core.")] = None,
+) -> None:
+    """Crop the mouths out of a folder of videos, into OUT/NAME with OUT/labels/NAME.csv. Resumes when run again."""
+    from llama_smop.data.faces.corpus import Limits, crop_corpus
+
+    limits = Limits(face_choice(face), min_seconds, max_seconds)
+    print(
+        crop_corpus(
+            root,
+            out,
+            name=name,
+            table=texts,
+            without_text=without_text,
+            limits=limits,
+            lower=not keep_case,
+            workers=workers,
+        )
+    )
 
 
 @corpus_app.command("shard")

@@ -29,3 +29,13 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="key.path=value, after all files; may be repeated.", callback=utf8)
 ]
 Beams = Annotated[int, typer.Option(min=1, help="Beam width; 1 is greedy.")]
+Face = Annotated[str, typer.Option(help="auto (who speaks), largest, or a number: --sheet of `crop` shows them.")]
+
+
+def face_choice(text: str) -> str | int:
+    """Raises ValueError: not a value of --face."""
+    if text in ("auto", "largest"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--face takes auto, largest or a number, got {text!r}")
+    return int(text)

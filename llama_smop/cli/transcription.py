@@ -6,17 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import Beams, Model, utf8
-
-Face = Annotated[str, typer.Option(help="auto (who speaks), largest, or a number: --sheet of `crop` shows them.")]
-
-
-def _face(text: str) -> str | int:
-    if text in ("auto", "largest"):
-        return text
-    if not text.isdecimal():
-        raise ValueError(f"--face takes auto, largest or a number, got {text!r}")
-    return int(text)
+from llama_smop.cli.options import Beams, Face, Model, face_choice, utf8
 
 
 @app.command()
@@ -53,7 +43,7 @@ def transcribe(
 
     options = Options(
         modality=modality,
-        face=_face(face),
+        face=face_choice(face),
         prepared=prepared,
         num_beams=beams,
         pieces_at_once=batch_size,
@@ -83,7 +73,7 @@ def crop(
     from llama_smop.data.faces.export import crop_video
     from llama_smop.data.media import files_of
 
-    which = _face(face)
+    which = face_choice(face)
     places = [files.check_file(target, files_of(video)) for target in (out, sheet) if target is not None]
     if len(set(places)) < len(places):
         raise ValueError(f"{sheet}: --out and --sheet name the same file")

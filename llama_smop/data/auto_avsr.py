@@ -74,7 +74,7 @@ def write_labels(
                 too_short += 1
             elif n_frames > max_seconds * VIDEO_RATE:
                 too_long += 1
-            elif text := _text(root / dataset / _text_path(clip, f"{path}:{number}"), lower):
+            elif text := label_text(read_text(root / dataset / _text_path(clip, f"{path}:{number}"), "text"), lower):
                 lines.append(f"{dataset},{clip},{n_frames},,{text}\n")
                 frames += n_frames
             else:
@@ -92,6 +92,7 @@ def _text_path(clip: str, where: str) -> str:
     return f"{folder.replace('_video_', '_text_')}/{Path(rest).with_suffix('.txt')}"
 
 
-def _text(path: Path, lower: bool) -> str:
-    said = read_text(path, "text").replace(",", " ").replace("{", "").replace("}", "")
+def label_text(said: str, lower: bool = True) -> str:
+    """A text as a label's line holds it: no comma, no brace, single spaces; lower-cased unless `lower` is False."""
+    said = said.replace(",", " ").replace("{", "").replace("}", "")
     return " ".join((said.lower() if lower else said).split())

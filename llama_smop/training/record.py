@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from transformers.integrations import is_wandb_available
 
 from llama_smop import files, provenance
+from llama_smop.lock import LOCK
 from llama_smop.models.seal import SEAL
 from llama_smop.reports.training import write_run_report
 from llama_smop.training.config import TrainConfig
-from llama_smop.training.lock import LOCK
 
 logger = logging.getLogger(__name__)
 

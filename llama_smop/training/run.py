@@ -12,6 +12,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
+from llama_smop.lock import folder_lock
 from llama_smop.models import model_folder
 from llama_smop.models.lm_loss import check_fused_loss
 from llama_smop.models.pretrained import put_special_token_rows
@@ -19,7 +20,6 @@ from llama_smop.models.seal import check_target
 from llama_smop.training import build, checkpoints, fsdp
 from llama_smop.training.averaging import average, newest
 from llama_smop.training.config import TrainConfig
-from llama_smop.training.lock import folder_lock
 from llama_smop.training.record import RunFolder, check_report_targets, check_run_folder
 from llama_smop.training.resume import check_shared, starting_point
 from llama_smop.training.setbacks import ReplacedClips, Setbacks

@@ -12,15 +12,11 @@ how well one reads people's lips.
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import ceil
@@ -39,7 +35,7 @@ from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
 from llama_smop.data.synthetic.journal import JOURNAL, read_journal
 from llama_smop.data.synthetic.speech import speak
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
-from llama_smop.processes import exit_with_parent
+from llama_smop.processes import WorkerLost, cores, unordered
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")
@@ -190,48 +186,22 @@ def _make(task: _Task, root: Path, grammar: Grammar, seed: int) -> dict:
     }
 
 
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses signal handlers
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _start_worker(parent: int) -> None:
-    """Limit a worker to one core, and end it when its parent has been killed."""
+def _one_core() -> None:
     import cv2
 
     cv2.setNumThreads(1)
 
-    exit_with_parent(parent)
-
 
 def _records(tasks: list[_Task], root: Path, settings: Settings, workers: int) -> Generator[dict, None, None]:
     """Make the clips and yield their records as they finish."""
-    if workers <= 1:
-        for task in tasks:
-            yield _make(task, root, settings.grammar, settings.seed)
-        return
-    # Not forked: the caller may hold threads and locks of torch.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+    make = partial(_make, root=root, grammar=settings.grammar, seed=settings.seed)
     try:
-        with _ignoring_interrupts():  # the workers inherit it: an interrupt is for this process alone
-            jobs = [pool.submit(_make, task, root, settings.grammar, settings.seed) for task in tasks]
-        for job in as_completed(jobs):
-            yield job.result()
-    except BrokenProcessPool:
+        yield from unordered(make, tasks, workers if workers > 1 else 0, _one_core)
+    except WorkerLost:
         raise CorpusError(
             "a worker process ended (out of memory? a script without `if __name__ == '__main__':`?); "
             "run again to go on, or with workers=1"
         ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished(root: Path, tasks: list[_Task]) -> dict[int, dict]:
@@ -286,8 +256,7 @@ def make_corpus(
     records = _finished(root, tasks)
     todo = [task for task in tasks if task.index not in records]
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, ceil(len(todo) / 24))  # a process takes seconds to start, a clip 0.1 s
+        workers = min(cores(), ceil(len(todo) / 24))  # a process takes seconds to start, a clip 0.1 s
 
     bar = tqdm(total=len(tasks), initial=len(records), desc="corpus", unit="clip", disable=not progress)
     with ExitStack() as stack:
