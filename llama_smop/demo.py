@@ -15,13 +15,16 @@ from pathlib import Path
 import torch
 
 from llama_smop import files
-from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.data.degrade import Degradation
+from llama_smop.data.lrs3 import Clip, Lrs3Dataset
 from llama_smop.data.noise import Noise
 from llama_smop.data.sources import FolderClips
 from llama_smop.data.synthetic.corpus import GRID, make_corpus
+from llama_smop.data.synthetic.film import film_clip
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import Row, evaluate, records, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
+from llama_smop.extras import remedy
 from llama_smop.lock import LOCK, folder_lock
 from llama_smop.models import model_folder, seal
 from llama_smop.models.card import rewrite_card
@@ -31,11 +34,15 @@ from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
 from llama_smop.training.config import TrainConfig, read_config
 from llama_smop.training.run import train
+from llama_smop.transcription.run import transcripts
 
 # Clips and training file: of minutes, or of the figures in the documents.
 QUICK, FULL = (1200, "demo-quick"), (1400, "demo")
 REQUEST = "asked.json"  # clips and configuration of the demo in a folder
 SNRS = (None, 5, 0, -5)
+PICTURES = tuple(Degradation("blur", deviation) for deviation in (1.5, 3, 6))
+PICTURE_CLIPS = 24  # test clips that are scored with worse pictures
+STAGES = 7
 
 
 def demo(
@@ -71,7 +78,10 @@ def _run_stages(out: Path, config: TrainConfig, clips: int, seed: int) -> Path:
     model, processor = model_folder.load(run / "model")
     _stage(3, "scoring", lambda: _score(out, model, processor, seed), done=out / "evaluation.json")
     _stage(4, "three transcripts", lambda: _transcripts(out, model, processor, seed), done=out / "transcripts.json")
-    _stage(5, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")
+    _stage(5, "worse pictures", lambda: _pictures(out, model, processor, seed), done=out / "pictures.json")
+    raw = out / "raw_video.json"
+    _stage(6, "from a raw video", lambda: _raw_videos(out, raw), done=None if _lacked(raw) else raw)
+    _stage(7, "dense against sparse", lambda: _projectors(out), done=out / "projectors.json")
     _facts(out, config, clips)
     report = write_report(out)
     print(f"\nreport: {report}")
@@ -97,9 +107,9 @@ def _upgrade_request(noted: dict) -> dict:
 
 def _stage(number: int, name: str, work: Callable[[], object], done: Path | None = None) -> None:
     if done is not None and done.exists():
-        print(f"[{number}/5] {name}: done before")
+        print(f"[{number}/{STAGES}] {name}: done before")
         return
-    print(f"[{number}/5] {name}")
+    print(f"[{number}/{STAGES}] {name}")
     start = time.perf_counter()
     work()
     print(f"      {time.perf_counter() - start:.0f} s")
@@ -151,9 +161,7 @@ def _no_input(model, processor, test: Lrs3Dataset) -> float:
 
 def _transcripts(out: Path, model, processor, seed: int) -> None:
     """Three test clips, of different speakers, in four conditions."""
-    corpus = out / "corpus"
-    clips = Lrs3Dataset(corpus, "test.csv").clips
-    chosen = list({clip.path.split("/")[0]: clip for clip in reversed(clips)}.values())[:3]
+    corpus, chosen = out / "corpus", _chosen(out)
     babble = Noise(FolderClips(corpus, "train.csv").babble, (0,))
     conditions = {
         "audio + video": ("audiovisual", None),
@@ -179,6 +187,63 @@ def _transcripts(out: Path, model, processor, seed: int) -> None:
     files.write_json(out / "transcripts.json", records)
     for record in records:
         print(f"      said   {record['reference']}\n      heard  {record['hypotheses'][0]['text']}")
+
+
+def _chosen(out: Path) -> list[Clip]:
+    """Three test clips, of different speakers."""
+    clips = Lrs3Dataset(out / "corpus", "test.csv").clips
+    return list({clip.path.split("/")[0]: clip for clip in reversed(clips)}.values())[:3]
+
+
+def _pictures(out: Path, model, processor, seed: int) -> None:
+    """Some test clips with blurred pictures, in babble and alone."""
+    degradations = (None, *PICTURES)
+    rows, _ = evaluate(
+        model,
+        processor,
+        out / "corpus",
+        "test.csv",
+        snrs=(0,),
+        degradations=degradations,
+        most=PICTURE_CLIPS,
+        seed=seed,
+    )
+    files.write_json(out / "pictures.json", [asdict(row) for row in rows])
+    print(table(rows))
+
+
+def _lacked(raw: Path) -> bool:
+    """Whether the models that find faces were missing before."""
+    return raw.exists() and "missing" in files.read_json(raw)
+
+
+def _raw_videos(out: Path, to: Path) -> None:
+    """Test clips as a camera would have filmed their speakers: what is read of them, beside what of the clips."""
+    try:
+        from llama_smop.data.faces.export import crop_video
+        from llama_smop.data.faces.model_files import FaceModelError
+    except ModuleNotFoundError as error:
+        return _missing(to, remedy(error.name or "cv2"))
+    records = []
+    for clip in _chosen(out):
+        prepared = clip.video_path(out / "corpus")
+        film = out / "raw_video" / f"{clip.id.replace('/', '-')}.mp4"
+        film_clip(prepared, film)
+        try:
+            crop_video(film, film.with_suffix(".crop.mp4"), sheet=film.with_suffix(".png"))
+        except FaceModelError as error:
+            return _missing(to, str(error))
+        seen, read = transcripts([film, prepared], out / "run" / "model")
+        print(f"      raw    {seen.text}\n      clip   {read.text}")
+        record = {"id": clip.id, "reference": clip.text, "raw": seen.text, "prepared": read.text}
+        sheet = film.with_suffix(".png").relative_to(out)
+        records.append(record | {"sheet": str(sheet), "warnings": seen.warnings})
+    files.write_json(to, {"clips": records})
+
+
+def _missing(to: Path, reason: str) -> None:
+    print(f"      left out: {reason}")
+    files.write_json(to, {"missing": reason})
 
 
 def _projectors(out: Path) -> None:

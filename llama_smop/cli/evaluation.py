@@ -17,6 +17,12 @@ def evaluate(
     labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "test.csv",
     modality: Annotated[list[str] | None, typer.Option(help="audio, video, audiovisual; may be repeated.")] = None,
     snr: Annotated[list[str] | None, typer.Option(help='Decibels or "clean"; may be repeated.')] = None,
+    degrade: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Make the picture worse: blur:3, occlude:0.3, drop:0.2, jitter:2, fps:10 or "none"; may be repeated.'
+        ),
+    ] = None,
     noise: Annotated[str, typer.Option(help='"babble" or a sound file.')] = "babble",
     babble_labels: Annotated[str, typer.Option(help="Label file of the clips for the babble.")] = "train.csv",
     beams: Beams = 1,
@@ -25,11 +31,12 @@ def evaluate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=utf8)] = None,
 ) -> None:
-    """Print a table of word error rates by modality and SNR. Under torchrun the processes share the clips."""
+    """Print a table of word error rates by modality, SNR and picture. Under torchrun the processes share the clips."""
     import torch
     from accelerate import PartialState
 
     from llama_smop import files
+    from llama_smop.data.degrade import Degradation
     from llama_smop.evaluation import run as module
     from llama_smop.models import model_folder
 
@@ -37,6 +44,7 @@ def evaluate(
     if unknown:
         raise ValueError(f"--modality takes {', '.join(module.MODALITIES)}, got {', '.join(sorted(unknown))}")
     snrs = [_snr(text) for text in snr or ["clean"]]
+    worse = [None if text == "none" else Degradation.parse(text) for text in degrade or ["none"]]
     here = PartialState(cpu=not torch.cuda.is_available())  # one process, or a rank of torchrun with its own GPU
     if json is not None and here.is_main_process:
         files.check_file(json, (root / "labels" / labels, root / "labels" / babble_labels, labels, noise))
@@ -48,6 +56,7 @@ def evaluate(
         labels,
         modalities=modality,
         snrs=snrs,
+        degradations=list(dict.fromkeys(worse)),
         noise=noise,
         babble_labels=babble_labels,
         num_beams=beams,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from llama_smop.data.degrade import Degradation, degrade
 from llama_smop.data.media import MediaError, audio_path, read_audio, read_video
 from llama_smop.data.noise import Noise
 from llama_smop.data.transforms import ClipTransform, clip_rng
@@ -23,6 +24,7 @@ from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME
 
 SPARE_FRAMES = 12  # half a second that a clip may be longer than its label, as by a codec's last block
 MOST_FRAMES = 10_000_000  # four days; a label with more is damaged
+DEGRADE = 0xD6  # sets the draws of degradations apart from those of the noise
 ODD_SPACES = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # `splitlines` would end a line at these
 
 
@@ -120,8 +122,9 @@ class Lrs3Dataset(Dataset):
     """Decoded and transformed clips of one label file.
 
     An item is a dict: `audio` float32 (samples,) numpy or None, `video` float32 (T, 1, 88, 88) tensor or None, `text`,
-    `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. Both draw from a
-    generator seeded by (seed, index): items do not depend on the order they are asked for, nor on the worker.
+    `id`. transform: ClipTransform, the test one by default. noise: Noise, added to the audio. degradation: what makes
+    the frames worse before they are transformed. All draw from generators seeded by (seed, index): items do not depend
+    on the order they are asked for, nor on the worker, and a clip's noise does not depend on its degradation.
     `lengths` are the labels' frame counts; nothing is decoded for them. longest: frames that the model takes; a clip
     that is longer, by less than SPARE_FRAMES, is cut to its label's length. unfit: says why the model cannot take a
     clip of so many samples and frames, or None. Raises MediaError naming the file where a clip cannot be used.
@@ -135,6 +138,7 @@ class Lrs3Dataset(Dataset):
         transform: ClipTransform | None = None,
         noise: Noise | None = None,
         seed: int = 0,
+        degradation: Degradation | None = None,
         longest: int | None = None,
         unfit: Callable[[int | None, int | None], str | None] | None = None,
     ):
@@ -145,7 +149,7 @@ class Lrs3Dataset(Dataset):
         self.modality = modality
         self.transform = transform or ClipTransform.testing()
         self.noise = noise
-        self.seed = seed
+        self.seed, self.degradation = seed, degradation
         self.longest, self.unfit = longest, unfit
 
     def __len__(self) -> int:
@@ -163,6 +167,8 @@ class Lrs3Dataset(Dataset):
             reason = self.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is not None:
                 raise MediaError(clip.video_path(self.root), f"{reason} (its label says {clip.n_frames} frames)")
+        if video is not None and self.degradation is not None:
+            video = degrade(video, self.degradation, (self.seed, index, DEGRADE))
         rng = clip_rng(self.seed, 0, index)
         audio, video = self.transform(audio, video, rng, self.noise)
         return {

@@ -1,4 +1,4 @@
-"""Word error rate of a model on a label file, by modality and signal-to-noise ratio."""
+"""Word error rate of a model on a label file, by modality, signal-to-noise ratio and degradation of the picture."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llama_smop.data.batching import FrameBatchSampler
+from llama_smop.data.degrade import Degradation
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.data.media import MediaError
 from llama_smop.data.noise import Noise, NoiseFile
@@ -23,7 +24,7 @@ from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME, SAMPLES
 
 @dataclass(frozen=True)
 class Row:
-    """One condition. snr: decibels, None = clean; wer: a fraction."""
+    """One condition. snr: decibels, None = clean; wer: a fraction; degradation: as "blur:3", None = none."""
 
     labels: str
     modality: str
@@ -34,6 +35,7 @@ class Row:
     deletions: int
     insertions: int
     wer: float
+    degradation: str | None = None
 
 
 def evaluate(
@@ -44,10 +46,12 @@ def evaluate(
     *,
     modalities: Sequence[str] | None = None,
     snrs: Sequence[float | None] = (None,),
+    degradations: Sequence[Degradation | None] = (None,),
     noise: str | Path = "babble",
     babble_labels: str = "train.csv",
     num_beams: int = 1,
     max_frames: int = 1500,
+    most: int | None = None,
     seed: int = 0,
     workers: int = 0,
     distributed: bool = False,
@@ -57,9 +61,12 @@ def evaluate(
 
     Args:
         modalities: of "audio", "video", "audiovisual"; by default all that the model has.
-        snrs: decibels, None = clean. Lips hear no noise: video is scored once, as clean.
+        snrs: decibels, None = clean. Lips hear no noise: video is scored as clean alone.
+        degradations: of the picture, None = as it is. Ears see none: audio is scored with None alone. Sound and picture
+            together are scored in every combination; a clip's noise and what is drawn for its picture do not depend on
+            each other.
         noise: "babble" (clips of `babble_labels` talking at once) or a noise file; the same noise for every model.
-        max_frames: video frames in a batch.
+        max_frames: video frames in a batch. most: only so many clips, the label file's first ones.
         workers: processes that decode clips ahead; the results do not depend on it.
         distributed: share the clips out over the processes of `torch.distributed`; all of them must call this, and
             all get the whole result.
@@ -74,13 +81,15 @@ def evaluate(
     if any(snr is not None for snr in snrs):
         source = FolderClips(root, babble_labels).babble if noise == "babble" else NoiseFile(noise)
     conditions = [
-        (modality, snr)
+        (modality, snr, degradation)
         for modality in modalities or supported(model)
         for snr in (snrs if modality != "video" else (None,))
+        for degradation in (degradations if modality != "audio" else (None,))
     ]
     rows, transcripts = [], []
     clips = Lrs3Dataset(root, labels)
-    heard, seen = (any(modality != other for modality, _ in conditions) for other in ("video", "audio"))
+    clips.clips = clips.clips[:most]
+    heard, seen = (any(modality != other for modality, _, _ in conditions) for other in ("video", "audio"))
     for clip in clips.clips:  # checked first: the longest clips are transcribed last
         reason = processor.unfit(
             samples=clip.n_frames * SAMPLES_PER_VIDEO_FRAME if heard else None, frames=clip.n_frames if seen else None
@@ -90,8 +99,8 @@ def evaluate(
     rank = dist.get_rank() if distributed else 0
     shown = progress and rank == 0
     with tqdm(total=len(conditions) * len(clips), desc="evaluate", unit="clip", disable=not shown) as bar:
-        for modality, snr in conditions:
-            bar.set_postfix_str(f"{modality} {'clean' if snr is None else f'{snr:g} dB'}")
+        for modality, snr, degradation in conditions:
+            bar.set_postfix_str(f"{modality} {snr_label(snr)}{'' if degradation is None else f' {degradation}'}")
             added = None if snr is None else Noise(source, (snr,))
             data = Lrs3Dataset(
                 root,
@@ -99,9 +108,11 @@ def evaluate(
                 modality,
                 noise=added,
                 seed=seed,
+                degradation=degradation,
                 longest=processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME,
                 unfit=processor.unfit,
             )
+            data.clips = clips.clips
             texts = transcribe_dataset(
                 model,
                 processor,
@@ -114,7 +125,9 @@ def evaluate(
             )
             references = [clip.text for clip in data.clips]
             errors = word_errors(references, texts)
-            rows.append(Row(Path(labels).stem, modality, snr, len(data), **asdict(errors), wer=round(errors.wer, 5)))
+            worse = None if degradation is None else str(degradation)
+            rate = round(errors.wer, 5)
+            rows.append(Row(Path(labels).stem, modality, snr, len(data), **asdict(errors), wer=rate, degradation=worse))
             transcripts.append(
                 [
                     {"id": clip.id, "reference": clip.text, "hypothesis": text}
@@ -177,12 +190,15 @@ def transcribe_items(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown, WER in per cent: a line for each label file and modality, a column for each SNR."""
+    """Rows as Markdown, WER in per cent: a line for each label file, modality and picture, a column for each SNR."""
     snrs = sorted({row.snr for row in rows}, key=snr_order)
-    head = [snr_label(snr) for snr in snrs]
-    lines = ["| labels | modality | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
-    for labels, modality in dict.fromkeys((row.labels, row.modality) for row in rows):
-        found = {row.snr: row.wer for row in rows if (row.labels, row.modality) == (labels, modality)}
-        cells = [per_cent(found[snr]) if snr in found else "" for snr in snrs]
-        lines.append(f"| {labels} | {modality} | " + " | ".join(cells) + " |")
+    degraded = any(row.degradation is not None for row in rows)
+    head = ["labels", "modality", *(["picture"] if degraded else []), *map(snr_label, snrs)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for condition in dict.fromkeys((row.labels, row.modality, row.degradation) for row in rows):
+        found = {row.snr: row.wer for row in rows if (row.labels, row.modality, row.degradation) == condition}
+        labels, modality, worse = condition
+        names = [labels, modality, *([worse or ""] if degraded else [])]
+        cells = [*names, *(per_cent(found[snr]) if snr in found else "" for snr in snrs)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -7,9 +7,10 @@ from llama_smop import files
 from llama_smop.data.media import audio_path, read_audio, read_video
 from llama_smop.reports import plots
 from llama_smop.reports.html import facts as fact_table
-from llama_smop.reports.html import percent, picture, shown, wer_table, write_page
+from llama_smop.reports.html import percent, picture, png, shown, wer_table, write_page
 from llama_smop.reports.training import REPORT, is_run, write_run_report
 
+LATER = ("pictures", "raw_video")  # results that demos of earlier versions lack
 LABELS = {"test": "unseen sentences", "test_unseen_voice": "unseen sentences, unseen voice"}
 
 
@@ -26,11 +27,16 @@ def write_report(run: str | Path) -> Path:
     facts = {
         name: _read(run / f"{name}.json") for name in ("demo", "metrics", "evaluation", "transcripts", "projectors")
     }
+    for name in LATER:
+        if (run / f"{name}.json").exists():
+            facts[name] = _read(run / f"{name}.json")
     parts = (
         ("demo", lambda: _lead(facts["demo"])),
         ("evaluation", lambda: _result(facts["evaluation"]["rows"])),
         ("evaluation", lambda: _accuracy(facts["evaluation"])),
         ("transcripts", lambda: _clips(run, facts["transcripts"])),
+        *((("pictures", lambda: _pictures(facts["pictures"])),) if "pictures" in facts else ()),
+        *((("raw_video", lambda: _raw_video(run, facts["raw_video"])),) if "raw_video" in facts else ()),
         ("metrics", lambda: _training(facts["metrics"])),
         ("evaluation", lambda: _experts(facts["evaluation"])),
         ("projectors", lambda: _projectors(facts["projectors"])),
@@ -95,6 +101,31 @@ def _clips(run: Path, transcripts: list[dict]) -> str:
         said = f"<tr><td>said</td><td><b>{html.escape(clip['reference'])}</b></td></tr>"
         parts.append(f"{picture(strip, clip['id'])}<table>{said}{heard}</table>")
     return "".join(parts)
+
+
+def _pictures(rows: list[dict]) -> str:
+    figure = plots.wer_against_degradation(rows)
+    caption = f"{rows[0]['clips']} of the unseen sentences; mouths blurred, speech in babble as loud as the speaker."
+    return "<h2>What sight is worth</h2>" + picture(figure, caption) + wer_table(rows, LABELS)
+
+
+def _raw_video(run: Path, found: dict) -> str:
+    head = "<h2>From a raw video</h2>"
+    if "missing" in found:
+        return f"{head}<p>Left out: {html.escape(found['missing'])}</p>"
+    lead = (
+        "<p>The speakers as a camera would film them, 640×480 pixels, moving in a room. Faces are found, followed and "
+        "their mouths cropped, and the crop is read, as <code>llama-smop transcribe</code> does with any video. Below: "
+        "the text from the raw video beside the text from the clip as it was made.</p>"
+    )
+    sheet = png((run / found["clips"][0]["sheet"]).read_bytes(), "What is found in the first one; below, the crops.")
+    lines = [
+        f"<tr><td><b>{html.escape(clip['reference'])}</b></td><td>{_marked(clip['reference'], clip['raw'])}</td>"
+        f"<td>{_marked(clip['reference'], clip['prepared'])}</td></tr>"
+        for clip in found["clips"]
+    ]
+    columns = "<tr><th>said</th><th>from the raw video</th><th>from the prepared clip</th></tr>"
+    return f"{head}{lead}{sheet}<table>{columns}{''.join(lines)}</table>"
 
 
 def _training(log: list[dict]) -> str:

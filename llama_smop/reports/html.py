@@ -42,11 +42,15 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
 
 def picture(figure: Figure, caption: str) -> str:
     """The figure as a PNG with `caption`, plain text, below it. Closes the figure."""
-    caption = html.escape(caption)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return png(buffer.getvalue(), caption)
+
+
+def png(content: bytes, caption: str) -> str:
+    """A PNG file with `caption`, plain text, below it."""
+    caption, data = html.escape(caption), base64.b64encode(content).decode()
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
@@ -80,7 +84,7 @@ def percent(share: float | None) -> str:
 
 
 def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
-    """Word error rates of `evaluation.run.Row`s: a line for each label file and modality, a column for each SNR.
+    """Word error rates of `evaluation.run.Row`s: a line for each clips, modality and picture, a column for each SNR.
 
     names: names of label files on the page, where they differ.
     """
@@ -89,12 +93,16 @@ def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
     snrs = sorted({r["snr"] for r in rows}, key=snr_order)
     head = "".join(f'<th class="number">{snr_label(s)}</th>' for s in snrs)
     lines = []
-    for labels, modality in dict.fromkeys((r["labels"], r["modality"]) for r in rows):
-        found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"]) == (labels, modality)}
+    degraded = any(r.get("degradation") is not None for r in rows)
+    for condition in dict.fromkeys((r["labels"], r["modality"], r.get("degradation")) for r in rows):
+        found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"], r.get("degradation")) == condition}
+        labels, modality, worse = condition
         shown = ("" if found.get(s) is None else f"{per_cent(found[s])} %" for s in snrs)
         cells = "".join(f'<td class="number">{rate}</td>' for rate in shown)
         name, heard = (
             html.escape(str(text)) for text in (names.get(labels, labels), plots.NAMES.get(modality, modality))
         )
-        lines.append(f"<tr><td>{name}</td><td>{heard}</td>{cells}</tr>")
+        picture = f"<td>{html.escape(str(worse or 'as it is'))}</td>" if degraded else ""
+        lines.append(f"<tr><td>{name}</td><td>{heard}</td>{picture}{cells}</tr>")
+    head = ("<th>picture</th>" if degraded else "") + head
     return f"<table><tr><th>clips</th><th>input</th>{head}</tr>{''.join(lines)}</table>"

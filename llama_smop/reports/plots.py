@@ -11,6 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llama_smop.data.degrade import KINDS, Degradation
+from llama_smop.evaluation.wer import snr_label, snr_order
+
+DASHES = ("-", "--", "-.", ":")  # of the curves of one colour
 COLOURS = {"audio": "#d1495b", "video": "#2e86ab", "audiovisual": "#3a7d44"}
 NAMES = {"audio": "audio", "video": "video", "audiovisual": "audio + video"}
 STYLE = {
@@ -108,7 +112,8 @@ def router_entropy(log: Sequence[Mapping], num_experts: int) -> Figure:
 
 
 def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Figure:
-    """WER in per cent by SNR and modality; video has no noise and is a horizontal line."""
+    """WER in per cent by SNR and modality, of undegraded pictures; video has no noise and is a horizontal line."""
+    rows = [r for r in rows if r.get("degradation") is None]
     figure, axes = subplots(6.2, 3.6)
     snrs = sorted({r["snr"] for r in rows if r["snr"] is not None})
     ticks = [*snrs, (snrs[-1] + 5) if snrs else 0]
@@ -129,6 +134,41 @@ def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Fig
     axes.set_ylabel("word error rate, %")
     axes.set_ylim(bottom=0)
     axes.legend()
+    return figure
+
+
+def wer_against_degradation(rows: Sequence[Mapping]) -> Figure:
+    """WER in per cent by how much worse the picture is made, a panel for each way; audio sees none of it.
+
+    rows: of one set of clips, as of `evaluation.run.Row`; those without a degradation are where each curve begins.
+    """
+    degraded = [(Degradation.parse(r["degradation"]), r) for r in rows if r.get("degradation") is not None]
+    names = list(dict.fromkeys(worse.name for worse, _ in degraded))
+    conditions = sorted(
+        {(r["modality"], r["snr"]) for r in rows}, key=lambda c: (list(NAMES).index(c[0]), snr_order(c[1]))
+    )
+    snrs = [snr for modality, snr in conditions if modality == "audiovisual"] or [None]
+    figure, panels = subplots(max(6.2, 3.6 * len(names)), 3.6, ncols=len(names), sharey=True, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        clean = KINDS[name].high if name == "fps" else KINDS[name].low
+        for modality, snr in conditions:
+            own = [(worse, r) for worse, r in degraded if (r["modality"], r["snr"]) == (modality, snr)]
+            whole = [r for r in rows if (r["modality"], r["snr"], r.get("degradation")) == (modality, snr, None)]
+            points = [(clean, r) for r in whole] + [(worse.amount, r) for worse, r in own if worse.name == name]
+            label = NAMES[modality] if modality == "video" else f"{NAMES[modality]}, {snr_label(snr)}"
+            dashes = DASHES[snrs.index(snr) % len(DASHES)] if snr in snrs and modality != "video" else "-"
+            style = {"color": COLOURS[modality], "label": label, "linestyle": dashes}
+            if modality == "audio":
+                axes.axhline(100 * whole[0]["wer"], **style)
+            elif points:
+                curve = sorted((amount, 100 * r["wer"]) for amount, r in points)
+                axes.plot(*zip(*curve, strict=True), marker="o", **style)
+        axes.set_xlabel(f"{name}: {KINDS[name].unit}")
+        axes.set_ylim(bottom=0)
+        if name == "fps":
+            axes.invert_xaxis()
+    panels[0][0].set_ylabel("word error rate, %")
+    panels[0][-1].legend(fontsize=8)
     return figure
 
 

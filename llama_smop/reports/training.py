@@ -139,6 +139,8 @@ def _scores(run: Path, evaluation) -> str:
         rows = [r for r in evaluation if r["labels"] == labels]
         if any(r["snr"] is not None for r in rows):
             figures.append(picture(plots.wer_against_snr(rows), f"Clips of {labels}."))
+        if any(r.get("degradation") is not None for r in rows):
+            figures.append(picture(plots.wer_against_degradation(rows), f"Clips of {labels}, pictures made worse."))
     return f"<h2>Word error rate</h2>{''.join(figures)}{wer_table(evaluation, {})}"
 
 

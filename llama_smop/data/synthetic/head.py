@@ -26,21 +26,41 @@ def draw_head(crops: np.ndarray, face: Face) -> np.ndarray:
     return heads
 
 
+def draw_room(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """A room out of focus, uint8 (height, width, 3): a wall with pictures and shelves in dull colours."""
+    import cv2
+
+    rng = np.random.default_rng([seed, 0x400])
+    height, width = size
+    room = np.empty((height, width, 3), np.float32)
+    room[:] = rng.uniform(90, 150, 3) * np.linspace(1.1, 0.8, height)[:, None, None]
+    for _ in range(14):
+        left, top = rng.integers(-width // 8, width), rng.integers(-height // 8, height)
+        right, bottom = left + rng.integers(width // 16, width // 4), top + rng.integers(height // 16, height // 3)
+        cv2.rectangle(room, (int(left), int(top)), (int(right), int(bottom)), rng.uniform(40, 190, 3).tolist(), -1)
+    return np.clip(cv2.GaussianBlur(room, (0, 0), height / 160), 0, 255).astype(np.uint8)
+
+
 def filmed(
-    heads: np.ndarray, size: tuple[int, int], scale: float = 1.0, angle: float = 0.0, drift: float = 0.0
+    heads: np.ndarray,
+    size: tuple[int, int],
+    scale: float = 1.0,
+    angle: float = 0.0,
+    drift: float = 0.0,
+    room: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """Frames uint8 (height, width, 3) that show the heads scaled, turned and moving over a plain wall.
+    """Frames uint8 (height, width, 3) that show the heads scaled, turned and moving over a plain wall, or a room.
 
     Args:
         size: height and width. scale: of the head. angle: degrees, counterclockwise.
-        drift: how far the head moves to either side, as a share of the width.
+        drift: how far the head moves to either side, as a share of the width. room: what is behind, of `size`.
     """
     import cv2
 
     height, width = size
     wall = heads[0, :4].mean(axis=(0, 1))
     y = np.linspace(1.05, 0.85, height)[:, None, None]
-    background = np.clip(wall * y, 0, 255).astype(np.uint8) * np.ones((1, width, 1), np.uint8)
+    background = np.clip(wall * y, 0, 255).astype(np.uint8) * np.ones((1, width, 1), np.uint8) if room is None else room
     square = np.zeros((SIZE, SIZE), np.float32)
     square[6:-6, 6:-6] = 1
     inside = np.asarray(cv2.GaussianBlur(square, (0, 0), 3))
