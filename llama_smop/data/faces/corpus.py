@@ -128,6 +128,8 @@ def crop_corpus(
             where = "NAME.txt beside NAME.mp4" if table is None else str(table)
             raise LabelError(f"{root}: no video has a text in {where}; --without-text crops them all the same")
     files.check_file(report.labels)
+    if report.labels.exists() and not (folder / "settings.json").exists():
+        raise LabelError(f"{report.labels}: is there already, and not of such crops; give another name")
     files.claim(folder / "settings.json", {"root": str(root.resolve()), **asdict(limits)}, "set of crops", {LOCK})
     with folder_lock(folder, "another run"):
         for leftover in (*folder.rglob(".*.writing-*"), *folder.glob(f"{WORK}*")):

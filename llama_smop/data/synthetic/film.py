@@ -5,14 +5,14 @@ from pathlib import Path
 
 from llama_smop.data.media import audio_path, read_audio, read_video
 from llama_smop.data.synthetic.corpus import UNSEEN_VOICES, VOICES
-from llama_smop.data.synthetic.head import draw_head, draw_room, filmed
+from llama_smop.data.synthetic.head import draw_head, filmed
 from llama_smop.data.video_writer import write_frames
 
 SIZE = (480, 640)
 
 
 def film_clip(
-    clip: str | os.PathLike, out: str | os.PathLike, *, scale: float = 0.9, drift: float = 0.03, seed: int = 0
+    clip: str | os.PathLike, out: str | os.PathLike, *, scale: float = 1.4, drift: float = 0.03, seed: int = 0
 ) -> None:
     """Write an mp4 of 640×480 pixels with the sound of `clip`, whose folder is named after its voice.
 
@@ -27,5 +27,5 @@ def film_clip(
     if face is None:
         raise ValueError(f"{clip}: no voice of the generated corpus is called {name!r}")
     heads = draw_head(read_video(clip), face)
-    frames = filmed(heads, SIZE, scale=scale, drift=drift, room=draw_room(SIZE, seed))
+    frames = filmed(heads, SIZE, scale=scale, drift=drift, room=seed)
     write_frames(out, frames, sound=[read_audio(audio_path(clip))])

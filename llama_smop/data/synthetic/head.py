@@ -26,19 +26,22 @@ def draw_head(crops: np.ndarray, face: Face) -> np.ndarray:
     return heads
 
 
-def draw_room(size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """A room out of focus, uint8 (height, width, 3): a wall with pictures and shelves in dull colours."""
+def draw_room(size: tuple[int, int], wall: np.ndarray, seed: int = 0) -> np.ndarray:
+    """What is behind a person, out of focus, uint8 (height, width, 3): pictures and shelves on a wall, to both sides.
+
+    wall: its colour, RGB.
+    """
     import cv2
 
     rng = np.random.default_rng([seed, 0x400])
     height, width = size
-    room = np.empty((height, width, 3), np.float32)
-    room[:] = rng.uniform(90, 150, 3) * np.linspace(1.1, 0.8, height)[:, None, None]
-    for _ in range(14):
-        left, top = rng.integers(-width // 8, width), rng.integers(-height // 8, height)
-        right, bottom = left + rng.integers(width // 16, width // 4), top + rng.integers(height // 16, height // 3)
-        cv2.rectangle(room, (int(left), int(top)), (int(right), int(bottom)), rng.uniform(40, 190, 3).tolist(), -1)
-    return np.clip(cv2.GaussianBlur(room, (0, 0), height / 160), 0, 255).astype(np.uint8)
+    room = np.ones((height, width, 1), np.float32) * wall * np.linspace(1.05, 0.85, height)[:, None, None]
+    for number in range(12):
+        middle = width * (rng.uniform(-0.05, 0.16) if number % 2 else rng.uniform(0.84, 1.05))
+        half, top, tall = rng.uniform(0.02, 0.1) * width, rng.uniform(0, 0.9) * height, rng.uniform(0.04, 0.3) * height
+        corners = [(int(middle - half), int(top)), (int(middle + half), int(top + tall))]
+        cv2.rectangle(room, *corners, (wall * rng.uniform(0.6, 1.25) + rng.uniform(-18, 18, 3)).tolist(), -1)
+    return np.clip(cv2.GaussianBlur(room, (0, 0), height / 120), 0, 255).astype(np.uint8)
 
 
 def filmed(
@@ -47,20 +50,23 @@ def filmed(
     scale: float = 1.0,
     angle: float = 0.0,
     drift: float = 0.0,
-    room: np.ndarray | None = None,
+    room: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Frames uint8 (height, width, 3) that show the heads scaled, turned and moving over a plain wall, or a room.
 
     Args:
         size: height and width. scale: of the head. angle: degrees, counterclockwise.
-        drift: how far the head moves to either side, as a share of the width. room: what is behind, of `size`.
+        drift: how far the head moves to either side, as a share of the width. room: the seed of what is
+            on the wall.
     """
     import cv2
 
     height, width = size
     wall = heads[0, :4].mean(axis=(0, 1))
     y = np.linspace(1.05, 0.85, height)[:, None, None]
-    background = np.clip(wall * y, 0, 255).astype(np.uint8) * np.ones((1, width, 1), np.uint8) if room is None else room
+    background = np.clip(wall * y, 0, 255).astype(np.uint8) * np.ones((1, width, 1), np.uint8)
+    if room is not None:
+        background = draw_room(size, wall, room)
     square = np.zeros((SIZE, SIZE), np.float32)
     square[6:-6, 6:-6] = 1
     inside = np.asarray(cv2.GaussianBlur(square, (0, 0), 3))
