@@ -10,7 +10,7 @@ from llama_smop import files
 from llama_smop.data.faces.crop import Faces, Selection, crop_mouths, frames_beside_sound
 
 COLUMNS = 8
-WIDTH = 240  # pixels of a column
+WIDTH = 192  # pixels of a column
 COLOURS = ((46, 134, 171), (209, 73, 91), (58, 125, 68), (237, 174, 73), (102, 46, 155))
 
 
@@ -37,7 +37,9 @@ def write_sheet(path: str | os.PathLike, faces: Faces, chosen: int | None, out: 
                 left = column * WIDTH + (WIDTH - 96) // 2
                 below[:, left : left + 96] = next(crops)[0]
         rows.append(below)
-    encoded = cv2.imencode(".png", cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))[1]
+    encoded = cv2.imencode(".png", cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9])[
+        1
+    ]
     return files.write_bytes(Path(out), encoded.tobytes())
 
 

@@ -39,8 +39,8 @@ def draw_room(size: tuple[int, int], wall: np.ndarray, seed: int = 0) -> np.ndar
     for number in range(12):
         middle = width * (rng.uniform(-0.05, 0.16) if number % 2 else rng.uniform(0.84, 1.05))
         half, top, tall = rng.uniform(0.02, 0.1) * width, rng.uniform(0, 0.9) * height, rng.uniform(0.04, 0.3) * height
-        corners = [(int(middle - half), int(top)), (int(middle + half), int(top + tall))]
-        cv2.rectangle(room, *corners, (wall * rng.uniform(0.6, 1.25) + rng.uniform(-18, 18, 3)).tolist(), -1)
+        left, right, bottom = (max(0, int(edge)) for edge in (middle - half, middle + half, top + tall))
+        room[int(top) : bottom, left:right] = wall * rng.uniform(0.6, 1.25) + rng.uniform(-18, 18, 3)
     return np.clip(cv2.GaussianBlur(room, (0, 0), height / 120), 0, 255).astype(np.uint8)
 
 

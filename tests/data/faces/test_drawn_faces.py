@@ -97,7 +97,7 @@ def test_of_two_faces_the_one_that_speaks_is_cropped_with_its_sound(two_people, 
     assert np.corrcoef(before[:count], after[:count])[0, 1] > 0.9
     with av.open(str(sheet)) as container:
         picture = next(container.decode(video=0))
-    assert (picture.width, picture.height) == (8 * 240, 120 + 96)
+    assert (picture.width, picture.height) == (8 * 192, 96 + 96)
 
 
 def test_the_other_face_is_taken_when_asked_for(two_people, tmp_path):
