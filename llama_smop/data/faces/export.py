@@ -70,7 +70,7 @@ def crop_video(
     total = track.end - track.first
     with tqdm(crops, desc="cropping", total=total, unit="frame", delay=BAR_AFTER_S, disable=not progress) as shown:
         sound = None if source is None else cut_blocks(stream_audio(source), track.first, track.end)
-        write_frames(out, shown, sound=sound)
+        write_frames(out, shown, sound=sound, fine=True)
     return Path(out)
 
 

@@ -28,4 +28,4 @@ def film_clip(
         raise ValueError(f"{clip}: no voice of the generated corpus is called {name!r}")
     heads = draw_head(read_video(clip), face)
     frames = filmed(heads, SIZE, scale=scale, drift=drift, room=seed)
-    write_frames(out, frames, sound=[read_audio(audio_path(clip))])
+    write_frames(out, frames, sound=[read_audio(audio_path(clip))], fine=True)
