@@ -225,7 +225,7 @@ def test_folders_of_others_are_left_alone(raw, tmp_path, planted):
     for name in ("a/b", "labels", "a,b", ".."):
         with pytest.raises(LabelError, match="expected a plain name"):
             module.crop_corpus(raw, tmp_path / "out", name=name)
-    (tmp_path / "out/labels").mkdir()
+    (tmp_path / "out/labels").mkdir(exist_ok=True)
     (tmp_path / "out/labels/train.csv").write_text("of another\n")
     with pytest.raises(SystemExit, match=r"train\.csv: is there already, and not of such crops"):
         run(raw, tmp_path / "out", "--name", "train")
