@@ -109,6 +109,18 @@ def test_results_stand_in_the_text_and_in_the_index(folder):
     assert write(folder) == again
 
 
+def test_pictures_made_worse_are_no_result_of_the_card(folder):
+    from llama_smop.models.card_records import add_results, read_results
+
+    add_results(
+        folder, rows(folder, {"degradation": None}, {"degradation": "blur:3", "substitutions": 40}), "scores.json"
+    )
+    (kept,) = read_results(folder)
+    assert kept["substitutions"] == COUNTS["substitutions"]
+    with pytest.raises(ValueError, match=r"scores\.json: holds no rows"):
+        add_results(folder, rows(folder, {"degradation": "blur:3"}), "scores.json")
+
+
 def test_what_people_say_is_kept(folder):
     options = (
         "--license",

@@ -10,7 +10,9 @@ import typer
 from llama_smop.cli import app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "video.md"
-COMMANDS = re.findall(r"^    (?:llama-smop|torchrun .* -m llama_smop\.cli) (.*)$", PAGE.read_text().replace("\\\n", ""), re.M)
+COMMANDS = re.findall(
+    r"^    (?:llama-smop|torchrun .* -m llama_smop\.cli) (.*)$", PAGE.read_text().replace("\\\n", ""), re.M
+)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
