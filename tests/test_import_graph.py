@@ -26,6 +26,7 @@ LAYERS = (
     "evaluation",
     "transcription",
     "reports",
+    "serve",
     "training",
     "estimate",
     "ablation",

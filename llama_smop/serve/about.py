@@ -33,10 +33,10 @@ def caution(service: Service) -> str | None:
     grid = {word for _, slot in GRID.slots for word in slot}
     if words <= grid:
         example = " ".join(slot[0] for _, slot in GRID.slots)
-        slots = " ".join(name for name, _ in GRID.slots)
+        slots = ", ".join(name for name, _ in GRID.slots)
         return (
-            f"This is the demo's model. It knows only its toy grammar of {len(grid)} words: {slots}, as in “{example}”. "
-            "Whatever else it is shown, it answers in these words."
+            f"This is the demo's model. It knows only its toy grammar of {len(grid)} words: {slots}, "
+            f"as in “{example}”. To whatever else it is shown it answers in these words."
         )
     return f"This model knows {len(words)} words and no others: {_some(sorted(words))}."
 

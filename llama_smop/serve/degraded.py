@@ -17,8 +17,8 @@ BLURS = (0.0, 20.0)  # pixels of a crop
 class Given:
     """A piece as the model gets it.
 
-    heard: samples float32 (n,) before they are normalised. seen: crops uint8 (T, 88, 88, 3). streams: what the processor
-    takes, audio (n,) and video (T, 1, 88, 88), float32. Each is None where the piece lacks it.
+    heard: samples float32 (n,) before they are normalised. seen: crops uint8 (T, 88, 88, 3). streams: what the
+    processor takes, audio (n,) and video (T, 1, 88, 88), float32. Each is None where the piece lacks it.
     """
 
     heard: np.ndarray | None

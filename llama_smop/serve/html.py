@@ -55,7 +55,7 @@ def _senses(outcome: Outcome) -> str:
     switches = outcome.switches
     changed = [f"babble at {switches.snr:g} dB"] if switches.snr is not None else []
     changed += [f"mouth blurred by {switches.blur:g} pixels"] if switches.blur else []
-    given = f'<caption>With {" and ".join(changed)}</caption>' if changed else ""
+    given = f"<caption>With {' and '.join(changed)}</caption>" if changed else ""
     return f'<table class="senses">{given}{rows}</table>'
 
 

@@ -1,4 +1,5 @@
-// A time plays its stretch of the clip; the crop follows the clip.
+// A time plays its stretch of the clip; the crop follows the clip. All listeners hear events on their way down: media
+// events do not come up, and gradio stops clicks that do.
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-seek]");
   const clip = button && button.closest(".result").querySelector(".clip");
@@ -6,7 +7,7 @@ document.addEventListener("click", (event) => {
   clip.currentTime = Number(button.dataset.seek);
   clip.dataset.until = button.dataset.until;
   clip.play();
-});
+}, true);
 const follow = (event) => {
   const clip = event.target;
   if (!clip.classList || !clip.classList.contains("clip")) return;

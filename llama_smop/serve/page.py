@@ -37,7 +37,7 @@ def build(service: Service, shelf: Shelf) -> gr.Blocks:
     choices = [EVERYTHING, *senses] if len(senses) > 1 else senses
     with gr.Blocks(title=f"Llama-SMoP · {service.name}", analytics_enabled=False) as page:
         gr.HTML(html.heading(service.name, described(service), caution(service)), elem_id="heading")
-        source, kept = gr.State("video"), gr.State(None, delete_callback=shelf.drop)
+        source = gr.State("video")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 with gr.Tabs():
@@ -67,33 +67,37 @@ def build(service: Service, shelf: Shelf) -> gr.Blocks:
         seen.select(lambda: "video", None, source, api_visibility="private")
         heard.select(lambda: "sound", None, source, api_visibility="private")
 
-        def run(source, video, sound, modality, babble, blur, before, progress=gr.Progress()):  # noqa: B008
-            shelf.drop(before)
+        def run(source, video, sound, modality, babble, blur, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             given = video if source == "video" else sound
             if given is None:
-                return html.notice("Choose a file or record something first.", "refused"), None
+                return html.notice("Choose a file or record something first.", "refused")
             folder = shelf.new()
+            shelf.give(request.session_hash, Path(given), folder)
+            recording = folder / "input"
             try:
-                place = folder / "input"
-                _link(given, place)
+                _link(given, recording)
                 outcome = service.run(
-                    place,
+                    recording,
                     Path(given).name,
                     switches(modality, babble, blur),
                     views=True,
                     progress=lambda what, done, total: progress((done, total or None), desc=what, unit="frames"),
                 )
-                return show(outcome, service, place, folder), str(folder)
+                return show(outcome, service, recording, folder)
             except Refused as refused:
-                shelf.drop(folder)
-                return html.notice(str(refused), "refused"), None
+                return html.notice(str(refused), "refused")
             except Exception:
-                shelf.drop(folder)
                 logger.exception("a job failed")
-                return html.notice(FAILED, "refused"), None
+                return html.notice(FAILED, "refused")
+            finally:
+                recording.unlink(missing_ok=True)
 
-        inputs = [source, video, sound, modality, babble, blur, kept]
-        go.click(run, inputs, [result, kept], concurrency_limit=1, api_visibility="private", show_progress_on=[result])
+        def leave(request: gr.Request):
+            shelf.leave(request.session_hash)
+
+        inputs = [source, video, sound, modality, babble, blur]
+        go.click(run, inputs, result, concurrency_limit=1, api_visibility="private", show_progress_on=[result])
+        page.unload(leave)
     page.queue(max_size=QUEUE, default_concurrency_limit=1)
     return page
 

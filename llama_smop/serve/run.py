@@ -2,7 +2,9 @@
 
 import logging
 import secrets
+import signal
 import socket
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -48,6 +50,8 @@ def serve(
         if not access.needed and (share or not local):
             logger.warning("everybody who reaches this address can use the model; --auth USER:PASSWORD asks who it is")
         shelf = Shelf()
+        # uvicorn ends well at SIGTERM, then hands the signal on, which by itself would leave visitors' files behind.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             app = build(service, shelf, access, most_mb * MEGABYTE, LOOPBACK if local and not share else None)
             # One line of its own; requests and their addresses are not logged.
@@ -59,6 +63,7 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             shelf.close()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _listener(host: str, port: int) -> socket.socket:

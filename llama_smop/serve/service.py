@@ -37,7 +37,8 @@ class Switches:
     """What the visitor asks for.
 
     modality: "audio", "video", "audiovisual"; None = all that the model and the recording have. compare: each sense by
-    itself too. snr: of babble in decibels, None = none. blur: of the mouth in pixels of the crop. face: as in `Options`.
+    itself too. snr: of babble in decibels, None = none. blur: of the mouth in pixels of the crop. face: as in
+    `Options`.
 
     Raises:
         Refused: a value out of bounds.

@@ -23,6 +23,7 @@ class Shelf:
         self._results = self.root / "results"
         self._results.mkdir()
         self._keep_s = keep_s
+        self._of: dict[str, set[Path]] = {}  # what each visitor has here
         self._ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="llama-smop-shelf").start()
 
@@ -39,13 +40,28 @@ class Shelf:
                 return next((file for file in folder.iterdir() if file.name == name), None)
         return None
 
-    def drop(self, folder: str | Path | None) -> None:
+    def drop(self, folder: Path) -> None:
         """Remove a folder that `new` made."""
-        if folder is not None and Path(folder).parent == self._results:
+        if folder.parent == self._results:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def give(self, visitor: str, upload: Path, folder: Path) -> None:
+        """Note what a visitor has here: the file that was sent, and a result in place of the one before."""
+        before = self._of.get(visitor, set())
+        self._of[visitor] = {folder} | {path for path in before if path.parent != self._results}
+        if upload.is_relative_to(self.uploads):
+            self._of[visitor].add(self.uploads / upload.relative_to(self.uploads).parts[0])
+        for path in before - self._of[visitor]:
+            self.drop(path)
+
+    def leave(self, visitor: str) -> None:
+        """Remove what a visitor who has left had here, but for files that others sent too."""
+        others = {path for name, paths in self._of.items() if name != visitor for path in paths}
+        for path in self._of.pop(visitor, set()) - others:
+            shutil.rmtree(path, ignore_errors=True)
+
     def sweep(self, now: float | None = None) -> None:
-        """Remove what is too old."""
+        """Remove what has been here too long."""
         oldest = (time.time() if now is None else now) - self._keep_s
         for entry in (*self._results.iterdir(), *self.uploads.iterdir()):
             try:
