@@ -155,7 +155,7 @@ class Service:
             degraded = Degraded(noise, switches.snr, switches.blur, keep=views and not outcome.transcripts)
             pieces = list(recording.transcribe(self.model, self.processor, degraded, alone))
             used = {piece.modality for piece in pieces}
-            asked = alone or max(used, key=MODALITIES.index, default=switches.modality or self.known[-1])
+            asked = alone or max(used, key=MODALITIES.index, default=switches.modality or self._heard(held))
             if asked in outcome.transcripts or (alone is not None and not pieces):
                 continue
             outcome.transcripts[asked] = Transcript(Path(name), pieces, recording.seconds, list(recording.warnings))
@@ -164,6 +164,10 @@ class Service:
         for piece, given in outcome.parts:
             outcome.experts += expert_times(self.model, self.processor, given.streams, piece.start, piece.end)
         return outcome
+
+    def _heard(self, held: tuple[str, ...]) -> str:
+        """What a recording without a piece counts as: nothing was heard, or, of a silent one, seen."""
+        return next(modality for modality in (*held, *self.known) if modality in self.known)
 
     def _asked(self, switches: Switches, held: tuple[str, ...]) -> tuple[str | None, ...]:
         """What to transcribe with: all there is, then each sense alone where they are compared."""
