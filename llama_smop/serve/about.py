@@ -31,7 +31,7 @@ def caution(service: Service) -> str | None:
     if len(words) > SMALL:
         return None
     grid = {word for _, slot in GRID.slots for word in slot}
-    if words <= grid:
+    if words == grid:
         example = " ".join(slot[0] for _, slot in GRID.slots)
         slots = ", ".join(name for name, _ in GRID.slots)
         return (
