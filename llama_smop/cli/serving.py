@@ -25,6 +25,10 @@ def serve(
     babble: Annotated[
         Path | None, typer.Option(help="Clips (a folder) or noise (a file) for the babble; default: its own sound.")
     ] = None,
+    word_times: Annotated[bool, typer.Option("--word-times", help="Find when each word is said.")] = False,
+    aligner: Annotated[
+        str | None, typer.Option(help="Whisper that finds it, a name or folder; default: the audio tower's.")
+    ] = None,
 ) -> None:
     """A page in the browser that transcribes, and an HTTP endpoint as OpenAI's /v1/audio/transcriptions."""
     from llama_smop.serve import run
@@ -38,4 +42,6 @@ def serve(
         most_mb=max_mb,
         longest_s=60 * max_minutes,
         babble=babble,
+        word_times=word_times or aligner is not None,
+        aligner=aligner,
     )

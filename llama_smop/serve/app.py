@@ -18,12 +18,9 @@ TYPES = {
     "transcript.vtt": "text/vtt",
     "transcript.json": "application/json",
 }
-MEGABYTE = 1 << 20
 
 
-def build(
-    service: Service, shelf: Shelf, access: Access, most: int = 200 * MEGABYTE, hosts: tuple[str, ...] | None = None
-) -> FastAPI:
+def build(service: Service, shelf: Shelf, access: Access, most: int, hosts: tuple[str, ...] | None) -> FastAPI:
     """The application. most: bytes of a file. hosts: names that it answers to, None = any."""
     app = FastAPI(title="llama-smop", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(router(service, access, shelf, most))

@@ -1,6 +1,7 @@
 """The HTTP endpoint in the shape of OpenAI's `/v1/audio/transcriptions`, which many clients speak."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import anyio
@@ -17,7 +18,7 @@ from llama_smop.transcription import subtitles
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 IGNORED = ("language", "prompt", "temperature")  # that clients send, and these models have no use for
 KNOWN = {"file", "model", "response_format", "modality", "snr", "blur", "face", "stream", *IGNORED}
-GRANULARITIES = ("timestamp_granularities[]", "timestamp_granularities", "include[]", "chunking_strategy")
+GRANULARITIES = ("timestamp_granularities[]", "timestamp_granularities")
 QUEUE = 16  # requests that may wait
 
 
@@ -97,8 +98,10 @@ def _asked(form: FormData, service: Service) -> tuple[str, Switches]:
     if fields.get("stream", "false").lower() not in ("false", "0", ""):
         raise Refused("streaming is not offered", "stream")
     for key in GRANULARITIES:
-        if any(value != "segment" for value in form.getlist(key)):
-            raise Refused(f"{key} takes segment alone", key)
+        if "word" in form.getlist(key) and not service.times_words:
+            raise Refused("word times need a server that was started with --word-times", key)
+        if not {"segment", "word"}.issuperset(form.getlist(key)):
+            raise Refused(f"{key} takes segment and word", key)
     return wanted, Switches(
         modality=fields.get("modality"),
         snr=_number(fields, "snr"),
@@ -148,6 +151,7 @@ def answer(outcome: Outcome, wanted: str, model: str) -> Response:
         {"id": number, "start": piece.start, "end": piece.end, "text": piece.text, "modality": piece.modality}
         for number, piece in enumerate(transcript.pieces)
     ]
+    words = [asdict(word) for piece in transcript.pieces for word in piece.words or ()]
     return JSONResponse(
         {
             "task": "transcribe",
@@ -155,6 +159,7 @@ def answer(outcome: Outcome, wanted: str, model: str) -> Response:
             "duration": transcript.seconds,
             "text": transcript.text,
             "segments": segments,
+            **({"words": words} if words else {}),
             "model": model,
             "warnings": transcript.warnings,
         }

@@ -4,7 +4,8 @@ import difflib
 from html import escape
 
 from llama_smop.serve.service import Outcome, minutes
-from llama_smop.transcription.run import Transcript
+from llama_smop.transcription.attempts import Transcript
+from llama_smop.transcription.pieces import Piece
 
 SENSES = {"audiovisual": "Sound + lips", "audio": "Sound alone", "video": "Lips alone"}
 
@@ -74,9 +75,19 @@ def _pieces(transcript: Transcript) -> str:
         face = "" if piece.face is None else f' <span class="face">face {piece.face}</span>'
         rows += (
             f'<li><button type="button" class="time" data-seek="{piece.start:.3f}" data-until="{piece.end:.3f}">'
-            f"▶ {minutes(piece.start)} – {minutes(piece.end)}</button>{face} {escape(piece.text)}</li>"
+            f"▶ {minutes(piece.start)} – {minutes(piece.end)}</button>{face} {_words(piece)}</li>"
         )
     return f'<h3>Transcript</h3><ol class="pieces">{rows}</ol>' if rows else ""
+
+
+def _words(piece: Piece) -> str:
+    """The text; each word plays itself where its time is known."""
+    if piece.words is None:
+        return escape(piece.text)
+    return " ".join(
+        f'<span class="word" data-seek="{word.start:.3f}" data-until="{word.end:.3f}">{escape(word.word)}</span>'
+        for word in piece.words
+    )
 
 
 def _downloads(base: str) -> str:

@@ -69,6 +69,9 @@ def build(service: Service, shelf: Shelf) -> gr.Blocks:
 
         def run(source, video, sound, modality, babble, blur, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             given = video if source == "video" else sound
+            # gradio hands over whatever path a client names, one of this machine's own files too.
+            if given is not None and not Path(given).resolve().is_relative_to(shelf.uploads.resolve()):
+                return html.notice("This file is not here any more; choose it again.", "refused")
             if given is None:
                 return html.notice("Choose a file or record something first.", "refused")
             folder = shelf.new()

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 
 from llama_smop.data.media import stream_audio, stream_video, write_audio, write_video
+from llama_smop.data.video_writer import write_frames
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.serve.degraded import Given
-from llama_smop.transcription.recording import Piece
+from llama_smop.transcription.pieces import Piece
 
 SHOWN_S = 120  # of a recording, at most
 HEIGHT, WIDTH = 360, 640  # of the picture, at most
@@ -27,10 +28,7 @@ def write_clip(path: str | os.PathLike, folder: Path, has_sound: bool, has_pictu
     if not has_picture:
         write_audio(folder / "clip.wav", sound)
         return "clip.wav"
-    frames = np.stack(list(_frames(path, has_sound)))
-    if sound is not None:
-        sound = sound[: len(frames) * SAMPLES_PER_VIDEO_FRAME]
-    write_video(folder / "clip.mp4", frames, audio=sound)
+    write_frames(folder / "clip.mp4", _frames(path, has_sound), sound=None if sound is None else [sound])
     return "clip.mp4"
 
 

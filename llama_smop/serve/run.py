@@ -1,22 +1,24 @@
 """Serve until Ctrl-C."""
 
 import logging
+import os
 import secrets
 import signal
 import socket
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import uvicorn
 
 from llama_smop.serve.access import LOOPBACK, Access
-from llama_smop.serve.app import MEGABYTE, build
 from llama_smop.serve.babble import noise_source
 from llama_smop.serve.service import Service
 from llama_smop.serve.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
+MEGABYTE = 1 << 20
 GRACE_S = 3  # that open pages have at the end
 
 
@@ -30,6 +32,8 @@ def serve(
     most_mb: int = 200,
     longest_s: float = 1800.0,
     babble: str | Path | None = None,
+    word_times: bool = False,
+    aligner: str | Path | None = None,
 ) -> None:
     """Serve a model's page and endpoint until the process is told to end.
 
@@ -38,22 +42,26 @@ def serve(
         auth: USER:PASSWORD or a token. share: ask gradio's public relay for an address on the internet.
         most_mb, longest_s: megabytes and seconds of a recording.
         babble: a folder of clips or a noise file; by default the recording's own sound is used.
+        word_times, aligner: as in `Options`.
 
     Raises:
         ValueError: no model there, no clip to make babble of, a wrong `auth`. OSError: the port is taken.
     """
     access = Access(auth)
-    service = Service(model, None if babble is None else noise_source(babble), longest_s)
-    with _listener(host, port) as listener:
+    with _listener(host, port) as listener, closing(Shelf()) as shelf:
         port = listener.getsockname()[1]
         local = host in LOOPBACK
-        if not access.needed and (share or not local):
-            logger.warning("everybody who reaches this address can use the model; --auth USER:PASSWORD asks who it is")
-        shelf = Shelf()
         # uvicorn ends well at SIGTERM, then hands the signal on, which by itself would leave visitors' files behind.
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
+            os.environ["GRADIO_TEMP_DIR"] = str(shelf.uploads)  # gradio looks when it is imported, too
+            from llama_smop.serve.app import build
+
+            noise = None if babble is None else noise_source(babble)
+            service = Service(model, noise, longest_s, word_times, aligner)
             app = build(service, shelf, access, most_mb * MEGABYTE, LOOPBACK if local and not share else None)
+            if not access.needed and (share or not local):
+                logger.warning("everybody who reaches this address can use the model; --auth USER:PASSWORD keeps it")
             # One line of its own; requests and their addresses are not logged.
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
             name = f"[{host}]" if ":" in host else host
@@ -62,7 +70,6 @@ def serve(
                 print(f"shared: {_shared(host, port)}", flush=True)
             uvicorn.Server(config).run(sockets=[listener])
         finally:
-            shelf.close()
             signal.signal(signal.SIGTERM, before)
 
 

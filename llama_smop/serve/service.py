@@ -3,8 +3,9 @@
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from llama_smop.data.media import MediaError, streams
@@ -16,8 +17,10 @@ from llama_smop.serve.babble import OwnVoice
 from llama_smop.serve.degraded import BLURS, SNRS, Degraded, Given
 from llama_smop.serve.experts import ExpertTimes, expert_times
 from llama_smop.transcription import subtitles
-from llama_smop.transcription.recording import Options, Piece, Recording
-from llama_smop.transcription.run import Transcript
+from llama_smop.transcription.attempts import AT_ONCE, Transcript
+from llama_smop.transcription.pieces import Joint, Piece, transcribe_clips
+from llama_smop.transcription.recording import Options, Recording
+from llama_smop.transcription.word_times import find_aligner
 
 Progress = Callable[[str, int, int], None]
 LEAST_BYTES = 64  # a recording that was stopped at once has 0 or 1
@@ -82,7 +85,7 @@ class Outcome:
 
     @property
     def cues(self) -> list[subtitles.Cue]:
-        return subtitles.cues((piece.start, piece.end, piece.text) for piece in self.transcript.pieces)
+        return subtitles.cues((piece.start, piece.end, piece.text, piece.words) for piece in self.transcript.pieces)
 
     def as_json(self, model: str) -> str:
         others = {modality: transcript.text for modality, transcript in self.transcripts.items()}
@@ -95,10 +98,26 @@ class Service:
 
     Attributes:
         name: of the model. known: the modalities that it takes. longest_s: of a recording.
+        times_words: whether words get times.
     """
 
-    def __init__(self, folder: str | Path, noise: NoiseSource | None = None, longest_s: float = 1800.0):
-        """noise: what babble is made of; None = the recording's own sound. Raises ValueError: no model there."""
+    def __init__(
+        self,
+        folder: str | Path,
+        noise: NoiseSource | None = None,
+        longest_s: float = 1800.0,
+        word_times: bool = False,
+        aligner: str | Path | None = None,
+    ):
+        """Load the model.
+
+        Args:
+            noise: what babble is made of; None = the recording's own sound.
+            word_times, aligner: as in `Options`.
+
+        Raises:
+            ValueError: no model there; no Whisper for word times.
+        """
         self.model, self.processor = model_folder.load(folder)
         self.folder = Path(folder)
         real = self.folder.resolve()
@@ -106,6 +125,12 @@ class Service:
         self.known = supported(self.model)
         self.longest_s = longest_s
         self._noise = noise
+        self._aligner = find_aligner(self.model, aligner) if word_times else None
+        self.times_words = self._aligner is not None
+        if word_times and not self.times_words:
+            raise ValueError(
+                "--word-times: the model does not record the Whisper of its audio tower; name one with --aligner"
+            )
         self._turn = threading.Lock()
 
     def run(
@@ -146,14 +171,16 @@ class Service:
             progress(what, done, total)
 
         window = self.processor.audio_window / WHISPER_RATE
-        recording = Recording(path, self.known, window, Options(switches.modality, switches.face), checked)
+        recording = Recording(
+            path, self.known, window, Options(modality=switches.modality, face=switches.face), checked
+        )
         noise = None
         if switches.snr is not None and "audio" in held:
             noise = self._noise or OwnVoice(path)
         outcome = Outcome(name, switches, {}, "audio" in held, "video" in held)
         for alone in self._asked(switches, held):
             degraded = Degraded(noise, switches.snr, switches.blur, keep=views and not outcome.transcripts)
-            pieces = list(recording.transcribe(self.model, self.processor, degraded, alone))
+            pieces = list(self._pieces(recording, degraded, alone, checked))
             used = {piece.modality for piece in pieces}
             asked = alone or max(used, key=MODALITIES.index, default=switches.modality or self._heard(held))
             if asked in outcome.transcripts or (alone is not None and not pieces):
@@ -164,6 +191,16 @@ class Service:
         for piece, given in outcome.parts:
             outcome.experts += expert_times(self.model, self.processor, given.streams, piece.start, piece.end)
         return outcome
+
+    def _pieces(
+        self, recording: Recording, degraded: Degraded, alone: str | None, progress: Progress
+    ) -> Iterator[Piece]:
+        clips, joint = recording.clips(self.processor, degraded, alone), Joint()
+        while batch := list(islice(clips, AT_ONCE)):
+            pieces = transcribe_clips(batch, self.model, self.processor, aligner=self._aligner)
+            for clip, piece in zip(batch, pieces, strict=True):
+                progress("transcribing", round(piece.end * VIDEO_RATE), round(recording.seconds * VIDEO_RATE))
+                yield joint(piece, clip.overlap)
 
     def _heard(self, held: tuple[str, ...]) -> str:
         """What a recording without a piece counts as: nothing was heard, or, of a silent one, seen."""

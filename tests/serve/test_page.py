@@ -17,8 +17,8 @@ from llama_smop.serve.access import LOOPBACK, Access
 from llama_smop.serve.app import build
 from llama_smop.serve.service import Outcome, Service, Switches
 from llama_smop.serve.shelf import Shelf
-from llama_smop.transcription.recording import Piece
-from llama_smop.transcription.run import Transcript
+from llama_smop.transcription.attempts import Transcript
+from llama_smop.transcription.pieces import Piece
 from tests.serve.conftest import SIZES
 
 EVIL = '<img src=x onerror="alert(1)"> & "quotes" </script>'
@@ -88,13 +88,20 @@ def test_the_browser_is_told_to_ask_nobody_else(web):
     assert "fonts.googleapis.com" not in str(web.get("/theme.css").text)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "{model}/config.json", "pyproject.toml"])
-def test_files_of_this_machine_are_not_served(web, service, path):
-    path = path.format(model=service.folder)
-    assert web.get(f"/gradio_api/file={path}").status_code in (403, 404)
-    body = {"data": ["video", {"path": path, "meta": {"_type": "gradio.FileData"}}], "fn_index": 2, "session_hash": "x"}
-    answer = web.post("/gradio_api/run/predict", json=body)
-    assert answer.status_code >= 400
+def test_files_of_this_machine_are_neither_served_nor_transcribed(web, service, files, monkeypatch):
+    monkeypatch.setattr(service, "run", lambda *a, **k: pytest.fail("a file that nobody sent was read"))
+    assert web.get(f"/gradio_api/file={service.folder}/config.json").status_code in (403, 404)
+    (number,) = (d["id"] for d in web.get("/config").json()["dependencies"] if len(d["inputs"]) == 6)
+    with web:
+        for path in (files["crop.mp4"], "/etc/passwd", "../../etc/passwd", "pyproject.toml"):
+            sent = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            data = [None, sent, None, page.EVERYTHING, "none", "none"]
+            for source, given in (("video", data), ("sound", [None, None, sent, *data[3:]])):
+                body = {"data": given, "fn_index": number, "session_hash": source}
+                web.post("/gradio_api/queue/join", json=body).raise_for_status()
+                events = web.get("/gradio_api/queue/data", params={"session_hash": source}).text
+                assert "process_completed" in events
+                assert "not here any more" in events or '"success":false' in events or "Choose a file" in events
 
 
 def test_the_page_says_of_a_small_model_what_it_does_not_know(service):
@@ -134,7 +141,7 @@ def test_what_cannot_be_served_is_one_line(capsys, tmp_path, model_path):
     [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--auth", "a:b"], False)],
 )
 def test_a_server_for_others_without_a_password_is_warned_of(model_path, monkeypatch, caplog, capsys, options, warned):
-    monkeypatch.setattr(run, "build", lambda *arguments: None)
+    monkeypatch.setattr("llama_smop.serve.app.build", lambda *arguments: None)
     monkeypatch.setattr(run.uvicorn.Server, "run", lambda self, sockets: None)
     main(["serve", "--model", str(model_path), "--port", "0", *options])
     assert ("--auth" in caplog.text) is warned
@@ -144,7 +151,7 @@ def test_a_server_for_others_without_a_password_is_warned_of(model_path, monkeyp
 def test_a_share_is_asked_for_only_when_it_is_wanted(model_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("gradio.networking.setup_tunnel", lambda *where: asked.append(where) or "https://relay.example")
-    monkeypatch.setattr(run, "build", lambda *arguments: None)
+    monkeypatch.setattr("llama_smop.serve.app.build", lambda *arguments: None)
     monkeypatch.setattr(run.uvicorn.Server, "run", lambda self, sockets: None)
     main(["serve", "--model", str(model_path), "--port", "0"])
     assert not asked
