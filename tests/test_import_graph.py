@@ -27,6 +27,7 @@ LAYERS = (
     "evaluation",
     "transcription",
     "reports",
+    "serve",
     "training",
     "estimate",
     "ablation",

@@ -21,7 +21,8 @@ except ModuleNotFoundError:
 from llama_smop.cli.app import app
 
 # `--help` lists the commands in this order.
-for _commands in ("training", "corpus", "evaluation", "transcription", "conversion", "publishing", "machine"):
+_CONCERNS = ("training", "corpus", "evaluation", "transcription", "serving", "conversion", "publishing", "machine")
+for _commands in _CONCERNS:
     importlib.import_module(f"llama_smop.cli.{_commands}")
 
 INTERRUPTED = 130  # a shell's status of SIGINT

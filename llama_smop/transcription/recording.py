@@ -251,21 +251,25 @@ class Recording:
 
     # -- to text ---------------------------------------------------------------------------------------------------
 
-    def clips(self, processor) -> Iterator[Clip]:
+    def clips(self, processor, transform: Callable | None = None, alone: str | None = None) -> Iterator[Clip]:
         """What the model is to be given, piece by piece in order; memory does not grow with the recording's length.
+
+        Args:
+            transform: (samples, crops) -> (audio, video) as a `Clip` has them; None = `ClipTransform.testing()`.
+            alone: "audio" or "video", to give that alone of what each piece has.
 
         Raises:
             MediaError: a recording, all in one piece, that the model cannot take.
         """
-        transform = ClipTransform.testing()
-        for piece, overlap, audio, video in self._cut():
+        transform = transform or ClipTransform.testing()
+        for piece, overlap, audio, video in self._cut(alone):
             reason = processor.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
             if reason is None:
                 yield Clip(piece, overlap, *transform(audio, video))
             elif len(self.parts) == 1:
                 raise MediaError(self.path, reason)
 
-    def _cut(self) -> Iterator[tuple[Piece, float, np.ndarray | None, np.ndarray | None]]:
+    def _cut(self, alone: str | None) -> Iterator[tuple[Piece, float, np.ndarray | None, np.ndarray | None]]:
         """Each piece without its text, seconds that it shares with the one before, its samples and its crops."""
         spans = [span for span, _ in self.parts]
         sounds = cut_sound(self._sound, spans) if self._sound is not None else None
@@ -273,6 +277,7 @@ class Recording:
         for span, number in self.parts:
             audio = next(sounds) if sounds is not None else None
             video = next(pictures, None) if self._picture and (self._prepared or number is not None) else None
+            audio, video = None if alone == "video" else audio, None if alone == "audio" else video
             modality = "audio" if video is None else "video" if audio is None else "audiovisual"
             if modality not in self._known or (audio is None and video is None):
                 continue

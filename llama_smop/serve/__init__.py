@@ -1,0 +1,1 @@
+"""A page and an HTTP endpoint over one model: `llama-smop serve`."""
