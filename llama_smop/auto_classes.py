@@ -26,13 +26,19 @@ class _Watcher(MetaPathFinder):
 
     def __init__(self) -> None:
         self.running: set[str] = set()
+        self.sought: set[str] = set()
         self.due = {name for name in REGISTERED_BY if name in sys.modules}
 
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] not in PACKAGES or all(ours in sys.modules for ours in REGISTERED_BY.values()):
+        done = all(ours in sys.modules for ours in REGISTERED_BY.values())
+        if done or name.partition(".")[0] not in PACKAGES or name in self.sought:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        self.sought.add(name)  # another finder may ask all finders, too
+        try:
+            finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            spec = next((found for finder in finders if (found := finder.find_spec(name, path, target))), None)
+        finally:
+            self.sought.discard(name)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _WatchedLoader(self, spec.loader)
         return spec
