@@ -110,7 +110,6 @@ class LlamaSmopProcessor(ProcessorMixin):
         video: Sequence | None = None,
         *,
         videos: Sequence | None = None,
-        images: None = None,
         prompt: Sequence[str] | str | None = None,
         do_normalize: bool = True,
         padding_side: str | None = None,
@@ -140,6 +139,7 @@ class LlamaSmopProcessor(ProcessorMixin):
             ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
                 the window, text that the tokenizer cannot carry (the word is named), a setting that cannot be kept.
         """
+        images = kwargs.pop("images", None)  # transformers' chat template hands over None
         settings = call_settings(self, kwargs)
         texts = [text] if isinstance(text, str) else text
         if images is not None or (video is not None and videos is not None):
