@@ -3,7 +3,8 @@
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sized
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,13 +17,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from llama_smop.models.clips import check_rate, local_path
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
-from llama_smop.models.units import AUDIO_RATE, WHISPER_RATE
+from llama_smop.models.units import AUDIO_RATE
 
 logger = logging.getLogger(__name__)
 
 TASK = "automatic-speech-recognition"
 # Arguments of the call that are `recording.Options`; all others go to `generate`.
-OPTIONS = ("modality", "face", "prepared")
+OPTIONS = ("modality", "face", "prepared", "aligner")
 FETCH_S = 30  # without an answer, of an address
 
 
@@ -33,10 +34,11 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
     samples at 16 kHz, or a dict of "array" (or "raw") and "sampling_rate"; a list, a generator or a dataset of these.
 
     Args of the call, or of `pipeline`:
-        return_timestamps: True adds "chunks", each with its "text" and its "timestamp" (start, end) in seconds.
+        return_timestamps: True adds "chunks", the pieces that a recording is cut into, each with its "text" and its
+            "timestamp" (start, end) in seconds; "word" the words, as `--word-times` of the command line finds them.
         modality: "audio", "video" or "audiovisual"; by default all that the model and the recording have.
-        face, prepared: as `llama_smop.transcription.recording.Options` has them.
-        batch_size: pieces of a recording that are transcribed at a time, where above 1; else 4.
+        face, prepared, aligner: as `llama_smop.transcription.recording.Options` has them.
+        batch_size: recordings that are read, and pieces that are transcribed, together.
         generate_kwargs: settings of `generate`, such as {"num_beams": 5}.
     """
 
@@ -75,8 +77,8 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
     def _sanitize_parameters(
         self, return_timestamps=None, generate_kwargs=None, chunk_length_s=None, stride_length_s=None, **others
     ):
-        if return_timestamps not in (None, False, True):
-            raise ValueError(f"return_timestamps must be True or False, got {return_timestamps!r}")
+        if return_timestamps not in (None, False, True, "word"):
+            raise ValueError(f'return_timestamps must be True, False or "word", got {return_timestamps!r}')
         if others.pop("return_language", None):
             raise ValueError("the model does not say which language it hears: leave out return_language")
         if chunk_length_s or stride_length_s:
@@ -87,20 +89,31 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
         settings = {**others, **(generate_kwargs or {})}
         if settings:
             forward["settings"] = settings
-        return {}, forward, {} if return_timestamps is None else {"return_timestamps": return_timestamps}
+        if return_timestamps is None:
+            return {}, forward, {}
+        return {}, forward | {"word_times": return_timestamps == "word"}, {"return_timestamps": return_timestamps}
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        # Its batches would be of whole recordings, and recordings differ in length.
-        forward_params = forward_params | ({"pieces_at_once": batch_size} if batch_size > 1 else {})
-        return super().get_iterator(inputs, num_workers, 1, preprocess_params, forward_params, postprocess_params)
+        # Not by transformers' DataLoader: recordings differ in length, and `attempts` reads ahead itself.
+        if batch_size > 1:
+            forward_params = forward_params | {"pieces_at_once": batch_size}
+        if isinstance(inputs, Sized):
+            inputs = (inputs[i] for i in range(len(inputs)))
+        return self._results(iter(inputs), batch_size, forward_params, postprocess_params)
+
+    def _results(self, inputs: Iterator, at_once: int, forward: dict, postprocess: dict) -> Iterator[dict]:
+        while group := [self.preprocess(given) for given in islice(inputs, at_once)]:
+            recordings, rests = zip(*group, strict=True)
+            found = self.forward({"recordings": recordings}, **forward)["transcripts"]
+            for transcript, rest in zip(found, rests, strict=True):
+                yield self.postprocess(transcript, **postprocess) | {name: [value] for name, value in rest.items()}
 
     def preprocess(self, inputs):
-        recording, rest = _recording(inputs)
-        yield {"recording": recording, "rest": rest, "is_last": True}
+        return _recording(inputs)
 
-    def _forward(self, model_inputs, options=None, settings=None, pieces_at_once=4):
-        from llama_smop.evaluation.run import supported
-        from llama_smop.transcription.recording import MediaError, Options, Recording
+    def _forward(self, model_inputs, options=None, settings=None, pieces_at_once=None, word_times=False):
+        from llama_smop.transcription.attempts import Transcript, attempts
+        from llama_smop.transcription.recording import Options
 
         settings = dict(settings or {})
         beams = getattr(settings.get("generation_config"), "num_beams", None)
@@ -108,33 +121,39 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
             **(options or {}),
             num_beams=settings.pop("num_beams", beams or 1),
             pieces_at_once=pieces_at_once,
+            word_times=word_times,
             settings=settings,
         )
-        known = supported(self.model)
-        if options.modality is not None and options.modality not in known:
-            raise ValueError(f"the model takes {', '.join(known)}, not {options.modality}")
-        recording = model_inputs["recording"]
+        transcripts = []
         with TemporaryDirectory() as folder:
-            path = recording
-            if isinstance(recording, bytes):
-                path = Path(folder, "recording")
-                path.write_bytes(recording)
-            try:
-                found = Recording(path, known, self.processor.audio_window / WHISPER_RATE, options)
-                pieces = list(found.transcribe(self.model, self.processor))
-            except MediaError as error:
-                raise error if path is recording else MediaError("the recording", error.reason) from None
-        for line in found.warnings:
-            logger.warning("%s: %s", path if path is recording else "the recording", line)
-        return {"pieces": pieces, "rest": model_inputs["rest"], "is_last": True}
+            paths, names = [], []
+            for number, recording in enumerate(model_inputs["recordings"]):
+                in_memory = isinstance(recording, bytes)
+                paths.append(Path(folder, str(number)) if in_memory else Path(recording))
+                names.append("the recording" if in_memory else recording)
+                if in_memory:
+                    paths[-1].write_bytes(recording)
+            for name, found in zip(names, attempts(paths, self.model, self.processor, options), strict=True):
+                if not isinstance(found, Transcript):
+                    raise type(found)(name, found.reason) from None
+                for line in found.warnings:
+                    logger.warning("%s: %s", name, line)
+                transcripts.append(found)
+        return {"transcripts": transcripts}
 
     def postprocess(self, model_outputs, return_timestamps=False):
-        (output,) = model_outputs
-        pieces = [piece for piece in output["pieces"] if piece.text]
-        result = {"text": " ".join(piece.text for piece in pieces)}
+        result = {"text": model_outputs.text}
         if return_timestamps:
-            result["chunks"] = [{"text": piece.text, "timestamp": (piece.start, piece.end)} for piece in pieces]
-        return result | {name: [value] for name, value in output["rest"].items()}
+            pieces = [piece for piece in model_outputs.pieces if piece.text]
+            result["chunks"] = [chunk for piece in pieces for chunk in _chunks(piece, return_timestamps == "word")]
+        return result
+
+
+def _chunks(piece, of_words: bool) -> list[dict]:
+    """A piece's words with their times; the piece itself where those are not asked for or could not be found."""
+    if of_words and piece.words is not None:
+        return [{"text": word.word, "timestamp": (word.start, word.end)} for word in piece.words]
+    return [{"text": piece.text, "timestamp": (piece.start, piece.end)}]
 
 
 # -- what a recording may be -------------------------------------------------------------------------------------------

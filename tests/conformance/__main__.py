@@ -106,7 +106,7 @@ def main() -> int:
     path = [str(folder), str(folder / PACKAGE)]
     sys.path[:0] = path
     os.environ["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])  # of the worker processes
-    options = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(ROOT), "-q", f"-n{arguments.workers}", "--tb=short"]
+    options = ["-c", str(HERE / "settings.ini"), "--rootdir", str(ROOT), "-q", f"-n{arguments.workers}", "--tb=short"]
     options += ["--no-summary", "--no-header"]
     chosen = [""] if arguments.all else [f"::{name}" for name in USUAL]
     results = Results()
