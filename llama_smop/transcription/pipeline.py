@@ -97,9 +97,9 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
         # Not by transformers' DataLoader: recordings differ in length, and `attempts` reads ahead itself.
         if batch_size > 1:
             forward_params = forward_params | {"pieces_at_once": batch_size}
-        if isinstance(inputs, Sized):
-            inputs = (inputs[i] for i in range(len(inputs)))
-        return self._results(iter(inputs), batch_size, forward_params, postprocess_params)
+        # A dataset need not say where it ends when it is walked through.
+        given = (inputs[i] for i in range(len(inputs))) if isinstance(inputs, Sized) else iter(inputs)
+        return self._results(given, batch_size, forward_params, postprocess_params)
 
     def _results(self, inputs: Iterator, at_once: int, forward: dict, postprocess: dict) -> Iterator[dict]:
         while group := [self.preprocess(given) for given in islice(inputs, at_once)]:

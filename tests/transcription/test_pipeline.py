@@ -14,9 +14,11 @@ from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 from llama_smop.data.media import MediaError, write_video
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
+from llama_smop.transcription import attempts
 from llama_smop.transcription.pipeline import LlamaSmopPipeline
 from llama_smop.transcription.recording import Options
 from llama_smop.transcription.run import transcripts
+from llama_smop.transcription.word_times import Word
 
 TASK = "automatic-speech-recognition"
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16, "max_seconds": 4.0}
@@ -122,6 +124,33 @@ def test_timestamps_are_those_of_the_pieces(recognise, folder, files):
         path, return_timestamps=True, batch_size=3
     )
     assert "chunks" not in recognise(path, return_timestamps=False)
+
+
+def test_words_have_the_times_that_the_aligner_finds(recognise, files, monkeypatch):
+    def aligned(text, audio, frames):
+        return [Word(word, 0.1 * place, 0.1 * place + 0.05) for place, word in enumerate(text.split())]
+
+    monkeypatch.setattr(attempts, "find_aligner", lambda model, name: aligned)
+    path = files / "long talk.wav"
+    pieces = recognise(path, return_timestamps=True)["chunks"]
+    found = recognise(path, return_timestamps="word")
+    assert [chunk["text"] for chunk in found["chunks"]] == found["text"].split()
+    first = found["chunks"][0]["timestamp"]
+    assert first == pytest.approx((pieces[0]["timestamp"][0], pieces[0]["timestamp"][0] + 0.05))
+
+
+def test_without_an_aligner_a_piece_has_its_own_times_and_that_is_said(recognise, files, caplog):
+    path = files / "long talk.wav"
+    assert recognise(path, return_timestamps="word") == recognise(path, return_timestamps=True)
+    assert "words have no times" in caplog.text
+
+
+def test_one_bad_file_among_several_is_named(recognise, files, tmp_path):
+    absent = tmp_path / "absent.wav"
+    found = list(attempts.attempts([absent, files / "mouth.mp4"], recognise.model, recognise.processor))
+    assert str(found[0]) == f"{absent}: no such file" and found[1].text
+    with pytest.raises(MediaError, match=r"absent\.wav: no such file"):
+        recognise([files / "mouth.mp4", absent], batch_size=2)
 
 
 def test_settings_of_generate_reach_it(recognise, folder, files):
