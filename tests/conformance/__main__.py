@@ -1,5 +1,6 @@
-"""`python -m tests.conformance [--all] [VARIANT...]`: transformers' common tests on this model, compared with what is expected.
+"""`python -m tests.conformance [--all] [VARIANT...]`: transformers' common tests on this model.
 
+What they do is compared with what is expected:
 expected.json names every test that is skipped, by its reason, and every test that fails, with why that is right. A test
 that does something else is an error, also one that has begun to pass. --write keeps what was found: the reasons of new
 failures are to be filled in.
