@@ -15,7 +15,7 @@ GPU_EXTENSION := $(GPU_BUILD)/extension
 GPU_ENV  = PYTHONPATH=$(CURDIR):$(abspath $(SMOPCUDA)/..) SMOPCUDA_CACHE=$(GPU_BUILD)/smopcuda \
 	PTXRUN_CACHE=$(GPU_BUILD)/ptxrun LLAMA_SMOP_GPU_PATH_EXTENSION=$(GPU_EXTENSION)/llama_smop
 
-.PHONY: demo demo-full test test-all test-slow test-versions lint bench clean extension gpu-path gpu-path-all smopcuda
+.PHONY: demo demo-full test test-all test-slow test-versions conformance lint bench clean extension gpu-path gpu-path-all smopcuda
 
 # Threads that wait spin briefly: long spinning stalls a busy machine, none at all slows an idle one by half.
 demo: $(READY) $(FACES)
@@ -37,6 +37,10 @@ test-all: test test-slow
 # Once for each state of csrc/, where there is an nvcc.
 extension: $(READY)
 	$(BIN)/python -m tests.cuda.extension
+
+# transformers' common tests, from its source distribution, on variants of the model. ALL=1 runs every variant.
+conformance: $(READY)
+	$(BIN)/python -m tests.conformance $(if $(ALL),--all)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Llama-SMoP: speech recognition that listens and reads lips, with a fast sparse mixture of projectors.
 
-The projector and the operators need only torch and numpy. The model, which needs transformers, is imported lazily.
+The projector and the operators need only torch and numpy. The model, which needs transformers, is imported lazily;
+transformers' Auto classes and pipelines know it as soon as both are imported (auto_classes.py).
 """
 
 import sys
@@ -24,7 +25,7 @@ def _find_kernels() -> None:
 
 _find_kernels()
 
-from llama_smop import functional  # noqa: E402
+from llama_smop import auto_classes, functional  # noqa: E402
 from llama_smop.functional import SMoPOutput  # noqa: E402
 from llama_smop.projector import DenseProjector, SMoPProjector  # noqa: E402
 
@@ -48,3 +49,6 @@ def __getattr__(name: str):
 
             raise ImportError(f"{name}: {remedy(error.name or '')}", name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+auto_classes.watch()

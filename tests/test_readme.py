@@ -88,7 +88,7 @@ def saved() -> dict:
 GIVEN = {
     "checkpoints.md": saved,
     "operators.md": operands,
-    "integrations.md": mixtral,
+    "integrations.md": lambda: trained() | mixtral(),
     "training.md": trained,
     "video.md": trained,
 }

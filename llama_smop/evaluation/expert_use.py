@@ -22,7 +22,7 @@ def expert_activation(
     counts = torch.zeros(2, X, dtype=torch.long)
     for index in range(len(data)):
         item = data[index]
-        inputs = processor(**{m: [item[m]] for m in present}).to(model.device)
+        inputs = processor(**{m: [item[m]] for m in present}, do_normalize=False).to(model.device)
         streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask") if k in inputs}
         speech = model.get_speech_features(**streams)
         chosen, split = speech.projection.expert_indices[0], speech.audio_tokens

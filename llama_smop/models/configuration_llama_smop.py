@@ -4,7 +4,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llama_smop.models import config_checks as check
 from llama_smop.models.lora import lora_settings
@@ -325,11 +324,15 @@ def _text_config(config):
         return config
     if not isinstance(config, dict | None):
         raise ValueError(f"text_config must be settings of a language model, got {config!r:.60}")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = dict(LLAMA_3_2_1B if config is None else config)
     kind = config.pop("model_type", "llama")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"text_config.model_type must be that of a causal language model, got {kind!r:.60}")
     return AutoConfig.for_model(kind, **config)
 
+
+AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
 
 __all__ = ["AvHubertVideoConfig", "LlamaSmopConfig", "ProjectorConfig"]

@@ -64,7 +64,7 @@ def recognise_batch(
     **settings,
 ) -> tuple[list[str], SpeechFeatures]:
     """Texts as in `transcribe_batch`, and the towers' frames that they were written from."""
-    batch = processor(audio=audio, video=video).to(model.device)
+    batch = processor(audio=audio, video=video, do_normalize=False).to(model.device)
     prompt = batch["input_ids"].shape[1]
     if "max_new_tokens" not in settings:
         limits = token_limits(batch)

@@ -5,9 +5,19 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq,
+    Cache,
+    PreTrainedModel,
+)
 from transformers import initialization as init
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
@@ -377,8 +387,11 @@ def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
         torch._assert_async(agree, "placeholders in input_ids and speech tokens differ in number")
 
 
-AutoConfig.register(LlamaSmopConfig.model_type, LlamaSmopConfig, exist_ok=True)
-# The Trainer's label smoothing shifts the labels of the models in this list.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LlamaSmopConfig.model_type] = LlamaSmopForConditionalGeneration.__name__
+for _auto in (AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):
+    _auto.register(LlamaSmopConfig, LlamaSmopForConditionalGeneration, exist_ok=True)
+# Lists of names that `register` does not reach. The Trainer's label smoothing shifts the labels of the models in the
+# first, the pipeline for speech recognition takes a model for what the second says.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES):
+    _names[LlamaSmopConfig.model_type] = LlamaSmopForConditionalGeneration.__name__
 
 __all__ = ["LlamaSmopForConditionalGeneration", "LlamaSmopOutput", "SpeechFeatures"]

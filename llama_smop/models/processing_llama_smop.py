@@ -1,13 +1,21 @@
 """`LlamaSmopProcessor`: clips and text to what the model takes, and ids back to text."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
+from transformers.processing_utils import Unpack
 
+from llama_smop import files
 from llama_smop.models import config_checks as check
+from llama_smop.models.call_settings import CallSettings, LlamaSmopProcessorKwargs, call_settings
+from llama_smop.models.chat import AUDIO_CLIP, VIDEO_CLIP, default_template, with_clips_read
+from llama_smop.models.clips import listed, prepared
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.tokenizer import PROMPTS
 from llama_smop.models.units import (
@@ -23,10 +31,12 @@ from llama_smop.models.units import (
     VIDEO,
     VIDEO_END,
     WHISPER_RATE,
-    cut_or_pad,
 )
 
 MIN_AUDIO_FRAMES = 25
+# Beside a saved processor: without this package transformers then says that it is missing.
+AUTO_MODULE = "processing_llama_smop"
+AUTO_CODE = 'from llama_smop import LlamaSmopProcessor\n\n__all__ = ["LlamaSmopProcessor"]\n'
 
 
 class LlamaSmopProcessor(ProcessorMixin):
@@ -38,7 +48,10 @@ class LlamaSmopProcessor(ProcessorMixin):
         rate_audio, rate_video: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
         prompts: the text after the speech tokens for "audio", "video" and "audiovisual".
+        chat_template: by default that of `llama_smop.models.chat`.
     """
+
+    valid_processor_kwargs = LlamaSmopProcessorKwargs
 
     def __init__(
         self,
@@ -61,6 +74,9 @@ class LlamaSmopProcessor(ProcessorMixin):
         if "audio_video" in own:  # as earlier versions saved it
             own.setdefault("audiovisual", own.pop("audio_video"))
         self.prompts = PROMPTS | own
+        self.chat_template = chat_template or default_template(self.prompts)
+        self.audio_token, self.video_token = AUDIO, VIDEO
+        self.audio_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([AUDIO, VIDEO])
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in SPECIAL_TOKENS if t not in vocabulary]
         if missing:
@@ -93,19 +109,27 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio: Sequence | None = None,
         video: Sequence | None = None,
         *,
-        prompt: str | None = None,
+        videos: Sequence | None = None,
+        prompt: Sequence[str] | str | None = None,
+        do_normalize: bool = True,
         padding_side: str | None = None,
+        **kwargs: Unpack[LlamaSmopProcessorKwargs],
     ) -> BatchFeature:
         """A batch for `forward` (with `text`) or for `generate` (without).
 
         Args:
-            text: what each clip says; then EOS and `labels` (B, L) follow, -100 on all but the text and EOS.
-            audio: for each clip (N,) or (N, 1) floats at 16 kHz, transformed already. With video it is cut or padded
-                with zeros to the video's length.
-            video: for each clip (T, 1, H, W) floats at 25 Hz, transformed already; T is cut to whole tokens.
-                A single clip need not be in a list.
-            prompt: in place of the modality's own.
+            text: what each clip says; then EOS and `labels` (B, L) follow, -100 on all but the text and EOS. A text
+                with `<audio></audio>` or `<video></video>` is a whole prompt instead, as `apply_chat_template` writes.
+            audio: for each clip (N,) or (N, 1) mono floats at `sampling_rate`, or a file with sound. With video it is
+                cut or padded with zeros to the video's length.
+            video, or videos: for each clip uint8 RGB mouth crops (T, 96, 96, 3) at 25 Hz, such a file, or (T, 1, H, W)
+                floats that are transformed already; T is cut to whole tokens. A single clip need not be in a list.
+            prompt: in place of the modality's own; one for all clips or one for each.
+            do_normalize: layer norm over each clip's sound, as in training; False where it is done already.
             padding_side: "right" with text, "left" without.
+            kwargs: those of every processor of transformers, of which these mean something here: `sampling_rate` (Hz,
+                16000 by default), `padding` (True, "longest", "max_length" or False), `max_length`,
+                `pad_to_multiple_of`, `return_tensors` ("pt").
 
         Returns:
             input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
@@ -113,34 +137,82 @@ class LlamaSmopProcessor(ProcessorMixin):
 
         Raises:
             ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
-                the window, text that the tokenizer cannot carry (the word is named).
+                the window, text that the tokenizer cannot carry (the word is named), a setting that cannot be kept.
         """
+        images = kwargs.pop("images", None)  # transformers' chat template hands over None
+        settings = call_settings(self, kwargs)
         texts = [text] if isinstance(text, str) else text
-        audio, video = _listed(audio, 1), _listed(video, 4)
+        if images is not None or (video is not None and videos is not None):
+            raise ValueError(
+                "expected audio and video, got " + ("images" if video is None else "both video and videos")
+            )
+        audio, video = listed(audio, "audio", 1), listed(videos if video is None else video, "video", 4)
         streams = {name: clips for name, clips in zip(STREAMS, (audio, video), strict=True) if clips is not None}
         if not streams:
             raise ValueError("expected audio, video or both, got neither")
         clips = len(next(iter(streams.values())))
-        for name, given in (*streams.items(), ("text", texts)):
+        prompts = None if prompt is None or isinstance(prompt, str) else list(prompt)
+        for name, given in (*streams.items(), ("text", texts), ("prompt", prompts)):
             if given is not None and len(given) != clips:
                 raise ValueError(f"expected one {name} for each of {clips} clips, got {len(given)}")
         if clips == 0:
             raise ValueError("expected at least one clip, got none")
+        audio, video = prepared(audio, video, settings.sampling_rate, do_normalize)
         batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
         if video is not None:
-            video = [_as_video(v) for v in video]
             counts["video"] = [self.video_tokens(len(v)) for v in video]
             batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
         if audio is not None:
-            audio = [_as_audio(a) for a in audio]
-            if video is not None:
-                audio = [cut_or_pad(a, len(v) * SAMPLES_PER_VIDEO_FRAME) for a, v in zip(audio, video, strict=True)]
             counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
             batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
-        modality = "audiovisual" if len(streams) == 2 else next(iter(streams))
-        prompt_ids = self.encode(self.prompts[modality] if prompt is None else prompt)
-        prefixes = [self._speech_ids(a, v) + prompt_ids for a, v in zip(counts["audio"], counts["video"], strict=True)]
-        return BatchFeature(batch | self._pad_text(prefixes, texts, padding_side))
+        written = texts is not None and [t for t in texts if AUDIO_CLIP in t or VIDEO_CLIP in t]
+        if written:
+            if prompt is not None or len(written) < clips:
+                raise ValueError("expected prompts with places for the clips, or texts that say what is said, got both")
+            prefixes = [self._written(t, a, v) for t, a, v in zip(texts, *counts.values(), strict=True)]
+            texts = None
+        else:
+            modality = "audiovisual" if len(streams) == 2 else next(iter(streams))
+            prompts = prompts or [self.prompts[modality] if prompt is None else prompt] * clips
+            prefixes = [
+                self._speech_ids(a, v) + self.encode(p) for p, a, v in zip(prompts, *counts.values(), strict=True)
+            ]
+        side = settings.padding_side if padding_side is None else padding_side
+        return BatchFeature(batch | self._pad_text(prefixes, texts, side, settings))
+
+    def apply_transcription_request(
+        self,
+        audio: Sequence | None = None,
+        video: Sequence | None = None,
+        prompt: Sequence[str] | str | None = None,
+        **kwargs: Unpack[LlamaSmopProcessorKwargs],
+    ) -> BatchFeature:
+        """A batch for `generate` of files or arrays, each as long as the model's window at most: `processor(audio=…,
+        video=…)`, by the name that transformers' speech models have for it."""
+        return self(audio=audio, video=video, prompt=prompt, **kwargs)
+
+    def apply_chat_template(
+        self, conversation: list, *args, load_audio_from_video: bool = False, tokenize: bool = False, **kwargs
+    ) -> Any:
+        """transformers' `apply_chat_template`, for one message of a user with a clip of audio, video or both. Files are
+        read by this package.
+
+        load_audio_from_video: the sound of the video is an audio part too.
+        """
+        if tokenize:
+            conversation = with_clips_read(conversation, load_audio_from_video)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """transformers' `save_pretrained`. A few lines of code beside the files say which package is missing where
+        somebody opens them without it; AutoProcessor would take the tokenizer for the processor."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / f"{AUTO_MODULE}.py", AUTO_CODE)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"auto_map": {"AutoProcessor": f"{AUTO_MODULE}.{type(self).__name__}"}}
 
     def unfit(self, samples: int | None = None, frames: int | None = None, text: str = "") -> str | None:
         """Why the model cannot take a clip, None where it can. samples, frames: its lengths, None = no such stream."""
@@ -230,13 +302,30 @@ class LlamaSmopProcessor(ProcessorMixin):
                 ids += self.tokenizer.convert_tokens_to_ids([start] * (count + 1) + [end])
         return ids
 
-    def _pad_text(self, prefixes: list[list[int]], texts: Sequence[str] | None, side: str | None) -> dict[str, Tensor]:
+    def _written(self, text: str, audio: int, video: int) -> list[int]:
+        """Ids of a prompt, with so many placeholders where its clips stand."""
+        for clip, count, name in ((AUDIO_CLIP, audio, "audio"), (VIDEO_CLIP, video, "video")):
+            if text.count(clip) != bool(count):
+                raise ValueError(f"expected {int(bool(count))} {clip} in the prompt, got {text.count(clip)} ({name})")
+        places = {AUDIO_CLIP: self._speech_ids(audio, 0)[1:], VIDEO_CLIP: self._speech_ids(0, video)[1:]}
+        special = {
+            self.tokenizer.bos_token: [self.tokenizer.bos_token_id],
+            self.tokenizer.eos_token: [self.tokenizer.eos_token_id],
+        }
+        ids = [self.tokenizer.bos_token_id] * (not text.startswith(self.tokenizer.bos_token))
+        for part in re.split("(" + "|".join(map(re.escape, (*places, *special))) + ")", text):
+            ids += places.get(part) or special.get(part) or self.encode(part)
+        return ids
+
+    def _pad_text(
+        self, prefixes: list[list[int]], texts: Sequence[str] | None, side: str | None, settings: CallSettings
+    ) -> dict[str, Tensor]:
         eos = [self.tokenizer.eos_token_id]
         targets = [[]] * len(prefixes) if texts is None else [self.encode(t) + eos for t in texts]
         side = ("left" if texts is None else "right") if side is None else side
         if side not in ("left", "right"):
             raise ValueError(f'padding_side must be "left" or "right", got {side!r}')
-        length = max(len(p) + len(t) for p, t in zip(prefixes, targets, strict=True))
+        length = settings.padded_length([len(p) + len(t) for p, t in zip(prefixes, targets, strict=True)])
         shape = (len(prefixes), length)
         ids = torch.full(shape, self.tokenizer.convert_tokens_to_ids(PAD))
         mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED_LABEL)
@@ -265,29 +354,6 @@ def prefix_mask(lengths: Sequence[int]) -> Tensor:
     return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
 
 
-def _listed(clips, dimensions: int):
-    """A clip by itself, an array of so many dimensions or a column of samples, as a list of one."""
-    if isinstance(clips, list | tuple) and clips and np.isscalar(clips[0]):
-        return [clips]
-    shape = getattr(clips, "shape", ())
-    column = dimensions == 1 and len(shape) == 2 and shape[1] == 1
-    return [clips] if column or (shape and len(shape) == dimensions) else clips
-
-
-def _as_audio(audio) -> np.ndarray:
-    array = np.asarray(audio.detach().cpu() if isinstance(audio, Tensor) else audio, dtype=np.float32)
-    if array.ndim == 2 and 1 in array.shape:
-        array = array.reshape(-1)
-    if array.ndim != 1:
-        raise ValueError(f"a clip's audio must be (N,) or (N, 1) mono samples, got {array.shape}")
-    return array
-
-
-def _as_video(video) -> Tensor:
-    tensor = torch.as_tensor(np.asarray(video) if not isinstance(video, Tensor) else video).float()
-    if tensor.dim() != 4 or tensor.shape[1] != 1:
-        raise ValueError(f"a clip's video must be (T, 1, H, W) grey frames, got {tuple(tensor.shape)}")
-    return tensor
-
+AutoProcessor.register(LlamaSmopConfig, LlamaSmopProcessor, exist_ok=True)
 
 __all__ = ["LlamaSmopProcessor"]

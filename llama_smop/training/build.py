@@ -99,7 +99,7 @@ class Collator:
 
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
-        batch = dict(self.processor(text=[item["text"] for item in items], **streams))
+        batch = dict(self.processor(text=[item["text"] for item in items], do_normalize=False, **streams))
         batch["target_positions"] = target_positions(batch["labels"])
         return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 

@@ -132,7 +132,8 @@ def attempts(
 
     def clear() -> None:
         """Transcribe what waits."""
-        pieces = transcribe_clips([clip for _, clip in waiting], model, processor, options.num_beams, aligner)
+        clips = [clip for _, clip in waiting]
+        pieces = transcribe_clips(clips, model, processor, options.num_beams, aligner, options.settings)
         for (job, clip), piece in zip(waiting, pieces, strict=True):
             job.transcript.pieces.append(job.joint(piece, clip.overlap))
             job.left -= 1

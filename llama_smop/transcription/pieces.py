@@ -1,7 +1,8 @@
 """Pieces of recordings: what the model is given of each, and what it says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,17 +47,22 @@ class Clip:
 
 
 def transcribe_clips(
-    clips: Sequence[Clip], model, processor, num_beams: int = 1, aligner: WhisperAligner | None = None
+    clips: Sequence[Clip],
+    model,
+    processor,
+    num_beams: int = 1,
+    aligner: WhisperAligner | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Piece]:
     """The piece of every clip with its text, and with its words where there is an aligner and sound.
 
-    Clips of one modality go through the model together.
+    Clips of one modality go through the model together. settings: further ones of `generate`.
     """
     found: dict[int, Piece] = {}
     for modality in dict.fromkeys(clip.piece.modality for clip in clips):
         places = [i for i, clip in enumerate(clips) if clip.piece.modality == modality]
         inputs = {name: [getattr(clips[i], name) for i in places] for name in streams_of(modality)}
-        texts, speech = recognise_batch(model, processor, num_beams=num_beams, **inputs)
+        texts, speech = recognise_batch(model, processor, num_beams=num_beams, **inputs, **(settings or {}))
         for row, (i, text) in enumerate(zip(places, texts, strict=True)):
             piece, audio = clips[i].piece, clips[i].audio
             words = None

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Options:
     workers: recordings that are read and cropped ahead at the same time; None = 1, on a GPU 4.
     word_times: whether to find when each word is said. aligner: the Whisper model that finds it, a hub name or folder;
         None = the one that the model's audio tower comes from.
+    settings: further ones of `generate`.
     """
 
     modality: str | None = None
@@ -43,6 +45,7 @@ class Options:
     workers: int | None = None
     word_times: bool = False
     aligner: str | Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def usable(path: str | os.PathLike, known: Sequence[str], wanted: str | None = None) -> tuple[Path | None, bool]:
