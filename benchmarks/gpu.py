@@ -191,7 +191,7 @@ def _child(progress, todo, deadline, budget_s, dry, device, out, command, log, s
     """Start a worker on `todo` and follow it. None when it ended well, else what happened to it."""
     job = {
         "results": progress.found,
-        "stages": {s.name: s.limit(budget_s) for s in todo},
+        "stages": {s.name: s.limit(budget_s, dry) for s in todo},
         "deadline": deadline,
         "finished": {name: state["finished"] for name, state in progress.found["stages"].items()},
         "excluded": progress.excluded,

@@ -66,8 +66,9 @@ class Stage:
     cases: Callable[[bool], list[Case]]
     seconds: float = float("inf")
 
-    def limit(self, budget_s: float) -> float:
-        return min(self.share * budget_s, self.seconds)
+    def limit(self, budget_s: float, dry: bool) -> float:
+        """Seconds. A dry run walks all of it, however slow what stands in for a GPU is."""
+        return self.share * budget_s if dry else min(self.share * budget_s, self.seconds)
 
 
 def stages() -> list[Stage]:

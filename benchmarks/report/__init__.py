@@ -33,11 +33,10 @@ def run(
     page.write(folder / "index.html", drawn, memories)
     say(f"wrote {folder / 'README.md'} and {folder / 'index.html'}")
     if document is not None:
-        of_h100 = predictions.load()
-        picture = predicted.draw(of_h100, predictions.PREDICTED.parent)
-        texts = predicted.section(of_h100, results.load(layer_memory.PATH), picture, document.parent)
-        for marker, text in texts.items():
-            performance.update(document, text, f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->")
+        if document.exists() and predicted.BEGIN in document.read_text():
+            of_h100 = predictions.load()
+            picture = predicted.draw(of_h100, predictions.PREDICTED.parent)
+            predicted.update(document, of_h100, results.load(layer_memory.PATH), picture)
         changed = performance.update(document, performance.section(drawn, document.parent))
         missing = f"{document.name} has no {performance.BEGIN} … {performance.END}: left alone"
         say(f"updated {document.name}" if changed else missing)

@@ -58,9 +58,11 @@ def recomputed(recompute: str | int, x: Tensor, choices: int, w1: Tensor, w2: Te
     (_, H, D), O = w1.shape, w2.shape[1]
     row_bytes = choices * autocast_dtype(x).itemsize
     h, z = row_bytes * H * (1 if activation == "relu" else 2), row_bytes * O
-    kept = {"none": h + z, "h": z, "z": h, "hz": 0}
-    flops = {"none": 0, "h": H * D, "z": H * O, "hz": H * (D + O)}
-    return min((name for name in kept if kept[name] <= recompute), key=flops.__getitem__)
+    kept = {"none": h + z, "h": z, "z": h}
+    for name in ("none", "h", "z") if D <= O else ("none", "z", "h"):  # h takes H·D a row to compute again, z H·O
+        if kept[name] <= recompute:
+            return name
+    return "hz"
 
 
 def check_choices(x: Tensor, weights: Tensor, experts: Tensor) -> None:

@@ -230,3 +230,21 @@ def test_schedule_is_the_stable_sort_by_expert(rows):
     expected_order, expected_inverse, expected_offs = naive.schedule(experts, 5)
     assert order[: len(expected_order)].tolist() == expected_order
     assert inverse.flatten().tolist() == expected_inverse and offs.tolist() == expected_offs
+
+
+def test_a_compiled_call_takes_offsets_beyond_the_rows_as_clamped():
+    """Compiled code reads no value of a caller's schedule, which eager code refuses."""
+    p = make(T=8, D=6, H=5, O=4)
+    weights, experts = torch.rand(8, 2), torch.randint(0, p.num_experts, (8, 2))
+    order, inverse, offs = torch.ops.smop.schedule(experts, p.num_experts, "torch")
+    beyond = torch.where(offs == 16, 100, offs)
+
+    def project(ends):
+        leaves = [p.parameters[n].detach().requires_grad_() for n in ("w1", "b1", "w2", "b2", "ln_weight", "ln_bias")]
+        y = functional.expert_projection(p.x, weights, experts, *leaves, schedule=(order, inverse, ends))
+        return y, torch.autograd.grad(y.sum(), leaves)
+
+    (y, grads), (expected, expected_grads) = torch.compile(project, backend="aot_eager")(beyond), project(offs)
+    assert torch.equal(y, expected) and all(map(torch.equal, grads, expected_grads))
+    with pytest.raises(IndexError, match="offs must rise from 0 to at most 16"):
+        project(beyond)

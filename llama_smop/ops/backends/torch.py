@@ -139,7 +139,7 @@ def expert_projection_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     (T, K), O = inverse.shape, w2.shape[1]
-    segments = _segments(offs)
+    segments = _segments(offs, T * K)
     h, pre = _expert_hidden(x, order, offs, K, w1, b1, activation)
     z = _expert_output(h, segments, w2, b2)
     mean = x.new_empty(T * K if ln_weight is not None else 0, dtype=acc_dtype(x.dtype))
@@ -172,7 +172,7 @@ def expert_projection_bwd(
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     h, pre, z, mean, rstd = saved
     (T, K), (X, O, _), D = inverse.shape, w2.shape, x.shape[1]
-    segments = _segments(offs)
+    segments = _segments(offs, T * K)
     rows = segments[-1][1].stop if segments else 0
     if h.numel() == 0:
         h, pre = _expert_hidden(x, order, offs, K, w1, b1, activation)
@@ -247,15 +247,15 @@ def _affine(ln_weight: Tensor | None, ln_bias: Tensor | None, x: Tensor) -> tupl
     return (None, None) if ln_weight is None else (ln_weight.to(dtype), ln_bias.to(dtype))
 
 
-def _segments(offs: Tensor) -> list[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows, in order."""
-    ends = offs.tolist()
+def _segments(offs: Tensor, rows: int) -> list[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has rows, in order. A caller's `offs` counts as clamped to the rows."""
+    ends = [min(max(end, 0), rows) for end in offs.tolist()]
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
 
 
 def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, Tensor]:
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
-    segments = _segments(offs)
+    segments = _segments(offs, order.shape[0])
     h = cpu_memory.empty((order.shape[0], w1.shape[1]), x)
     if segments:
         x_rows = x.index_select(0, order[: segments[-1][1].stop].long() // top_k)
@@ -305,7 +305,7 @@ def _gather_sum(rows: Tensor, inverse: Tensor, weights: Tensor, filled: int) -> 
 def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    segments = _segments(offs)
+    segments = _segments(offs, a.shape[1 if b.dim() == 2 else 0])
     if b.dim() == 2:
         out = a.new_zeros(offs.shape[0], a.shape[0], b.shape[1])
         for g, rows in segments:

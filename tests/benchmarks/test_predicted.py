@@ -1,0 +1,53 @@
+"""The committed predictions and the bytes beside them: consistent, marked as predicted, and what the document shows."""
+
+import shutil
+
+import pytest
+
+from benchmarks import layer_memory, predictions, results
+from benchmarks.environment import ROOT
+from benchmarks.report import predicted, tables
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+
+
+def test_a_pass_is_its_launches_a_gap_each_and_a_start():
+    found = predictions.load()
+    assert {p["backend"] for p in found["passes"]} == {"triton", "cuda"}
+    for one in found["passes"]:
+        launches = one["launches"]
+        assert {launch["part"] for launch in launches} <= predicted.PARTS.keys()
+        for total, counted in (
+            ("forward_us", [launch for launch in launches if launch["pass"] == "forward"]),
+            ("both_us", launches),
+        ):
+            spent = found["graph_start_us"] + sum(launch["us"] for launch in counted)
+            assert one[total] == pytest.approx(spent + found["gap_us"] * len(counted), abs=0.1)
+
+
+def test_what_is_recomputed_lowers_the_peak_by_as_much_as_what_is_kept():
+    for tokens in layer_memory.TOKENS:
+        cases = {c["recompute"]: c for c in results.load(layer_memory.PATH)["cases"] if c["tokens"] == tokens}
+        most = cases.pop("none")
+        for recompute, case in cases.items():
+            saved = most["kept_bytes"] - case["kept_bytes"]
+            assert saved >= len(recompute) * tokens * 2 * 2048 * 2, "choices × columns × bytes"
+            assert most["peak_bytes"] - case["peak_bytes"] >= saved
+
+
+def test_the_document_shows_the_committed_predictions(tmp_path):
+    copy = tmp_path / "docs" / "performance.md"
+    copy.parent.mkdir()
+    shutil.copy(DOCUMENT, copy)
+    picture = tmp_path / predictions.PREDICTED.parent.relative_to(ROOT) / predicted.PICTURE
+    predicted.update(copy, predictions.load(), results.load(layer_memory.PATH), picture)
+    assert copy.read_text() == DOCUMENT.read_text(), "python -m benchmarks report"
+    assert "Predicted by a model" in copy.read_text() and (predictions.PREDICTED.parent / predicted.PICTURE).exists()
+
+
+def test_launches_are_shown_beside_their_prediction():
+    record = {"question": "q", "workload": "w", "backend": "cuda", "launch": "dh", "median_us": 150.0}
+    found = results.new("gpu") | {"predictions": [record | {"predicted_us": 120.0}, record | {"predicted_us": None}]}
+    known, unknown = tables.predictions(found).rows
+    assert known[-3:] == ["150", "120", "+25%"] and unknown[-2:] == ["–", "–"]
+    assert tables.predictions(results.new("gpu")) is None
