@@ -88,20 +88,13 @@ def test_the_browser_is_told_to_ask_nobody_else(web):
     assert "fonts.googleapis.com" not in str(web.get("/theme.css").text)
 
 
-def test_files_of_this_machine_are_neither_served_nor_transcribed(web, service, files, monkeypatch):
+def test_files_of_this_machine_are_neither_served_nor_transcribed(web, service, files, kept, monkeypatch):
     monkeypatch.setattr(service, "run", lambda *a, **k: pytest.fail("a file that nobody sent was read"))
     assert web.get(f"/gradio_api/file={service.folder}/config.json").status_code in (403, 404)
-    (number,) = (d["id"] for d in web.get("/config").json()["dependencies"] if len(d["inputs"]) == 6)
-    with web:
-        for path in (files["crop.mp4"], "/etc/passwd", "../../etc/passwd", "pyproject.toml"):
-            sent = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-            data = [None, sent, None, page.EVERYTHING, "none", "none"]
-            for source, given in (("video", data), ("sound", [None, None, sent, *data[3:]])):
-                body = {"data": given, "fn_index": number, "session_hash": source}
-                web.post("/gradio_api/queue/join", json=body).raise_for_status()
-                events = web.get("/gradio_api/queue/data", params={"session_hash": source}).text
-                assert "process_completed" in events
-                assert "not here any more" in events or '"success":false' in events or "Choose a file" in events
+    (job,) = (function.fn for function in page.build(service, kept).fns.values() if len(function.inputs) == 6)
+    for path in (files["crop.mp4"], "/etc/passwd", f"{kept.uploads}/../../etc/passwd", "pyproject.toml"):
+        for given in (("video", str(path), None), ("sound", None, str(path))):
+            assert "not here any more" in job(*given, page.EVERYTHING, "none", "none", None)
 
 
 def test_the_page_says_of_a_small_model_what_it_does_not_know(service):
