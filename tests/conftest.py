@@ -4,7 +4,6 @@ No test but those of `trust` checks a backend at its first use, or writes the us
 """
 
 import fcntl
-import gc
 import os
 import signal
 from pathlib import Path
@@ -18,11 +17,6 @@ os.environ["LLAMA_SMOP_CHECK"] = "0"
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
-
-
-def pytest_collection_finish(session):
-    gc.collect()
-    gc.freeze()  # else each full collection, and every Trainer asks for one, walks through all that was imported
 
 
 def pytest_collection_modifyitems(config, items):

@@ -47,6 +47,7 @@ def train_batch(folder):
         text=notes["texts"],
         audio=[a[:n] for a, n in zip(data["audio"], data["lengths"].tolist(), strict=True)],
         video=[v[:n] for v, n in zip(data["video"], notes["frames"], strict=True)],
+        do_normalize=False,
     )
 
 
@@ -110,6 +111,7 @@ def test_our_padding_moves_only_the_shorter_clip(folder, model):
         text=notes["texts"],
         audio=[a[:n] for a, n in zip(data["audio"], data["lengths"].tolist(), strict=True)],
         video=[v[:n] for v, n in zip(data["video"], notes["frames"], strict=True)],
+        do_normalize=False,
     )
     with torch.no_grad():
         ours, theirs = model(**batch).logits, model(**published).logits
@@ -124,7 +126,7 @@ def test_transcripts(folder, model, beams):
     processor = LlamaSmopProcessor.from_pretrained(folder)
     # The 19th frame, cut from their video before it was stored, set the length of the audio.
     video = torch.cat([data["video"][0], torch.zeros(1, 1, 88, 88)])
-    batch = processor(audio=[data["audio"][0]], video=[video])
+    batch = processor(audio=[data["audio"][0]], video=[video], do_normalize=False)
     speech = model.get_speech_features(**{k: batch[k] for k in SPEECH})
     assert_same_sums(model.place_speech(batch["input_ids"], speech), data["inputs_embeds"], TINY_MODEL)
     ids = model.generate(**batch, num_beams=beams, max_new_tokens=notes["max_new_tokens"])

@@ -82,6 +82,6 @@ def test_checkpoints_of_both_names_are_averaged(saved, tmp_path):
         model.multi_modal_projector.bias1.add_(2.0)
     (tmp_path / "now").mkdir()
     model.save_pretrained(tmp_path / "now")
-    mean = load_file(average([tmp_path / "now", folder], tmp_path / "mean") / "model.safetensors")
+    mean = load_file(average([tmp_path / "now", folder], tmp_path / "mean", tmp_path) / "model.safetensors")
     assert mean.keys() == load_file(tmp_path / "now/model.safetensors").keys()
     torch.testing.assert_close(mean["multi_modal_projector.bias1"], model.multi_modal_projector.bias1 - 1)

@@ -60,7 +60,7 @@ def test_features_match(case, model, tokenizer, feature_extractor):
     parity = PublishedProcessor(feature_extractor, tokenizer, rate_audio=notes["pool"])
     parity.count_dtype = torch.float32
     clips = [clip[:n, 0] for clip, n in zip(data["audio"], notes["lengths"], strict=True)]
-    batch = parity(audio=clips)
+    batch = parity(audio=clips, do_normalize=False)
     frames = data["log_mel_head"].shape[2]
     assert_same_sums(batch["input_features"][:, :, :frames], data["log_mel_head"], TINY_MODEL)
     tokens, mask, states = pooled(model, batch, notes["pool"])
