@@ -18,7 +18,7 @@ from llama_smop.integrations import kernels_hub
 from tests.rounding import assert_same_gradients, assert_same_sums
 
 pytest.importorskip("kernels.layer")  # tests/kernels answers to the name alone
-import kernels  # noqa: E402
+import kernels
 
 VARIANT = "build/torch-universal"
 
