@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llama_smop import functional
+from llama_smop import projector
 from llama_smop.functional import SMoPOutput
 from llama_smop.integrations.transformers_experts import experts_forward
 
@@ -19,22 +19,7 @@ class SMoPProjector(nn.Module):
     has_backward = True
 
     def forward(self: Any, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
-        return functional.smop(
-            x,
-            self.gate_weight,
-            self.w1,
-            self.bias1,
-            self.w2,
-            self.bias2,
-            self.layernorm_weight,
-            self.layernorm_bias,
-            top_k=self.top_k,
-            sharing=self.sharing,
-            modality=modality,
-            mask=mask,
-            activation=self.activation,
-            eps=self.eps,
-        )
+        return projector.SMoPProjector.forward(self, x, modality, mask)
 
 
 class Experts(nn.Module):

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
-from llama_smop.ops.self_check import Inputs, Model
+from llama_smop.ops.self_check import Inputs, Model, make
+from tests.kernels.runners import Runner
 
+MODEL = Model(24, 40, 32, E=4, K=2, sharing="JEJR")  # multiples of 8: TMA and gathering copies on sm_90
 LARGEST = 2**31 - 1
 BEYOND = ([9, 20, 30, 1_000], [9, 20, LARGEST, LARGEST], [LARGEST] * 4)  # as if clamped, for 40 rows
 SENSELESS = (
@@ -42,3 +44,26 @@ def products(backend: Backend, offs: list[int], device: str, dtype: torch.dtype)
     forward, _ = backend.grouped_mm(a, weights, ends, None, "relu")
     gradient, _ = backend.grouped_mm(a.t(), b[:40], ends, None, None)
     return [forward.cpu(), gradient.cpu()]
+
+
+def assert_clamped(runner: Runner) -> None:
+    """Offsets beyond the rows give the bits of offsets that end with the rows."""
+    inputs = make(MODEL, 20, seed=1).to(runner.device)
+    with runner.running():
+        for offs in BEYOND:
+            clamped = [min(end, 40) for end in offs]
+            got, wanted = (project(runner.module, MODEL, inputs, ends) for ends in (offs, clamped))
+            for result in wanted:
+                assert torch.equal(got[result], wanted[result]), f"{result} for offs {offs}"
+            both = (products(runner.module, ends, runner.device, MODEL.dtype) for ends in (offs, clamped))
+            for one, other in zip(*both, strict=True):
+                assert torch.equal(one, other), f"grouped_mm for offs {offs}"
+
+
+def assert_inside(runner: Runner) -> None:
+    """ptxrun raises at the first access outside a tensor."""
+    inputs = make(MODEL, 20, seed=2).to(runner.device)
+    with runner.running():
+        for offs in SENSELESS:
+            project(runner.module, MODEL, inputs, offs)
+            products(runner.module, offs, runner.device, MODEL.dtype)
