@@ -25,6 +25,7 @@ from llama_smop.models.lm_loss import resolve
 from llama_smop.models.lora import lora_settings
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.published import PUBLISHED, published
+from llama_smop.models.rates import Rate, rate_text
 from llama_smop.models.tiny import build_tiny
 from llama_smop.models.units import IGNORED_LABEL, WHISPER_RATE
 from llama_smop.training.config import TrainConfig
@@ -100,13 +101,14 @@ def training(
     dtype: torch.dtype = torch.bfloat16,
     fused_loss: str = "auto",
     gradient_checkpointing: bool = False,
+    rate: Rate | None = None,
 ) -> Estimate:
     """Forward, backward and AdamW of one batch; frozen parameters have neither gradients nor optimizer states.
 
     dtype: of frozen parameters and products; trained parameters are float32, as in `train`. fused_loss: as in a
     training file; "liger" counts as "chunked". gradient_checkpointing: recompute trained layers in backward. The
     estimate is then up to a quarter too high, because fake tensors split SiLU's backward into several operators. The
-    CTC heads, which only models from scratch have, are not included.
+    CTC heads, which only models from scratch have, are not included. rate: the compression rate; None = the default.
     """
 
     def step(model):
@@ -117,7 +119,7 @@ def training(
             model.train()  # only the checkpointed layers: dropout and layer drop would draw numbers
             for module in model.modules():
                 module.training = module.training and isinstance(module, GradientCheckpointingLayer)
-        model(**batch(config, workload, dtype), skip_logits=skip_logits).loss.backward()
+        model(**batch(config, workload, dtype, rate), skip_logits=skip_logits, rate=rate).loss.backward()
 
     return _estimate(config, step, name, "training", dtype, trained_dtype=torch.float32)
 
@@ -129,14 +131,15 @@ def inference(
     name: str = "",
     dtype: torch.dtype = torch.bfloat16,
     num_beams: int = 1,
+    rate: Rate | None = None,
 ) -> Estimate:
     """Towers, projector, and the language model over prompt and `text_tokens` new tokens, with `num_beams` per clip."""
 
     @torch.no_grad()
     def step(model):
-        inputs = batch(config, workload, dtype)
+        inputs = batch(config, workload, dtype, rate)
         speech = model.get_speech_features(
-            **{k: v for k, v in inputs.items() if k.startswith(("input_f", "audio", "video"))}
+            **{k: v for k, v in inputs.items() if k.startswith(("input_f", "audio", "video"))}, rate=rate
         )
         embeds = model.place_speech(inputs["input_ids"], speech)
         del speech
@@ -150,9 +153,11 @@ def inference(
     return _estimate(config, step, name, f"inference, {num_beams} beam{'s' * (num_beams > 1)}", dtype, dtype)
 
 
-def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> dict[str, Tensor]:
+def batch(
+    config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype, rate: Rate | None = None
+) -> dict[str, Tensor]:
     """Inputs with the workload's shapes, as the processor makes them; the values are arbitrary."""
-    B = workload.clips
+    B, (rate_audio, rate_video) = workload.clips, config.rate(rate)
     ids = [config.bos_token_id or 0]
     inputs = {}
     if "audio" in config.modalities:
@@ -160,13 +165,13 @@ def batch(config: LlamaSmopConfig, workload: Workload, dtype: torch.dtype) -> di
         frames = min(math.floor(workload.seconds * WHISPER_RATE), audio.max_source_positions)
         inputs["input_features"] = torch.zeros(B, audio.num_mel_bins, 2 * audio.max_source_positions, dtype=dtype)
         inputs["audio_mask"] = torch.ones(B, frames, dtype=torch.bool)
-        ids += [config.audio_token_id] * (frames // config.rate_audio + 1) + [config.audio_end_token_id]
+        ids += [config.audio_token_id] * (frames // rate_audio + 1) + [config.audio_end_token_id]
     if "video" in config.modalities:
-        frames = math.floor(workload.seconds * 25) // config.rate_video * config.rate_video
+        frames = math.floor(workload.seconds * 25) // rate_video * rate_video
         size = config.video_config.image_size
         inputs["video_values"] = torch.zeros(B, frames, 1, size, size, dtype=dtype)
         inputs["video_mask"] = torch.ones(B, frames, dtype=torch.bool)
-        ids += [config.video_token_id] * (frames // config.rate_video + 1) + [config.video_end_token_id]
+        ids += [config.video_token_id] * (frames // rate_video + 1) + [config.video_end_token_id]
     prompt, text = len(ids) + PROMPT_TOKENS, workload.text_tokens + 1
     ids = torch.tensor(ids + [0] * (PROMPT_TOKENS + text)).repeat(B, 1)
     labels = torch.cat([torch.full((B, prompt), IGNORED_LABEL), ids[:, prompt:]], 1)
@@ -265,17 +270,14 @@ def info(config: TrainConfig) -> str:
     longest = model.audio_config.max_source_positions / WHISPER_RATE
     seconds = min(6.0, longest)
     own = Workload(max(1, round(config.data.max_frames / (25 * seconds))), seconds, text_tokens=40)
-    rows = [
-        training(
-            model,
-            own,
-            name="this file",
-            dtype=dtype,
-            fused_loss=config.optimizer.fused_loss,
-            gradient_checkpointing=config.optimizer.gradient_checkpointing,
-        ),
-        inference(model, own, name="this file", dtype=dtype),
-    ]
+    rows = []
+    for rate in model.known_rates:
+        name = f"this file, rate {rate_text(rate)}" if model.rates else "this file"
+        optimizer = config.optimizer
+        loss, checkpointing = optimizer.fused_loss, optimizer.gradient_checkpointing
+        common = {"name": name, "dtype": dtype, "rate": rate}
+        rows.append(training(model, own, fused_loss=loss, gradient_checkpointing=checkpointing, **common))
+        rows.append(inference(model, own, **common))
     default = Workload()
     for name in tqdm(PUBLISHED, desc="published sizes", leave=False):
         rows.append(training(published(name), default, name=name))

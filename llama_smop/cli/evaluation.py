@@ -23,6 +23,10 @@ def evaluate(
             help='Make the picture worse: blur:3, occlude:0.3, drop:0.2, jitter:2, fps:10 or "none"; may be repeated.'
         ),
     ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="Compression rate, such as 16,5; may be repeated. Default: all of the model's."),
+    ] = None,
     noise: Annotated[str, typer.Option(help='"babble" or a sound file.')] = "babble",
     babble_labels: Annotated[str, typer.Option(help="Label file of the clips for the babble.")] = "train.csv",
     beams: Beams = 1,
@@ -31,7 +35,10 @@ def evaluate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=utf8)] = None,
 ) -> None:
-    """Print a table of word error rates by modality, SNR and picture. Under torchrun the processes share the clips."""
+    """Print a table of word error rates by modality, rate, SNR and picture.
+
+    Under torchrun the processes share the clips.
+    """
     import torch
     from accelerate import PartialState
 
@@ -57,6 +64,7 @@ def evaluate(
         modalities=modality,
         snrs=snrs,
         degradations=list(dict.fromkeys(worse)),
+        rates=rate,
         noise=noise,
         babble_labels=babble_labels,
         num_beams=beams,

@@ -15,6 +15,9 @@ def transcribe(
     model: Model,
     modality: Annotated[str | None, typer.Option(help="audio, video or audiovisual; default: all available.")] = None,
     beams: Beams = 1,
+    rate: Annotated[
+        str | None, typer.Option(help="Compression rate, such as 16,5; default: the first of the model's.")
+    ] = None,
     face: Face = "auto",
     prepared: Annotated[
         bool | None, typer.Option(help="The picture is a mouth crop; default: where it is 96 pixels wide and high.")
@@ -46,6 +49,7 @@ def transcribe(
         face=face_choice(face),
         prepared=prepared,
         num_beams=beams,
+        rate=rate,
         pieces_at_once=batch_size,
         workers=workers,
         word_times=word_times or aligner is not None,

@@ -26,6 +26,7 @@ class Draw:
     epoch: int
     modality: str
     noise: bool
+    rate: tuple[int, int] | None = None  # of a model for several rates
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,31 @@ class Stage:
 
 
 class TrainingPlan(Sampler[list[Draw]]):
-    """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality."""
+    """Batches up to the last stage's end, over as many epochs as that takes; each batch is of one modality and, where
+    there are several compression `rates`, of one of them, all equally often."""
 
-    def __init__(self, batches: EpochBatches, stages: Sequence[Stage], seed: int = 0):
-        self.batches, self.stages, self.seed = batches, tuple(stages), seed
+    def __init__(
+        self,
+        batches: EpochBatches,
+        stages: Sequence[Stage],
+        seed: int = 0,
+        rates: Sequence[tuple[int, int]] | None = None,
+    ):
+        self.batches, self.stages, self.seed, self.rates = batches, tuple(stages), seed, rates
 
     def __len__(self) -> int:
         return self.stages[-1].until
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng([self.seed, 0x5A])
+        rates_rng = np.random.default_rng([self.seed, 0x5B])  # of its own: rates do not change the other draws
         for step, (epoch, batch) in enumerate(islice(self._epochs(), len(self))):
             stage = next(stage for stage in self.stages if step < stage.until)
             names = sorted(stage.modalities)
             shares = np.array([stage.modalities[name] for name in names])
             modality = names[rng.choice(len(names), p=shares / shares.sum())]
-            yield [Draw(index, epoch, modality, stage.noise) for index in batch]
+            rate = self.rates[int(rates_rng.integers(len(self.rates)))] if self.rates else None
+            yield [Draw(index, epoch, modality, stage.noise, rate) for index in batch]
 
     def _epochs(self) -> Iterator[tuple[int, list[int]]]:
         for epoch in count():
@@ -74,7 +84,8 @@ def batches_in(batches: EpochBatches, epochs: float) -> int:
 
 
 class DrawnClips(Dataset):
-    """The items of a source, asked for by `Draw`: dicts of `audio`, `video`, `text` and `id` as of `Lrs3Dataset`.
+    """The items of a source, asked for by `Draw`: dicts of `audio`, `video`, `text` and `id` as of `Lrs3Dataset`, and
+    of the draw's `rate`.
 
     What a clip's augmentation draws depends on (seed, epoch, number of the clip) alone.
     """
@@ -89,4 +100,4 @@ class DrawnClips(Dataset):
         clip = self.source.load(draw.index, draw.modality, draw.epoch)
         rng = clip_rng(self.seed, draw.epoch, draw.index)
         audio, video = self.transform(clip.audio, clip.video, rng, self.noise if draw.noise else None)
-        return {"audio": audio, "video": video, "text": clip.text, "id": clip.id}
+        return {"audio": audio, "video": video, "text": clip.text, "id": clip.id, "rate": draw.rate}

@@ -12,9 +12,9 @@ from llama_smop.models.units import STREAMS
 def expert_activation(
     model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, data: Lrs3Dataset
 ) -> dict | None:
-    """Each modality's share of choices by expert over clips with all of the model's streams, and which experts each
-    modality can choose; None for a dense projector."""
-    projector = model.multi_modal_projector
+    """Each modality's share of choices by expert over clips with all of the model's streams, at its default rate, and
+    which experts each modality can choose; None for a dense projector."""
+    projector = model.projector_at()
     if model.config.projector_config.kind != "smop":
         return None
     present = tuple(model.config.modalities)

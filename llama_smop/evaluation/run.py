@@ -1,7 +1,9 @@
-"""Word error rate of a model on a label file, by modality, signal-to-noise ratio and degradation of the picture."""
+"""Word error rate of a model on a label file, by modality, compression rate, noise and degradation of the picture."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,13 +20,15 @@ from llama_smop.evaluation.wer import per_cent, snr_label, snr_order, word_error
 from llama_smop.models.decoding import transcribe_batch
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.rates import Rate, rate_text
 from llama_smop.models.seal import fingerprint
 from llama_smop.models.units import MODALITIES, SAMPLES_PER_VIDEO_FRAME, SAMPLES_PER_WHISPER_FRAME, STREAMS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One condition. snr: decibels, None = clean; wer: a fraction; degradation: as "blur:3", None = none."""
+    """One condition. snr: decibels, None = clean; wer: a fraction; degradation: as "blur:3", None = none; rate: as
+    "16,5", None = the only one that the model has."""
 
     labels: str
     modality: str
@@ -36,6 +40,7 @@ class Row:
     insertions: int
     wer: float
     degradation: str | None = None
+    rate: str | None = None
 
 
 def evaluate(
@@ -47,6 +52,7 @@ def evaluate(
     modalities: Sequence[str] | None = None,
     snrs: Sequence[float | None] = (None,),
     degradations: Sequence[Degradation | None] = (None,),
+    rates: Sequence[Rate | str] | None = None,
     noise: str | Path = "babble",
     babble_labels: str = "train.csv",
     num_beams: int = 1,
@@ -65,6 +71,7 @@ def evaluate(
         degradations: of the picture, None = as it is. Ears see none: audio is scored with None alone. Sound and picture
             together are scored in every combination; a clip's noise and what is drawn for its picture do not depend on
             each other.
+        rates: compression rates of the model; None = all that it has.
         noise: "babble" (clips of `babble_labels` talking at once) or a noise file; the same noise for every model.
         max_frames: video frames in a batch. most: only so many clips, the label file's first ones.
         workers: processes that decode clips ahead; the results do not depend on it.
@@ -76,31 +83,36 @@ def evaluate(
 
     Raises:
         MediaError: a clip that cannot be used, by name; one whose label says that it is too long, before any other.
+        ValueError: a rate that the model does not have.
     """
+    known = model.config.known_rates
+    asked = known if rates is None else tuple(dict.fromkeys(map(model.config.rate, rates)))
     source = None
     if any(snr is not None for snr in snrs):
         source = FolderClips(root, babble_labels).babble if noise == "babble" else NoiseFile(noise)
     conditions = [
-        (modality, snr, degradation)
+        (modality, rate, snr, degradation)
         for modality in modalities or supported(model)
+        for rate in asked
         for snr in (snrs if modality != "video" else (None,))
         for degradation in (degradations if modality != "audio" else (None,))
     ]
     rows, transcripts = [], []
     clips = Lrs3Dataset(root, labels)
     clips.clips = clips.clips[:most]
-    heard, seen = (any(modality != other for modality, _, _ in conditions) for other in ("video", "audio"))
-    for clip in clips.clips:  # checked first: the longest clips are transcribed last
-        reason = processor.unfit(
-            samples=clip.n_frames * SAMPLES_PER_VIDEO_FRAME if heard else None, frames=clip.n_frames if seen else None
-        )
+    heard, seen = (any(modality != other for modality, *_ in conditions) for other in ("video", "audio"))
+    for clip, rate in product(clips.clips, asked):  # checked first: the longest clips are transcribed last
+        samples = clip.n_frames * SAMPLES_PER_VIDEO_FRAME if heard else None
+        reason = processor.unfit(samples=samples, frames=clip.n_frames if seen else None, rate=rate)
         if reason is not None:
             raise MediaError(clip.id, reason)
     rank = dist.get_rank() if distributed else 0
     shown = progress and rank == 0
     with tqdm(total=len(conditions) * len(clips), desc="evaluate", unit="clip", disable=not shown) as bar:
-        for modality, snr, degradation in conditions:
-            bar.set_postfix_str(f"{modality} {snr_label(snr)}{'' if degradation is None else f' {degradation}'}")
+        for modality, rate, snr, degradation in conditions:
+            at = rate_text(rate) if len(known) > 1 else None
+            parts = (modality, at, snr_label(snr), degradation)
+            bar.set_postfix_str(" ".join(str(part) for part in parts if part is not None))
             added = None if snr is None else Noise(source, (snr,))
             data = Lrs3Dataset(
                 root,
@@ -110,7 +122,7 @@ def evaluate(
                 seed=seed,
                 degradation=degradation,
                 longest=processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME,
-                unfit=processor.unfit,
+                unfit=partial(processor.unfit, rate=rate),
             )
             data.clips = clips.clips
             texts = transcribe_dataset(
@@ -118,6 +130,7 @@ def evaluate(
                 processor,
                 data,
                 num_beams=num_beams,
+                rate=rate,
                 max_frames=max_frames,
                 workers=workers,
                 distributed=distributed,
@@ -126,8 +139,8 @@ def evaluate(
             references = [clip.text for clip in data.clips]
             errors = word_errors(references, texts)
             worse = None if degradation is None else str(degradation)
-            rate = round(errors.wer, 5)
-            rows.append(Row(Path(labels).stem, modality, snr, len(data), **asdict(errors), wer=rate, degradation=worse))
+            counted = asdict(errors) | {"wer": round(errors.wer, 5)}
+            rows.append(Row(Path(labels).stem, modality, snr, len(data), **counted, degradation=worse, rate=at))
             transcripts.append(
                 [
                     {"id": clip.id, "reference": clip.text, "hypothesis": text}
@@ -159,19 +172,21 @@ def transcribe_dataset(
     data: Lrs3Dataset,
     *,
     num_beams: int = 1,
+    rate: Rate | str | None = None,
     max_frames: int = 1500,
     workers: int = 0,
     distributed: bool = False,
     bar: tqdm | None = None,
 ) -> list[str]:
-    """The model's text for every clip, in the data's order; `workers` and `distributed` as in `evaluate`."""
+    """The model's text for every clip, in the data's order; rate: None = the default; `workers` and `distributed` as in
+    `evaluate`."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     batches = list(FrameBatchSampler(data.lengths, max_frames, shuffle=False))
     own = batches[rank::world]  # neighbours are of like length, so the shares are of like size
     loader = DataLoader(data, batch_sampler=own, collate_fn=list, num_workers=workers)
     found: dict[int, str] = {}
     for batch, items in zip(own, loader, strict=True):
-        found |= zip(batch, transcribe_items(model, processor, items, num_beams), strict=True)
+        found |= zip(batch, transcribe_items(model, processor, items, num_beams, rate), strict=True)
         if bar is not None:
             bar.update(min(world * len(batch), bar.total - bar.n))
     if distributed:
@@ -182,23 +197,28 @@ def transcribe_dataset(
 
 
 def transcribe_items(
-    model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, items: Sequence[dict], num_beams: int = 1
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    items: Sequence[dict],
+    num_beams: int = 1,
+    rate: Rate | str | None = None,
 ) -> list[str]:
     """The model's text for transformed clips that share their modality."""
     streams = {name: [item[name] for item in items] for name in STREAMS if items[0].get(name) is not None}
-    return transcribe_batch(model, processor, num_beams=num_beams, **streams)
+    return transcribe_batch(model, processor, num_beams=num_beams, rate=rate, **streams)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown, WER in per cent: a line for each label file, modality and picture, a column for each SNR."""
+    """Rows as Markdown, WER in per cent: a line for each label file, modality, rate and picture, a column for each
+    SNR."""
     snrs = sorted({row.snr for row in rows}, key=snr_order)
-    degraded = any(row.degradation is not None for row in rows)
-    head = ["labels", "modality", *(["picture"] if degraded else []), *map(snr_label, snrs)]
+    degraded, several = (any(getattr(row, name) is not None for row in rows) for name in ("degradation", "rate"))
+    head = ["labels", "modality", *["rate"] * several, *["picture"] * degraded, *map(snr_label, snrs)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for condition in dict.fromkeys((row.labels, row.modality, row.degradation) for row in rows):
-        found = {row.snr: row.wer for row in rows if (row.labels, row.modality, row.degradation) == condition}
-        labels, modality, worse = condition
-        names = [labels, modality, *([worse or ""] if degraded else [])]
+    for condition in dict.fromkeys((row.labels, row.modality, row.rate, row.degradation) for row in rows):
+        found = {r.snr: r.wer for r in rows if (r.labels, r.modality, r.rate, r.degradation) == condition}
+        labels, modality, rate, worse = condition
+        names = [labels, modality, *[rate or ""] * several, *[worse or ""] * degraded]
         cells = [*names, *(per_cent(found[snr]) if snr in found else "" for snr in snrs)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

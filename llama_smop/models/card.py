@@ -19,6 +19,7 @@ from llama_smop.models import seal
 from llama_smop.models.card_records import CONVERSION, EVALUATION, add_results, read_note, read_results, read_training
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.hub import is_hub_name
+from llama_smop.models.rates import rate_text
 
 PAPER = "2505.14336"
 TASKS = {"audio": "automatic-speech-recognition", "video": "video-text-to-text"}  # the hub has none for lips
@@ -166,7 +167,11 @@ def _model(kind: Any, config: LlamaSmopConfig, trained: bool) -> str:
     lines += [f"| all | | {whole:,} | {learns:,} |", ""]
     if active is not None:
         others = " and the CTC heads" if "ctc_heads" in counts else ""
+        others = f", the projectors of other rates{others}" if config.separate_projectors else others
         lines.append(f"Active for a token: {active:,} parameters, all but the experts that it does not pass{others}.")
+    if config.rates is not None:
+        rates = " and ".join(map(rate_text, config.known_rates))
+        lines += ["", f"Compression rates (frames of audio, of video in a token; the first is the default): {rates}."]
     elsewhere = [f"the {PARTS[part]} from `{_origin(source)}`" for part, source in config.sources.items()]
     if elsewhere:
         lines += ["", f"Not in these files, and fetched when the model is loaded: {', '.join(elsewhere)}."]
@@ -188,7 +193,9 @@ def parameter_counts(kind: Any, config: LlamaSmopConfig) -> tuple[dict[str, tupl
     if getattr(config.text_config, "num_experts_per_tok", None):
         return counts, None
     idle = counts.get("ctc_heads", (0, 0))[0]
-    for name, parameter in model.multi_modal_projector.named_parameters():
+    for projector in model.projectors[1:]:  # a token passes the projector of its rate
+        idle += sum(parameter.numel() for parameter in projector.parameters())
+    for name, parameter in model.projector_at().named_parameters():
         used = config.projector_config.top_k if config.projector_config.kind == "smop" else 1
         used = 1 if "gate" in name else used
         idle += parameter.numel() // parameter.shape[0] * (parameter.shape[0] - used)
@@ -204,9 +211,12 @@ def _part(config: LlamaSmopConfig, part: str) -> str:
             f"AV-HuBERT, {_size(config.video_config.num_hidden_layers, config.video_config.hidden_size)}"
         ),
         "multi_modal_projector": lambda: (
-            f"sparse mixture, {config.projector_sharing}, {projector.num_experts} experts, top {projector.top_k}"
-            if projector.kind == "smop"
-            else "dense, one for each modality"
+            (
+                f"sparse mixture, {config.projector_sharing}, {projector.num_experts} experts, top {projector.top_k}"
+                if projector.kind == "smop"
+                else "dense, one for each modality"
+            )
+            + (", one for each rate" if config.separate_projectors else "")
         ),
         "language_model": lambda: (
             f"{_cell(config.text_config.model_type)}, "
@@ -236,23 +246,27 @@ def _training(training: dict, conversion: dict) -> str:
 def _results(rows: Sequence[dict]) -> str:
     if not rows:
         return "## Results\n\nNone are recorded in these files."
+    several = any(row["rate"] is not None for row in rows)
     lines = ["## Results", "", "Word error rates, measured with `llama-smop evaluate`.", ""]
     lines += [
-        "| corpus | labels | input | noise | beams | clips | words | WER, % |",
-        "|---|---|---|---" + "|---:" * 4 + "|",
+        f"| corpus | labels | input |{' rate |' * several} noise | beams | clips | words | WER, % |",
+        "|---" * (4 + several) + "|---:" * 4 + "|",
     ]
     for row in rows:
-        cells = (row["corpus"], row["labels"], row["modality"], _noise(row), row["beams"], row["clips"], row["words"])
+        rate = [row["rate"] or ""] * several
+        cells = (row["corpus"], row["labels"], row["modality"], *rate, _noise(row), row["beams"], row["clips"])
+        cells = (*cells, row["words"])
         lines.append(f"| {' | '.join(map(_cell, cells))} | {100 * row['wer']:.2f} |")
     return "\n".join(lines)
 
 
 def _eval_result(row: dict, task: str) -> EvalResult:
+    condition = f"{row['modality']}, {_noise(row)}" + (f", rate {row['rate']}" if row["rate"] else "")
     return EvalResult(
         task_type=task,
         dataset_type=_cell(row["corpus"]),
-        dataset_name=f"{_cell(row['corpus'])}, {row['modality']}, {_noise(row)}",
-        dataset_config=f"{row['modality']}, {_noise(row)}",
+        dataset_name=f"{_cell(row['corpus'])}, {condition}",
+        dataset_config=condition,
         dataset_split=_cell(row["labels"]),
         metric_type="wer",
         metric_name="WER",

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_smop import files
 from llama_smop.models import seal
+from llama_smop.models.rates import rate_parsed, rate_text
 from llama_smop.models.units import MODALITIES
 
 TRAINING, EVALUATION, CONVERSION = "training.json", "evaluation.json", "conversion.json"
@@ -18,7 +19,9 @@ FIELDS = {
     **dict.fromkeys(("clips", "words", "beams", "substitutions", "deletions", "insertions"), int),
     "snr": int | float | None,
     "noise": str | None,
+    "rate": str | None,
 }
+NEWER = {"rate": None}  # fields that earlier versions' rows lack
 
 
 def write_training(folder: Path, facts: dict) -> None:
@@ -80,6 +83,7 @@ def _row(record: Any, origin: str | Path) -> dict:
     """The fields of a row that a card needs, checked; `wer` as the counts give it."""
     if not isinstance(record, dict):
         raise ValueError(f"{origin}: holds no {ROWS}")
+    record = NEWER | record
     missing = [name for name in FIELDS if name not in record]
     if missing:
         raise ValueError(
@@ -91,9 +95,17 @@ def _row(record: Any, origin: str | Path) -> dict:
     wrong += [name for name, value in row.items() if isinstance(value, int) and value < 0 and name != "snr"]
     wrong += ["modality"] if row["modality"] not in MODALITIES else []
     wrong += ["words"] if row["words"] == 0 else []
+    wrong += ["rate"] if row["rate"] is not None and not _is_rate(row["rate"]) else []
     if wrong:
         raise ValueError(f"{origin}: holds a row whose {wrong[0]} is {row[wrong[0]]!r:.60}")
     return row | {"wer": (row["substitutions"] + row["deletions"] + row["insertions"]) / row["words"]}
+
+
+def _is_rate(text: Any) -> bool:
+    try:
+        return rate_text(rate_parsed(text)) == text
+    except (AttributeError, ValueError):
+        return False
 
 
 def _degraded(record: Any) -> bool:
@@ -101,4 +113,4 @@ def _degraded(record: Any) -> bool:
 
 
 def _condition(row: dict) -> tuple:
-    return tuple(row[name] for name in ("corpus", "labels", "modality", "snr", "noise", "beams"))
+    return tuple(row[name] for name in ("corpus", "labels", "modality", "rate", "snr", "noise", "beams"))

@@ -1,5 +1,6 @@
 """Configurations of the model and of its parts; `LlamaSmopConfig` checks that they fit together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
@@ -7,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from llama_smop.models import config_checks as check
 from llama_smop.models.lora import lora_settings
+from llama_smop.models.rates import Rate, check_rates, chosen_rate, known_rates, rate_text
 from llama_smop.models.units import (
     LLAMA_3_BOS,
     LLAMA_3_EOS,
@@ -129,6 +131,9 @@ class LlamaSmopConfig(PreTrainedConfig):
         text_config, audio_config, video_config, projector_config: configurations (or dicts) of the parts.
         modalities: which towers exist: ("audio",), ("video",) or both. A model with both also takes one alone.
         rate_audio, rate_video: neighbouring tower frames (50 and 25 a second) made into one token.
+        rates: the pairs (audio, video) of a model for several rates; None = one. The first is the default, which
+            rate_audio and rate_video then say.
+        rate_projectors: of a model for several rates, "shared" by all or "separate", one for each (`rates`).
         compression: "pool" averages them, "stack" concatenates them.
         audio_token_id, audio_end_token_id, video_token_id, video_end_token_id: the markers round the speech tokens.
         load_balancing_coef, router_z_coef: weights of the auxiliary losses in `loss`.
@@ -165,6 +170,8 @@ class LlamaSmopConfig(PreTrainedConfig):
     modalities: list[str] | tuple[str, ...] = STREAMS
     rate_audio: int = 4
     rate_video: int = 2
+    rates: list | tuple | None = None
+    rate_projectors: str = "shared"
     compression: str = "pool"
     audio_token_id: int = LLAMA_3_IDS["audio_token_id"]
     audio_end_token_id: int = LLAMA_3_IDS["audio_end_token_id"]
@@ -203,13 +210,28 @@ class LlamaSmopConfig(PreTrainedConfig):
 
     @property
     def token_features(self) -> dict[str, int]:
+        """Width of a compressed token, by modality, at the default rate."""
+        return self.token_features_at(self.known_rates[0])
+
+    def token_features_at(self, rate: Rate) -> dict[str, int]:
         """Width of a compressed token, by modality."""
-        stacked = self.compression == "stack"
-        widths = {
-            "audio": self.audio_config.d_model * (self.rate_audio if stacked else 1),
-            "video": self.video_config.hidden_size * (self.rate_video if stacked else 1),
-        }
+        audio, video = rate if self.compression == "stack" else (1, 1)
+        widths = {"audio": self.audio_config.d_model * audio, "video": self.video_config.hidden_size * video}
         return {m: widths[m] for m in self.modalities}
+
+    @property
+    def known_rates(self) -> tuple[Rate, ...]:
+        """The rates that the model takes, the default first."""
+        return known_rates(self)
+
+    def rate(self, asked: str | Sequence[int] | None = None) -> Rate:
+        """The rate asked for, as a pair or as "16,5"; None = the default. ValueError: the model has no such rate."""
+        return chosen_rate(self.known_rates, asked)
+
+    @property
+    def separate_projectors(self) -> bool:
+        """Whether every rate has a projector of its own."""
+        return self.rates is not None and self.rate_projectors == "separate"
 
     @property
     def special_token_ids(self) -> list[int]:
@@ -228,20 +250,15 @@ class LlamaSmopConfig(PreTrainedConfig):
         if unknown or not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities must be of {STREAMS}, got {list(self.modalities)}")
         check.choice(self, compression=("pool", "stack"))
-        check.whole(self, rate_audio=(1, 1000), rate_video=(1, 1000))
+        check.choice(self, rate_projectors=("shared", "separate"))
+        check_rates(self)
         weights = ("load_balancing_coef", "router_z_coef", "ctc_weight")
         check.number(self, **dict.fromkeys(weights, (0, 1e6)))
         check.flag(self, "", "freeze_towers", "tower_batch_norm_train")
         check.transformer(self.text_config, "text_config.")
         check.transformer(self.audio_config, "audio_config.")
         check.finite_with_dtype(self)
-        widths = self.token_features
-        shared = self.projector_config.kind == "smop" and self.projector_sharing in SHARED_EXPERTS
-        if shared and len(set(widths.values())) > 1:
-            raise ValueError(
-                f"{self.projector_sharing} shares its experts, so audio and video tokens must be of one width, got "
-                f"{widths['audio']} and {widths['video']} (compression {self.compression!r}); use DEDR or other towers"
-            )
+        self._check_widths()
         unknown = set(self.lora) - {"language_model", "video_tower"}
         if unknown:
             raise ValueError(f"lora knows the parts language_model and video_tower, got {sorted(unknown)}")
@@ -254,6 +271,23 @@ class LlamaSmopConfig(PreTrainedConfig):
                 f"{dict(self.sources)}"
             )
         self._check_tokens()
+
+    def _check_widths(self) -> None:
+        shared = self.projector_config.kind == "smop" and self.projector_sharing in SHARED_EXPERTS
+        for rate in self.known_rates:
+            widths = self.token_features_at(rate)
+            if shared and len(set(widths.values())) > 1:
+                raise ValueError(
+                    f"{self.projector_sharing} shares its experts, so audio and video tokens must be of one width, got "
+                    f"{widths['audio']} and {widths['video']} (compression {self.compression!r}); use DEDR or other "
+                    "towers"
+                )
+            if widths != self.token_features and not self.separate_projectors:
+                raise ValueError(
+                    f"rates {' and '.join(map(rate_text, self.known_rates))} share a projector, so tokens must be of "
+                    f"one width at all of them, and compression {self.compression!r} makes them as wide as they hold "
+                    "frames; use compression 'pool' or rate_projectors 'separate'"
+                )
 
     def _check_tokens(self) -> None:
         vocabulary = self.text_config.vocab_size

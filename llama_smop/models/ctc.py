@@ -1,7 +1,18 @@
 """CTC on a tower's tokens: an auxiliary loss for towers that are trained from scratch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from llama_smop.models.rates import Rate
+from llama_smop.models.units import STREAMS
+
+
+def ctc_head(config: Any, modality: str, rate: Rate) -> str:
+    """The name of the head for a modality's tokens: one for all rates, or one for each where their widths differ."""
+    widths = {config.token_features_at(known)[modality] for known in config.known_rates}
+    return modality if len(widths) == 1 else f"{modality}_{rate[STREAMS.index(modality)]}"
 
 
 def ctc_loss(logits: Tensor, mask: Tensor, labels: Tensor, *, blank: int, ignored: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ from llama_smop.models.generation import SPEECH_INPUTS
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.outputs import SpeechFeatures
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
+from llama_smop.models.rates import Rate
 from llama_smop.models.units import VIDEO_RATE, WHISPER_RATE
 
 # Fast speech is about 4.5 words or 7 tokens a second.
@@ -44,13 +45,15 @@ def transcribe_batch(
     audio: Sequence | None = None,
     video: Sequence | None = None,
     num_beams: int = 1,
+    rate: Rate | str | None = None,
     **settings,
 ) -> list[str]:
     """Texts of transformed clips, greedy or by beam search, deterministic.
 
-    `settings` go to `generate`; a `max_new_tokens` there replaces the limit that fits each clip's duration.
+    rate: one of the model's; None = the default. `settings` go to `generate`; a `max_new_tokens` there replaces the
+    limit that fits each clip's duration.
     """
-    return recognise_batch(model, processor, audio=audio, video=video, num_beams=num_beams, **settings)[0]
+    return recognise_batch(model, processor, audio=audio, video=video, num_beams=num_beams, rate=rate, **settings)[0]
 
 
 @torch.inference_mode()
@@ -61,16 +64,19 @@ def recognise_batch(
     audio: Sequence | None = None,
     video: Sequence | None = None,
     num_beams: int = 1,
+    rate: Rate | str | None = None,
     **settings,
 ) -> tuple[list[str], SpeechFeatures]:
     """Texts as in `transcribe_batch`, and the towers' frames that they were written from."""
-    batch = processor(audio=audio, video=video, do_normalize=False).to(model.device)
+    batch = processor(audio=audio, video=video, do_normalize=False, rate=rate).to(model.device)
+    batch.pop("rate", None)
     prompt = batch["input_ids"].shape[1]
     if "max_new_tokens" not in settings:
         limits = token_limits(batch)
         settings["max_new_tokens"] = int(limits.max())
         settings["stopping_criteria"] = StoppingCriteriaList([PerClipLimit(prompt, limits)])
-    speech = model.get_speech_features(**{name: batch.pop(name) for name in SPEECH_INPUTS if name in batch})
+    streams = {name: batch.pop(name) for name in SPEECH_INPUTS if name in batch}
+    speech = model.get_speech_features(**streams, rate=rate)
     embeds = model.place_speech(batch["input_ids"], speech)
     generated = model.generate(**batch, inputs_embeds=embeds, num_beams=num_beams, **settings)
     return processor.decode_new(generated, prompt), speech

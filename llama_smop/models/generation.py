@@ -18,16 +18,18 @@ class SpeechGenerationMixin(GenerationMixin):
         `inputs_embeds` and no ids the new ones alone.
 
         Raises:
-            ValueError: assisted decoding, a prefill in chunks or a paged cache with speech.
+            ValueError: assisted decoding, a prefill in chunks or a paged cache with speech; an unknown `rate`.
         """
         input_ids = kwargs.pop("input_ids", None)
         input_ids = inputs if input_ids is None else input_ids
         for name in ("labels", "target_positions"):
             kwargs.pop(name, None)
         speech = {k: v for k in SPEECH_INPUTS if (v := kwargs.pop(k, None)) is not None}
+        rate = self.config.rate(kwargs.pop("rate", None))
         if speech:
             embeds = kwargs.get("inputs_embeds")
-            kwargs["inputs_embeds"] = self.place_speech(input_ids, self.get_speech_features(**speech), embeds)
+            features = self.get_speech_features(**speech, rate=rate)
+            kwargs["inputs_embeds"] = self.place_speech(input_ids, features, embeds)
         if kwargs.get("inputs_embeds") is not None:
             self._refuse_decoding_by_ids(kwargs)
         return super().generate(input_ids=input_ids, **kwargs)

@@ -20,17 +20,18 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
-from transformers.utils.import_utils import is_tracing
 
 from llama_smop.models import arguments
 from llama_smop.models.avhubert import AvHubertVideoEncoder
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
-from llama_smop.models.ctc import ctc_loss
+from llama_smop.models.ctc import ctc_head, ctc_loss
 from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
 from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures, router_entropy
+from llama_smop.models.placement import SpeechPlacementMixin
 from llama_smop.models.pretrained import CheckpointMixin
+from llama_smop.models.rates import Rate, RateProjectors
 from llama_smop.models.units import IGNORED_LABEL, STREAMS
 from llama_smop.models.vocabulary import VocabularyMixin
 from llama_smop.projector import DenseProjector, SMoPProjector
@@ -61,7 +62,7 @@ class LlamaSmopPreTrainedModel(CheckpointMixin, VocabularyMixin, PreTrainedModel
                 module.reset_parameters()
 
 
-class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerationMixin):
+class LlamaSmopForConditionalGeneration(SpeechPlacementMixin, LlamaSmopPreTrainedModel, SpeechGenerationMixin):
     """Transcribes audio, video or both with one set of weights.
 
     Placeholders: in `input_ids` a clip's audio is the marker `<audio>` A + 1 times, then `</audio>`: the first marker
@@ -80,13 +81,18 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             self.audio_tower = WhisperEncoder(config.audio_config)
         if "video" in config.modalities:
             self.video_tower = AvHubertVideoEncoder(config.video_config)
-        self.multi_modal_projector = _projector(config)
+        self.multi_modal_projector = _projectors(config)
         # In the dtype of the other parts, not in that of the language model's own config.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self._known_arguments = arguments.known_to(self, self.language_model)
         if config.ctc_weight:
             vocabulary = config.text_config.vocab_size
-            self.ctc_heads = nn.ModuleDict({m: nn.Linear(d, vocabulary) for m, d in config.token_features.items()})
+            widths = {
+                ctc_head(config, m, rate): d
+                for rate in config.known_rates
+                for m, d in config.token_features_at(rate).items()
+            }
+            self.ctc_heads = nn.ModuleDict({name: nn.Linear(d, vocabulary) for name, d in widths.items()})
         self.post_init()
         for part, lora in config.lora.items():
             inject_lora(getattr(self, part), lora)
@@ -98,6 +104,17 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
     @property
     def towers(self) -> dict[str, nn.Module]:
         return {m: getattr(self, f"{m}_tower") for m in self.config.modalities}
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The projector, or those of a model with one for each rate, in the order of the rates."""
+        separate = self.config.separate_projectors
+        return tuple(map(self.projector_at, self.config.known_rates if separate else self.config.known_rates[:1]))
+
+    def projector_at(self, rate: Rate | None = None) -> nn.Module:
+        """The projector of a rate's tokens; None = of the default rate."""
+        projector = self.multi_modal_projector
+        return projector.at(self.config.rate(rate)) if isinstance(projector, RateProjectors) else projector
 
     def freeze(self) -> None:
         """Stop gradients to what the config does not train: frozen towers, and all but LoRA in parts that have it."""
@@ -140,6 +157,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         audio_mask: Tensor | None = None,
         video_values: Tensor | None = None,
         video_mask: Tensor | None = None,
+        rate: Rate | str | None = None,
     ) -> SpeechFeatures:
         """Towers, compression and one projector call over the audio and video tokens together.
 
@@ -147,7 +165,9 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             input_features: (B, mels, 2·positions) log-mel of the whole Whisper window.
             audio_mask: (B, F) bool, the Whisper frames that belong to each clip, real ones first; F ≤ positions.
             video_values, video_mask: (B, T, 1, H, W) and (B, T) bool.
+            rate: one of the config's `rates`; None = the default.
         """
+        rate = self.config.rate(rate)
         states, masks = {}, {}
         if input_features is not None:
             self._expect("audio", audio_mask)
@@ -160,17 +180,18 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         if not states:
             raise ValueError("expected audio (input_features), video (video_values) or both, got neither")
         tokens, token_masks, modality = [], [], []
-        projector_width = max(self.config.token_features.values())
+        projector_width = max(self.config.token_features_at(rate).values())
         for name, frames in states.items():
-            x, mask = self.compress(frames, masks[name], getattr(self.config, f"rate_{name}"))
+            x, mask = self.compress(frames, masks[name], rate[STREAMS.index(name)])
             # Separate experts may take streams of two widths: the narrower is padded with zeros, which add nothing.
             tokens.append(nn.functional.pad(x, (0, projector_width - x.shape[-1])))
             token_masks.append(mask)
             modality.append(torch.full_like(mask, self.config.modalities.index(name), dtype=torch.int32))
         mask = torch.cat(token_masks, 1)
+        projector = self.projector_at(rate)
         # Any of its parameters: under LoRA the projector is wrapped in a module without their names.
-        dtype = next(self.multi_modal_projector.parameters()).dtype
-        projection = self.multi_modal_projector(torch.cat(tokens, 1).to(dtype), torch.cat(modality, 1), mask)
+        dtype = next(projector.parameters()).dtype
+        projection = projector(torch.cat(tokens, 1).to(dtype), torch.cat(modality, 1), mask)
         return SpeechFeatures(
             tokens=projection.hidden_states,
             mask=mask,
@@ -178,6 +199,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
             projection=projection,
             states=states,
             state_masks=masks,
+            rate=rate,
         )
 
     def _expect(self, modality: str, mask: Tensor | None) -> None:
@@ -193,40 +215,6 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         windows = frames[:, : S * rate].reshape(B, S, rate, D)
         x = windows.mean(2) if self.config.compression == "pool" else windows.flatten(2)
         return x, mask[:, rate - 1 : S * rate : rate]
-
-    # -- the sequence ------------------------------------------------------------------------------------------
-
-    def place_speech(
-        self, input_ids: Tensor | None, speech: SpeechFeatures, inputs_embeds: Tensor | None = None
-    ) -> Tensor:
-        """Embeddings (B, L, O) of `input_ids` (B, L), or `inputs_embeds`, with each clip's speech tokens at its
-        placeholders; without ids those are found by the markers' embeddings."""
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("speech needs input_ids or inputs_embeds that say where it stands, got neither")
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        input_ids = self._marker_ids(embeds) if input_ids is None else input_ids
-        S = speech.tokens.shape[1]
-        previous = nn.functional.pad(input_ids, (1, 0), value=-1)[:, :-1]
-        places = torch.zeros_like(input_ids, dtype=torch.bool)
-        index = torch.zeros_like(input_ids)
-        for token_id, start, stop in (
-            (self.config.audio_token_id, 0, speech.audio_tokens),
-            (self.config.video_token_id, speech.audio_tokens, S),
-        ):
-            here = (input_ids == token_id) & (previous == token_id)
-            _check_counts(here.sum(1), speech.mask[:, start:stop].sum(1))
-            index = torch.where(here, start + here.cumsum(1) - 1, index)
-            places |= here
-        index = index.clamp(0, S - 1)[..., None].expand(-1, -1, speech.tokens.shape[-1])
-        return torch.where(places[..., None], speech.tokens.gather(1, index).to(embeds.dtype), embeds)
-
-    def _marker_ids(self, embeds: Tensor) -> Tensor:
-        """(B, L) ids of the markers in (B, L, O) embeddings, -1 elsewhere."""
-        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        for token_id in (self.config.audio_token_id, self.config.video_token_id):
-            marker = self.get_input_embeddings()(torch.full((), token_id, device=embeds.device))
-            ids = ids.masked_fill((embeds == marker).all(-1), token_id)
-        return ids
 
     @can_return_tuple
     def forward(
@@ -245,6 +233,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         logits_to_keep: int | Tensor = 0,
         target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
+        rate: Rate | str | None = None,
         **kwargs,
     ) -> LlamaSmopOutput:
         """Logits, and with `labels` (B, L; -100 is ignored) the losses.
@@ -254,6 +243,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
 
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
+        rate: as in `get_speech_features`; that at which the processor made the batch.
         num_items_in_batch: text tokens of all micro-batches and processes of a training step. The losses of the
             micro-batches then add up: the language model's to its mean over all those tokens, each other loss to its
             mean over the micro-batches, weighted by their text tokens.
@@ -265,7 +255,7 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
         given = (input_features, audio_mask, video_values, video_mask)
         speech_inputs = dict(zip(SPEECH_INPUTS, given, strict=True))
         if any(v is not None for v in given):
-            speech = self.get_speech_features(**speech_inputs)
+            speech = self.get_speech_features(**speech_inputs, rate=rate)
             inputs_embeds, input_ids = self.place_speech(input_ids, speech, inputs_embeds), None
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -343,15 +333,22 @@ class LlamaSmopForConditionalGeneration(LlamaSmopPreTrainedModel, SpeechGenerati
 
     def _ctc_loss(self, modality: str, speech: SpeechFeatures, labels: Tensor) -> Tensor:
         """On compressed tokens, not frames: with fewer blanks between the words it is learned much sooner."""
-        rate = getattr(self.config, f"rate_{modality}")
+        rate = speech.rate[STREAMS.index(modality)]
         tokens, mask = self.compress(speech.states[modality], speech.state_masks[modality], rate)
+        head = self.ctc_heads[ctc_head(self.config, modality, speech.rate)]
         ignored = (IGNORED_LABEL, *_as_tuple(self.config.eos_token_id))
-        return ctc_loss(self.ctc_heads[modality](tokens), mask, labels, blank=self.config.pad_token_id, ignored=ignored)
+        return ctc_loss(head(tokens), mask, labels, blank=self.config.pad_token_id, ignored=ignored)
 
 
-def _projector(config: LlamaSmopConfig) -> nn.Module:
+def _projectors(config: LlamaSmopConfig) -> nn.Module:
+    if config.separate_projectors:
+        return RateProjectors.of({rate: _projector(config, rate) for rate in config.known_rates})
+    return _projector(config, config.known_rates[0])
+
+
+def _projector(config: LlamaSmopConfig, rate: Rate) -> nn.Module:
     settings = config.projector_config
-    sizes = (max(config.token_features.values()), settings.hidden_features, config.text_config.hidden_size)
+    sizes = (max(config.token_features_at(rate).values()), settings.hidden_features, config.text_config.hidden_size)
     common = {name: getattr(settings, name) for name in ("activation", "layer_norm", "backend", "recompute")}
     if settings.kind == "dense":
         return DenseProjector(*sizes, modalities=len(config.modalities), **common)
@@ -370,21 +367,6 @@ def _as_tuple(token_id: int | list[int] | None) -> tuple[int, ...]:
 
 def _learns(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def _check_counts(placeholders: Tensor, tokens: Tensor) -> None:
-    """Each clip (B,) must have as many placeholders as speech tokens; on a GPU checked without waiting for it."""
-    agree = (placeholders == tokens).all()
-    if is_tracing(agree):
-        return
-    if agree.device.type == "cpu":
-        if not agree:
-            raise ValueError(
-                f"input_ids have {placeholders.tolist()} placeholders where the clips have {tokens.tolist()} speech "
-                "tokens; make both with one LlamaSmopProcessor of this model's rates"
-            )
-    else:
-        torch._assert_async(agree, "placeholders in input_ids and speech tokens differ in number")
 
 
 for _auto in (AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):

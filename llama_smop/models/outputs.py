@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from llama_smop.functional import SMoPOutput
+from llama_smop.models.rates import Rate
 
 
 @dataclass
@@ -18,6 +19,7 @@ class SpeechFeatures:
     audio_tokens: the number of audio tokens among the S.
     projection: the projector's output for the same (B, S) tokens.
     states, state_masks: tower frames (B, F, D) before compression and their masks (B, F), by modality.
+    rate: the frames of audio, of video in a token.
     """
 
     tokens: Tensor
@@ -26,6 +28,7 @@ class SpeechFeatures:
     projection: SMoPOutput
     states: dict[str, Tensor]
     state_masks: dict[str, Tensor]
+    rate: Rate
 
 
 @dataclass

@@ -17,6 +17,7 @@ from llama_smop.models.call_settings import CallSettings, LlamaSmopProcessorKwar
 from llama_smop.models.chat import AUDIO_CLIP, VIDEO_CLIP, default_template, with_clips_read
 from llama_smop.models.clips import listed, prepared
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
+from llama_smop.models.rates import Rate, check_rates, chosen_rate, known_rates
 from llama_smop.models.tokenizer import PROMPTS
 from llama_smop.models.units import (
     AUDIO,
@@ -45,7 +46,7 @@ class LlamaSmopProcessor(ProcessorMixin):
     Args:
         feature_extractor: a `WhisperFeatureExtractor`.
         tokenizer: any tokenizer that knows `<pad> <audio> </audio> <video> </video>`, BOS and EOS.
-        rate_audio, rate_video: tower frames to a token, as in the model's config.
+        rate_audio, rate_video, rates: tower frames to a token, as in the model's config.
         audio_window: Whisper positions (50 a second), the model's `audio_config.max_source_positions`.
         prompts: the text after the speech tokens for "audio", "video" and "audiovisual".
         chat_template: by default that of `llama_smop.models.chat`.
@@ -62,10 +63,13 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio_window: int = 1500,
         prompts: dict[str, str] | None = None,
         chat_template: str | None = None,
+        rates: list | None = None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.rate_audio, self.rate_video, self.audio_window = rate_audio, rate_video, audio_window
-        check.whole(self, "the processor's ", rate_audio=(1, 1000), rate_video=(1, 1000), audio_window=(1, 2**20))
+        self.rates = rates
+        check_rates(self, "the processor's ")
+        check.whole(self, "the processor's ", audio_window=(1, 2**20))
         if prompts is not None and not (
             isinstance(prompts, dict) and all(isinstance(p, str) for p in prompts.values())
         ):
@@ -96,12 +100,14 @@ class LlamaSmopProcessor(ProcessorMixin):
             tokenizer,
             rate_audio=config.rate_audio,
             rate_video=config.rate_video,
+            rates=config.rates,
             audio_window=config.audio_config.max_source_positions,
         )
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "input_features", "audio_mask", "video_values", "video_mask"]
+        names = ["input_ids", "attention_mask", "input_features", "audio_mask", "video_values", "video_mask"]
+        return names if self.rates is None else [*names, "rate"]
 
     def __call__(
         self,
@@ -113,6 +119,7 @@ class LlamaSmopProcessor(ProcessorMixin):
         prompt: Sequence[str] | str | None = None,
         do_normalize: bool = True,
         padding_side: str | None = None,
+        rate: Rate | str | None = None,
         **kwargs: Unpack[LlamaSmopProcessorKwargs],
     ) -> BatchFeature:
         """A batch for `forward` (with `text`) or for `generate` (without).
@@ -127,20 +134,23 @@ class LlamaSmopProcessor(ProcessorMixin):
             prompt: in place of the modality's own; one for all clips or one for each.
             do_normalize: layer norm over each clip's sound, as in training; False where it is done already.
             padding_side: "right" with text, "left" without.
+            rate: one of `rates`, as a pair or as "16,5"; None = the default.
             kwargs: those of every processor of transformers, of which these mean something here: `sampling_rate` (Hz,
                 16000 by default), `padding` (True, "longest", "max_length" or False), `max_length`,
                 `pad_to_multiple_of`, `return_tensors` ("pt").
 
         Returns:
             input_ids, attention_mask (B, L) int64; of audio input_features (B, mels, 2·audio_window) float32 and
-            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool.
+            audio_mask (B, F) bool; of video video_values (B, T, 1, H, W) float32 and video_mask (B, T) bool. Of a
+            model for several rates also rate, (audio, video), for the same argument of the model.
 
         Raises:
-            ValueError: no clip, unequal numbers of clips and texts, a clip shorter than one token or longer than
-                the window, text that the tokenizer cannot carry (the word is named), a setting that cannot be kept.
+            ValueError: an unknown rate, no clip, unequal numbers of clips and texts, a clip shorter than one token or
+                longer than the window, text that the tokenizer cannot carry (the word is named), a setting that cannot
+                be kept.
         """
         images = kwargs.pop("images", None)  # transformers' chat template hands over None
-        settings = call_settings(self, kwargs)
+        settings, rate = call_settings(self, kwargs), chosen_rate(self.known_rates, rate)
         texts = [text] if isinstance(text, str) else text
         if images is not None or (video is not None and videos is not None):
             raise ValueError(
@@ -158,12 +168,13 @@ class LlamaSmopProcessor(ProcessorMixin):
         if clips == 0:
             raise ValueError("expected at least one clip, got none")
         audio, video = prepared(audio, video, settings.sampling_rate, do_normalize)
-        batch, counts = {}, {"audio": [0] * clips, "video": [0] * clips}
+        batch: dict[str, Any] = {} if self.rates is None else {"rate": rate}
+        counts = {"audio": [0] * clips, "video": [0] * clips}
         if video is not None:
-            counts["video"] = [self.video_tokens(len(v)) for v in video]
-            batch |= self._pad_video(video, [n * self.rate_video for n in counts["video"]])
+            counts["video"] = [self.video_tokens(len(v), rate) for v in video]
+            batch |= self._pad_video(video, [n * rate[1] for n in counts["video"]])
         if audio is not None:
-            counts["audio"] = [self.audio_tokens(len(a)) for a in audio]
+            counts["audio"] = [self.audio_tokens(len(a), rate) for a in audio]
             batch |= self._log_mel(audio, [self.audio_frames(len(a)) for a in audio])
         written = texts is not None and [t for t in texts if AUDIO_CLIP in t or VIDEO_CLIP in t]
         if written:
@@ -185,11 +196,12 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio: Sequence | None = None,
         video: Sequence | None = None,
         prompt: Sequence[str] | str | None = None,
+        rate: Rate | str | None = None,
         **kwargs: Unpack[LlamaSmopProcessorKwargs],
     ) -> BatchFeature:
         """A batch for `generate` of files or arrays, each as long as the model's window at most: `processor(audio=…,
         video=…)`, by the name that transformers' speech models have for it."""
-        return self(audio=audio, video=video, prompt=prompt, **kwargs)
+        return self(audio=audio, video=video, prompt=prompt, rate=rate, **kwargs)
 
     def apply_chat_template(
         self, conversation: list, *args, load_audio_from_video: bool = False, tokenize: bool = False, **kwargs
@@ -214,13 +226,17 @@ class LlamaSmopProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"auto_map": {"AutoProcessor": f"{AUTO_MODULE}.{type(self).__name__}"}}
 
-    def unfit(self, samples: int | None = None, frames: int | None = None, text: str = "") -> str | None:
-        """Why the model cannot take a clip, None where it can. samples, frames: its lengths, None = no such stream."""
+    def unfit(
+        self, samples: int | None = None, frames: int | None = None, text: str = "", rate: Rate | str | None = None
+    ) -> str | None:
+        """Why the model cannot take a clip at a rate, None where it can. samples, frames: its lengths, None = no such
+        stream."""
+        rate = chosen_rate(self.known_rates, rate)
         try:
             if frames is not None:
-                self.video_tokens(frames)
+                self.video_tokens(frames, rate)
             if samples is not None:
-                self.audio_tokens(samples if frames is None else frames * SAMPLES_PER_VIDEO_FRAME)
+                self.audio_tokens(samples if frames is None else frames * SAMPLES_PER_VIDEO_FRAME, rate)
             self.encode(text)
         except ValueError as error:
             return str(error)
@@ -240,11 +256,15 @@ class LlamaSmopProcessor(ProcessorMixin):
         frames = samples // SAMPLES_PER_WHISPER_FRAME
         return min(max(frames, MIN_AUDIO_FRAMES), self.audio_window)
 
-    def audio_tokens(self, samples: int) -> int:
-        return self._tokens(self.audio_frames(samples), self.rate_audio, "audio")
+    @property
+    def known_rates(self) -> tuple[Rate, ...]:
+        return known_rates(self)
 
-    def video_tokens(self, frames: int) -> int:
-        return self._tokens(frames, self.rate_video, "video")
+    def audio_tokens(self, samples: int, rate: Rate | None = None) -> int:
+        return self._tokens(self.audio_frames(samples), (rate or self.known_rates[0])[0], "audio")
+
+    def video_tokens(self, frames: int, rate: Rate | None = None) -> int:
+        return self._tokens(frames, (rate or self.known_rates[0])[1], "video")
 
     @staticmethod
     def _tokens(frames: int, rate: int, modality: str) -> int:

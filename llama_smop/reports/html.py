@@ -84,7 +84,8 @@ def percent(share: float | None) -> str:
 
 
 def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
-    """Word error rates of `evaluation.run.Row`s: a line for each clips, modality and picture, a column for each SNR.
+    """Word error rates of `evaluation.run.Row`s: a line for each clips, modality, rate and picture, a column for
+    each SNR.
 
     names: names of label files on the page, where they differ.
     """
@@ -93,16 +94,18 @@ def wer_table(rows: Sequence[Mapping], names: Mapping[str, str]) -> str:
     snrs = sorted({r["snr"] for r in rows}, key=snr_order)
     head = "".join(f'<th class="number">{snr_label(s)}</th>' for s in snrs)
     lines = []
-    degraded = any(r.get("degradation") is not None for r in rows)
-    for condition in dict.fromkeys((r["labels"], r["modality"], r.get("degradation")) for r in rows):
-        found = {r["snr"]: r["wer"] for r in rows if (r["labels"], r["modality"], r.get("degradation")) == condition}
-        labels, modality, worse = condition
+    degraded, several = (any(r.get(key) is not None for r in rows) for key in ("degradation", "rate"))
+    keys = ("labels", "modality", "rate", "degradation")
+    for condition in dict.fromkeys(tuple(map(r.get, keys)) for r in rows):
+        found = {r["snr"]: r["wer"] for r in rows if tuple(map(r.get, keys)) == condition}
+        labels, modality, rate, worse = condition
         shown = ("" if found.get(s) is None else f"{per_cent(found[s])} %" for s in snrs)
         cells = "".join(f'<td class="number">{rate}</td>' for rate in shown)
         name, heard = (
             html.escape(str(text)) for text in (names.get(labels, labels), plots.NAMES.get(modality, modality))
         )
         picture = f"<td>{html.escape(str(worse or 'as it is'))}</td>" if degraded else ""
-        lines.append(f"<tr><td>{name}</td><td>{heard}</td>{picture}{cells}</tr>")
-    head = ("<th>picture</th>" if degraded else "") + head
+        at = f"<td>{html.escape(str(rate or ''))}</td>" if several else ""
+        lines.append(f"<tr><td>{name}</td><td>{heard}</td>{at}{picture}{cells}</tr>")
+    head = ("<th>rate</th>" if several else "") + ("<th>picture</th>" if degraded else "") + head
     return f"<table><tr><th>clips</th><th>input</th>{head}</tr>{''.join(lines)}</table>"

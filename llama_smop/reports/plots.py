@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from llama_smop.data.degrade import KINDS, Degradation
 from llama_smop.evaluation.wer import snr_label, snr_order
+from llama_smop.models.rates import rate_parsed, tokens_a_second
 
 DASHES = ("-", "--", "-.", ":")  # of the curves of one colour
 COLOURS = {"audio": "#d1495b", "video": "#2e86ab", "audiovisual": "#3a7d44"}
@@ -38,8 +39,10 @@ def subplots(*size: float, **kwargs):
 def losses(log: Sequence[Mapping]) -> Figure:
     """Language-model and CTC loss, and the two router losses, against training steps, from a Trainer's log."""
     figure, (left, right) = subplots(9, 3.2, ncols=2)
+    at_rates = sorted({key for row in log for key in row if key.startswith("lm_loss/")})
+    shades = [(key, f"language model, rate {key.split('/')[1]}", f"C{i}") for i, key in enumerate(at_rates)]
     panels = (
-        (left, (("lm_loss", "language model", "#333333"), ("ctc_loss", "CTC of the towers", "#b08900"))),
+        (left, (("lm_loss", "language model", "#333333"), *shades, ("ctc_loss", "CTC of the towers", "#b08900"))),
         (right, (("load_balancing_loss", "load balancing", "#7b2d8b"), ("router_z_loss", "router z", "#00897b"))),
     )
     for axes, series in panels:
@@ -134,6 +137,27 @@ def wer_against_snr(rows: Sequence[Mapping], chance: float | None = None) -> Fig
     axes.set_ylabel("word error rate, %")
     axes.set_ylim(bottom=0)
     axes.legend()
+    return figure
+
+
+def wer_against_tokens(rows: Sequence[Mapping]) -> Figure:
+    """WER in per cent by speech tokens a second, which a compression rate gives; a panel for each SNR, a line for each
+    modality; undegraded pictures. rows: of a model for several rates, as of `evaluation.run.Row`."""
+    rows = [r for r in rows if r.get("rate") is not None and r.get("degradation") is None]
+    snrs = sorted({r["snr"] for r in rows}, key=snr_order)
+    figure, panels = subplots(max(6.2, 2.9 * len(snrs)), 3.6, ncols=len(snrs), sharey=True, squeeze=False)
+    for axes, snr in zip(panels[0], snrs, strict=True):
+        for modality in COLOURS:
+            found = [r for r in rows if (r["modality"], r["snr"]) == (modality, snr)]
+            points = sorted((tokens_a_second(rate_parsed(r["rate"]), modality), 100 * r["wer"]) for r in found)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[modality], label=NAMES[modality])
+        axes.set_title(snr_label(snr))
+        axes.set_xlabel("speech tokens a second")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+    panels[0][0].set_ylabel("word error rate, %")
+    panels[0][0].legend()
     return figure
 
 

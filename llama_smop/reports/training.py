@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from llama_smop import files
+from llama_smop.models.rates import rate_text
 from llama_smop.reports import plots
 from llama_smop.reports.html import facts, picture, shown, wer_table, write_page
 
@@ -75,7 +76,7 @@ def _header(run: Path, config: dict, log: list[dict]) -> str:
     what = [
         "a model from scratch" if model["tiny"] else str(model["language_model"]),
         " + ".join(model["modalities"]),
-        f"rates {model['rate_audio']} and {model['rate_video']}",
+        _rates(model),
         f"{projector['sharing']}, {projector['num_experts']} experts, top {projector['top_k']}"
         if projector["kind"] == "smop"
         else "dense projector",
@@ -91,6 +92,13 @@ def _header(run: Path, config: dict, log: list[dict]) -> str:
         f"<h1>{html.escape(run.resolve().name)}</h1>"
         f'<p class="lead">Training of a Llama-SMoP: {html.escape(", ".join(what))}.</p><p>{html.escape(state)}</p>'
     )
+
+
+def _rates(model: dict) -> str:
+    if not model.get("rates"):
+        return f"rates {model['rate_audio']} and {model['rate_video']}"
+    each = "a projector for each" if model.get("rate_projectors") == "separate" else "one projector"
+    return f"rates {' and '.join(map(rate_text, model['rates']))} with {each}"
 
 
 def _losses(log: list[dict]) -> str:
@@ -135,12 +143,16 @@ def _scores(run: Path, evaluation) -> str:
         command = f"llama-smop evaluate --model {model} --root CORPUS --snr clean --snr 0 --json {scores}"
         return f"<h2>Word error rate</h2><p>Not scored yet: <code>{html.escape(command)}</code></p>"
     figures = []
-    for labels in dict.fromkeys(r["labels"] for r in evaluation):
-        rows = [r for r in evaluation if r["labels"] == labels]
+    for labels, rate in dict.fromkeys((r["labels"], r.get("rate")) for r in evaluation):
+        rows = [r for r in evaluation if (r["labels"], r.get("rate")) == (labels, rate)]
+        what = f"Clips of {labels}" + ("" if rate is None else f", rate {rate}")
         if any(r["snr"] is not None for r in rows):
-            figures.append(picture(plots.wer_against_snr(rows), f"Clips of {labels}."))
+            figures.append(picture(plots.wer_against_snr(rows), f"{what}."))
         if any(r.get("degradation") is not None for r in rows):
-            figures.append(picture(plots.wer_against_degradation(rows), f"Clips of {labels}, pictures made worse."))
+            figures.append(picture(plots.wer_against_degradation(rows), f"{what}, pictures made worse."))
+    for labels in dict.fromkeys(r["labels"] for r in evaluation if r.get("rate") is not None):
+        rows = [r for r in evaluation if r["labels"] == labels]
+        figures.append(picture(plots.wer_against_tokens(rows), f"Clips of {labels}, at each compression rate."))
     return f"<h2>Word error rate</h2>{''.join(figures)}{wer_table(evaluation, {})}"
 
 

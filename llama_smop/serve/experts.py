@@ -33,7 +33,7 @@ def expert_times(model, processor, streams: tuple, start: float, end: float) -> 
     keys = ("input_features", "audio_mask", "video_values", "video_mask")
     speech = model.get_speech_features(**{key: inputs[key] for key in keys if key in inputs})
     chosen, weights = (x[0].float().cpu() for x in (speech.projection.expert_indices, speech.projection.expert_weights))
-    experts = model.multi_modal_projector.w1.shape[0]
+    experts = model.projector_at().w1.shape[0]
     shares = torch.zeros(len(chosen), experts + 1).scatter_(1, chosen.long(), weights)[:, :experts]
     split = speech.audio_tokens
     parts = ((name, shares[part]) for name, part in zip(STREAMS, (slice(0, split), slice(split, None)), strict=True))

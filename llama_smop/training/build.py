@@ -21,7 +21,8 @@ def build_model(config: TrainConfig, texts: Sequence[str]) -> tuple[nn.Module, P
     optimizer = config.optimizer
     model.fused_loss = optimizer.fused_loss
     if optimizer.global_aux_losses and config.model.projector.kind == "smop":
-        model.multi_modal_projector.global_aux_losses = True
+        for projector in model.projectors:
+            projector.global_aux_losses = True
     if optimizer.compile:
         compile_regions(model)
     return model, processor
@@ -77,7 +78,7 @@ def training_clips(config: TrainConfig, world: int = 1) -> DrawnClips:
 
 
 def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: int = 1) -> TrainingPlan:
-    """The batches of one process; in each step all processes draw the same modality."""
+    """The batches of one process; in each step all processes draw the same modality and the same rate."""
     data, optimizer = config.data, config.optimizer
     batches = clips.batches(
         rank,
@@ -88,18 +89,19 @@ def training_plan(config: TrainConfig, clips: ClipSource, rank: int = 0, world: 
     )
     steps = optimizer.steps or max(1, math.ceil(batches_in(batches, optimizer.epochs) / optimizer.accumulate))
     stages = [Stage(round(s.until * steps) * optimizer.accumulate, s.modalities, s.noise) for s in data.stages]
-    return TrainingPlan(batches, stages, seed=config.run.seed)
+    return TrainingPlan(batches, stages, seed=config.run.seed, rates=config.model.rates)
 
 
 class Collator:
-    """Makes a batch of model inputs from items of one modality."""
+    """Makes a batch of model inputs from items of one modality and one rate."""
 
     def __init__(self, processor):
         self.processor = processor
 
     def __call__(self, items: list[dict]) -> dict:
         streams = {name: [item[name] for item in items] for name in ("audio", "video") if items[0][name] is not None}
-        batch = dict(self.processor(text=[item["text"] for item in items], do_normalize=False, **streams))
+        texts, rate = [item["text"] for item in items], items[0].get("rate")
+        batch = dict(self.processor(text=texts, do_normalize=False, rate=rate, **streams))
         batch["target_positions"] = target_positions(batch["labels"])
         return batch | {"bad_clips": {path: why for item in items for path, why in item.get("bad_clips", {}).items()}}
 
@@ -112,5 +114,5 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
     """
     language_model = model.language_model
     layers = [m for m in language_model.modules() if type(m).__name__ in language_model._no_split_modules]
-    for module in (model.multi_modal_projector, *layers):
+    for module in (*model.projectors, *layers):
         module.forward = torch.compile(module.forward, dynamic=True, backend=backend)

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llama_smop.models.rates import MOST, rate_text
 from llama_smop.training.compose import compose
 
 Modality = Literal["audio", "video", "audiovisual"]
+AtLeastOne = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Snr = Annotated[float, Field(ge=-100, le=100)]  # decibels
 
@@ -52,10 +54,32 @@ class ModelSection(Section):
     modalities: tuple[Literal["audio", "video"], ...] = ("audio", "video")
     rate_audio: int = Field(4, ge=1)
     rate_video: int = Field(2, ge=1)
+    # Several rates (audio, video) of one model, of which training draws one for each batch; the first is the default.
+    rates: tuple[tuple[AtLeastOne, AtLeastOne], ...] | None = Field(None, min_length=1, max_length=MOST)
+    rate_projectors: Literal["shared", "separate"] = "shared"
     compression: Literal["pool", "stack"] = "pool"
     projector: ProjectorSection = ProjectorSection()
     load_balancing_coef: float = Field(0.01, ge=0)  # weights of the auxiliary losses in the training loss
     router_z_coef: float = Field(0.001, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_rate(cls, given):
+        match given:
+            case {"rates": [[audio, video], *_]}:
+                return {"rate_audio": audio, "rate_video": video} | given
+        return given
+
+    @model_validator(mode="after")
+    def _rates_agree(self):
+        if self.rates is not None and self.rates[0] != (self.rate_audio, self.rate_video):
+            raise ValueError(
+                f"rates begin with {rate_text(self.rates[0])}, which is the default, and rate_audio and rate_video are "
+                f"{self.rate_audio} and {self.rate_video}: leave those out"
+            )
+        if self.rates is not None and len(set(self.rates)) < len(self.rates):
+            raise ValueError("rates must differ from each other")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -69,8 +93,8 @@ class ModelSection(Section):
 
     def common(self) -> dict:
         """The fields of `LlamaSmopConfig` that a tiny model and one of pretrained parts both take."""
-        names = ("modalities", "rate_audio", "rate_video", "compression", "load_balancing_coef", "router_z_coef")
-        return {name: getattr(self, name) for name in names}
+        names = ("modalities", "rate_audio", "rate_video", "rates", "rate_projectors", "compression")
+        return {name: getattr(self, name) for name in (*names, "load_balancing_coef", "router_z_coef")}
 
 
 class NoiseSection(Section):

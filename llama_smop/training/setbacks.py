@@ -22,7 +22,8 @@ class ReplacedClips(Dataset):
 
     So batches keep their size. The item names the replaced clips under "bad_clips", {path or id: reason}.
 
-    unfit: called with a clip's audio samples, video frames and text; returns why the model cannot take it, or None.
+    unfit: called with a clip's audio samples, video frames, text and compression rate (None = the model's only one);
+        returns why the model cannot take it, or None.
 
     Raises:
         MediaError: more than `limit` unusable clips in a row.
@@ -40,7 +41,7 @@ class ReplacedClips(Dataset):
             try:
                 item = self.clips[replace(draw, index=index)]
                 samples, frames = (None if item[s] is None else len(item[s]) for s in ("audio", "video"))
-                reason = self.unfit(samples, frames, item["text"])
+                reason = self.unfit(samples, frames, item["text"], draw.rate)
                 if reason is not None:
                     raise MediaError(item["id"], reason)
                 return item | {"bad_clips": bad}

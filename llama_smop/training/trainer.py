@@ -14,6 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from llama_smop.data.training_plan import TrainingPlan
+from llama_smop.models.rates import rate_text
 from llama_smop.models.units import IGNORED_LABEL
 from llama_smop.training import checkpoints, fsdp, weight_decay
 from llama_smop.training.setbacks import Setbacks
@@ -95,6 +96,8 @@ class SmopTrainer(Trainer):
         for name in LOSSES:
             if name in outputs:
                 self._add(name, outputs[name])
+        if "rate" in inputs:
+            self._add(f"lm_loss/{rate_text(inputs['rate'])}", outputs.lm_loss)
         if outputs.expert_counts is not None:
             self._add("expert_counts", outputs.expert_counts)
         if outputs.router_entropy is not None:

@@ -84,9 +84,10 @@ def attempts(
         options, progress: as in `run.transcripts`.
 
     Raises:
-        ValueError: a modality that the model lacks, or no Whisper for word times.
+        ValueError: a modality or a rate that the model lacks, or no Whisper for word times.
     """
     options = options or Options()
+    rate = model.config.rate(options.rate)
     known = supported(model)
     if options.modality is not None and options.modality not in known:
         raise ValueError(f"the model takes {', '.join(known)}, not {options.modality}")
@@ -133,7 +134,7 @@ def attempts(
     def clear() -> None:
         """Transcribe what waits."""
         clips = [clip for _, clip in waiting]
-        pieces = transcribe_clips(clips, model, processor, options.num_beams, aligner, options.settings)
+        pieces = transcribe_clips(clips, model, processor, options.num_beams, aligner, options.settings, rate)
         for (job, clip), piece in zip(waiting, pieces, strict=True):
             job.transcript.pieces.append(job.joint(piece, clip.overlap))
             job.left -= 1

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llama_smop.models.decoding import recognise_batch
+from llama_smop.models.rates import Rate
 from llama_smop.models.units import streams_of
 from llama_smop.transcription.cutting import new_words
 from llama_smop.transcription.word_times import WhisperAligner, Word
@@ -53,16 +54,18 @@ def transcribe_clips(
     num_beams: int = 1,
     aligner: WhisperAligner | None = None,
     settings: Mapping[str, Any] | None = None,
+    rate: Rate | None = None,
 ) -> list[Piece]:
     """The piece of every clip with its text, and with its words where there is an aligner and sound.
 
-    Clips of one modality go through the model together. settings: further ones of `generate`.
+    Clips of one modality go through the model together. settings: further ones of `generate`. rate: None = the default.
     """
     found: dict[int, Piece] = {}
     for modality in dict.fromkeys(clip.piece.modality for clip in clips):
         places = [i for i, clip in enumerate(clips) if clip.piece.modality == modality]
         inputs = {name: [getattr(clips[i], name) for i in places] for name in streams_of(modality)}
-        texts, speech = recognise_batch(model, processor, num_beams=num_beams, **inputs, **(settings or {}))
+        given = inputs | dict(settings or {})
+        texts, speech = recognise_batch(model, processor, num_beams=num_beams, rate=rate, **given)
         for row, (i, text) in enumerate(zip(places, texts, strict=True)):
             piece, audio = clips[i].piece, clips[i].audio
             words = None

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 TASK = "automatic-speech-recognition"
 # Arguments of the call that are `recording.Options`; all others go to `generate`.
-OPTIONS = ("modality", "face", "prepared", "aligner")
+OPTIONS = ("modality", "face", "prepared", "aligner", "rate")
 FETCH_S = 30  # without an answer, of an address
 
 
@@ -37,7 +37,7 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
         return_timestamps: True adds "chunks", the pieces that a recording is cut into, each with its "text" and its
             "timestamp" (start, end) in seconds; "word" the words, as `--word-times` of the command line finds them.
         modality: "audio", "video" or "audiovisual"; by default all that the model and the recording have.
-        face, prepared, aligner: as `llama_smop.transcription.recording.Options` has them.
+        face, prepared, aligner, rate: as `llama_smop.transcription.recording.Options` has them.
         batch_size: recordings that are read, and pieces that are transcribed, together.
         generate_kwargs: settings of `generate`, such as {"num_beams": 5}.
     """

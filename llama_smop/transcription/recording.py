@@ -14,6 +14,7 @@ from llama_smop.data.faces.speaker import choose, sound_envelope
 from llama_smop.data.media import VIDEO_SIZE, MediaError, audio_path, stream_audio, stream_video, streams
 from llama_smop.data.transforms import ClipTransform
 from llama_smop.extras import remedy
+from llama_smop.models.rates import Rate
 from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of
 from llama_smop.transcription.pieces import Clip, Piece
@@ -34,6 +35,7 @@ class Options:
     workers: recordings that are read and cropped ahead at the same time; None = 1, on a GPU 4.
     word_times: whether to find when each word is said. aligner: the Whisper model that finds it, a hub name or folder;
         None = the one that the model's audio tower comes from.
+    rate: the compression rate, a pair or "16,5"; None = the model's default.
     settings: further ones of `generate`.
     """
 
@@ -45,6 +47,7 @@ class Options:
     workers: int | None = None
     word_times: bool = False
     aligner: str | Path | None = None
+    rate: Rate | str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -266,7 +269,8 @@ class Recording:
         """
         transform = transform or ClipTransform.testing()
         for piece, overlap, audio, video in self._cut(alone):
-            reason = processor.unfit(*(None if stream is None else len(stream) for stream in (audio, video)))
+            lengths = (None if stream is None else len(stream) for stream in (audio, video))
+            reason = processor.unfit(*lengths, rate=self.options.rate)
             if reason is None:
                 yield Clip(piece, overlap, *transform(audio, video))
             elif len(self.parts) == 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_smop import files
 from llama_smop.data.media import MediaError, files_of
 from llama_smop.models import model_folder
+from llama_smop.models.rates import Rate
 from llama_smop.transcription import subtitles
 from llama_smop.transcription.attempts import Transcript, attempts
 from llama_smop.transcription.ranks import Ranks
@@ -16,10 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def transcribe(
-    paths: Sequence[str | Path], model: str | Path, *, modality: str | None = None, num_beams: int = 1
+    paths: Sequence[str | Path],
+    model: str | Path,
+    *,
+    modality: str | None = None,
+    num_beams: int = 1,
+    rate: Rate | str | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """(path, text) of each file in turn, as they are done: `transcripts` without what is known beside the text."""
-    for transcript in transcripts(paths, model, Options(modality=modality, num_beams=num_beams)):
+    for transcript in transcripts(paths, model, Options(modality=modality, num_beams=num_beams, rate=rate)):
         yield transcript.path, transcript.text
 
 
@@ -37,8 +43,8 @@ def transcripts(
         progress: show a bar on standard error where it takes long.
 
     Raises:
-        ValueError: no model there, a modality that it lacks, or no Whisper for word times. MediaError: a file that
-            cannot be used, where it is the only one. ValueError: after the last one, how many could not be used.
+        ValueError: no model there, a modality or rate that it lacks, or no Whisper for word times. MediaError: a file
+            that cannot be used, where it is the only one. ValueError: after the last one, how many could not be used.
     """
     failed = 0
     for found in attempts(paths, *model_folder.load(model), options, progress):
