@@ -13,6 +13,7 @@ from llama_smop.training.config import Modality, Section, Snr, TrainConfig
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Sharing = Literal["JEJR", "JEDR", "DEDR", "dense"]
+FormName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=40)]
 
 
 class CorpusSection(Section):
@@ -23,12 +24,18 @@ class CorpusSection(Section):
 
 
 class AxesSection(Section):
-    """The axes of the grid. An omitted axis keeps the base's value."""
+    """The axes of the grid. An omitted axis keeps the base's value.
+
+    forms: keys under `model` by the name of what they make of a sparse model: another form of its projector, or several
+    compression rates. They replace what the other axes say. The first form is the one that the others are compared
+    with; a dense cell has none.
+    """
 
     sharing: tuple[Sharing, ...] = Field(("JEJR", "JEDR", "DEDR", "dense"), min_length=1)
     num_experts: tuple[AtLeastOne, ...] | None = Field(None, min_length=1)
     top_k: tuple[AtLeastOne, ...] | None = Field(None, min_length=1)
     rates: tuple[tuple[AtLeastOne, AtLeastOne], ...] | None = Field(None, min_length=1)  # (audio, video)
+    forms: dict[FormName, dict] | None = Field(None, min_length=1)
     seed: tuple[int, ...] | None = Field(None, min_length=1)
 
 
@@ -65,10 +72,11 @@ class GridConfig(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its scores."""
+    """One training and its scores: the point of the axes, whose settings a form may replace."""
 
     name: str
     sharing: str
+    form: str | None  # None: dense, or the grid has no forms
     num_experts: int | None  # None: dense
     top_k: int | None  # dense: the K whose arithmetic its width matches, if any
     rate_audio: int
@@ -100,7 +108,8 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
     K_axis = axes.top_k or (projector.top_k,)
     rates_axis = axes.rates or ((model.rate_audio, model.rate_video),)
     made: set[str] = set()
-    for sharing, E, K, rates, seed in product(axes.sharing, E_axis, K_axis, rates_axis, axes.seed or (base.run.seed,)):
+    points = product(axes.sharing, axes.forms or {None: {}}, E_axis, K_axis, rates_axis, axes.seed or (base.run.seed,))
+    for sharing, form, E, K, rates, seed in points:
         dense = sharing == "dense"
         if K > E and not dense:
             continue
@@ -112,21 +121,28 @@ def cells(grid: GridConfig, beside: Path, corpus: Path | None) -> Iterator[Cell]
         else:
             parts = [sharing.lower(), f"e{E}", f"k{K}"]
             kind = {"kind": "smop", "sharing": sharing, "num_experts": E, "top_k": K}
-        name = "-".join([*parts, f"r{rates[0]}.{rates[1]}", f"s{seed}"])
+        form = None if dense else form
+        changed = {} if form is None else axes.forms[form]
+        several = "rates" in changed
+        name = "-".join([*parts, *([] if form is None else [form]), *_rates_part(rates, several), f"s{seed}"])
         if name in made:
             continue
         made.add(name)
-        changes: dict = {
-            "model": {"projector": kind, "rate_audio": rates[0], "rate_video": rates[1]},
-            "run": {"seed": seed},
-        }
+        at = {} if several else {"rate_audio": rates[0], "rate_video": rates[1]}
         composition = _composed(grid, beside, corpus)
-        composition.add(changes, f"cell {name}")
+        composition.add({"model": {"projector": kind, **at}, "run": {"seed": seed}}, f"cell {name}")
+        composition.add({"model": changed}, f"form {form}")
         config = composition.check(TrainConfig)
+        first = config.model.rate_audio, config.model.rate_video
         active = None if dense and grid.dense_hidden != "active" else K
-        yield Cell(name, sharing, None if dense else E, active, *rates, hidden, seed, config)
+        yield Cell(name, sharing, form, None if dense else E, active, *first, hidden, seed, config)
     if not made:
         raise ValueError("the grid has no cell: every top_k is greater than every num_experts")
+
+
+def _rates_part(rates: tuple[int, int], several: bool) -> list[str]:
+    """Of a cell's name; a form for several rates has its own, whatever the axis says."""
+    return [] if several else [f"r{rates[0]}.{rates[1]}"]
 
 
 def _composed(grid: GridConfig, beside: Path, corpus: Path | None) -> Composition:

@@ -57,6 +57,8 @@ def test_the_dense_baseline_is_as_wide_as_asked(tmp_path, width, hidden):
     [
         ({"axes": {"sharing": ["JJ"]}}, "grid.yaml: axes.sharing.0"),
         ({"axes": {"experts": [1]}}, "grid.yaml: unknown key axes.experts"),
+        ({"axes": {"forms": {"A form": {}}}}, "axes.forms"),
+        ({"axes": {"sharing": ["JEJR"], "forms": {"odd": {"projector": {"expert": 1}}}}}, "form odd"),
         ({"axes": {"sharing": ["JEJR"], "num_experts": [2], "top_k": [3]}}, "no cell"),
         ({"set": {"optimizer": {"step": 3}}}, "unknown key optimizer.step"),
         ({"set": {"data": {"root": None, "shards": "tars"}}}, "score.root is needed"),
@@ -67,3 +69,26 @@ def test_a_wrong_grid_is_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=r".") as error:
         planned(tmp_path, **content)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_forms_are_multiplied_with_the_other_axes_and_leave_dense_alone(tmp_path):
+    forms = {
+        "as-it-is": {},
+        "wide": {"projector": {"hidden_features": 32, "top_k": 4}, "router_z_coef": 0.5},
+        "both-rates": {"rates": [[4, 2], [16, 5]], "rate_projectors": "separate"},
+    }
+    axes = {"sharing": ["dense", "DEDR"], "forms": forms, "rates": [[4, 2], [16, 5]], "seed": [0]}
+    found = planned(tmp_path, axes=axes)
+    assert [(c.name, c.form) for c in found] == [
+        ("dense-h32-r4.2-s0", None),
+        ("dense-h32-r16.5-s0", None),
+        ("dedr-e4-k2-as-it-is-r4.2-s0", "as-it-is"),
+        ("dedr-e4-k2-as-it-is-r16.5-s0", "as-it-is"),
+        ("dedr-e4-k2-both-rates-s0", "both-rates"),
+        ("dedr-e4-k2-wide-r4.2-s0", "wide"),
+        ("dedr-e4-k2-wide-r16.5-s0", "wide"),
+    ]
+    several, wide = found[4].config.model, found[6].config.model
+    assert (wide.projector.hidden_features, wide.projector.top_k, wide.router_z_coef) == (32, 4, 0.5)
+    assert (wide.rate_audio, wide.rate_video, wide.projector.sharing) == (16, 5, "DEDR")
+    assert several.rates == ((4, 2), (16, 5)) and several.rate_projectors == "separate"

@@ -103,6 +103,56 @@ def test_only_settings_that_differ_in_one_thing_are_compared():
     assert ("JEJR, E 2, K 1", "DEDR, E 2, K 1") in {(d.a, d.b) for d in audio}
 
 
+def formed(form, seed, wer, rates=None, rate=(4, 2)):
+    """A sparse cell of a form; `rates`: scored at each of them, at the second with a tenth more of the words wrong."""
+    made = cell("DEDR", seed, wer) | {"form": form, "rate_audio": rate[0], "rate_video": rate[1]}
+    if rates is None:
+        return made
+    rows = [
+        row | {"rate": at, "wer": row["wer"] + 0.1 * number} for number, at in enumerate(rates) for row in made["rows"]
+    ]
+    return made | {"rows": rows}
+
+
+def with_forms(cells, **forms):
+    made = results(cells)
+    made["grid"]["axes"] = {"forms": forms}
+    return made
+
+
+def test_forms_are_compared_with_the_first_alone():
+    cells = [cell("dense", seed, 0.5) for seed in range(2)]
+    cells += [formed(form, seed, 0.3) for form in ("paper", "gated", "shared") for seed in range(2)]
+    made = with_forms(cells, paper={}, gated={"projector": {"gated": True}}, shared={"projector": {"top_k": 1}})
+    compared = {(d.a, d.b) for d in differences(made) if d.modality == "audio"}
+    assert compared == {("dense", "paper"), ("paper", "gated"), ("paper", "shared")}
+    text = page(made, list(pictures(made)))
+    assert "| gated | `{projector: {gated: true}}` |" in text and "of forms, the first and another" in text
+    assert "| paper | nothing: the base" in text and "Word error rate against SNR by form" in text
+    labels = [tick.get_text() for tick in pictures(made)["wer_forms.png"].axes[0].get_yticklabels()]
+    assert labels == ["dense", "paper", "gated", "shared"]
+
+
+def test_a_model_for_several_rates_has_a_line_for_each():
+    cells = [formed("one-rate", seed, 0.3, rate=rate) for rate in ((4, 2), (16, 5)) for seed in range(2)]
+    cells += [formed("both", seed, 0.4, ("4,2", "16,5")) for seed in range(2)]
+    made = with_forms(cells, **{"one-rate": {}, "both": {"rates": [[4, 2], [16, 5]]}})
+    lines = [line for line in table(made).splitlines() if "| audio |" in line]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        f"{form}, rates {rate}" for form in ("one-rate", "both") for rate in ((4, 2), (16, 5))
+    ]
+    assert "| 50.0 ± 0.0 |" in lines[3], "the second rate's rows are not its own"
+    compared = {(d.a, d.b): round(d.mean, 3) for d in differences(made) if d.modality == "audio"}
+    assert compared == {
+        ("one-rate, rates (4, 2)", "one-rate, rates (16, 5)"): 0,
+        ("one-rate, rates (4, 2)", "both, rates (4, 2)"): -0.1,
+        ("one-rate, rates (16, 5)", "both, rates (16, 5)"): -0.2,
+        ("both, rates (4, 2)", "both, rates (16, 5)"): -0.1,
+    }
+    drawn = pictures(made)["wer_rates.png"].axes[0]
+    assert [len(line[0].get_xdata()) for line in drawn.containers] == [2, 2]
+
+
 def test_one_seed_says_nothing_about_the_spread():
     one = results([cell("JEJR", 0, 0.3), cell("DEDR", 0, 0.1)])
     assert differences(one) == [] and "Nothing can be said" in page(one)

@@ -1,5 +1,6 @@
 """The page of an ablation, README.md: setup, table, differences that exceed the spread over seeds, pictures."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +32,8 @@ CAPTIONS = {
     "wer_top_k.png": "Word error rate, mean over the scored conditions, against K. Experts keep their width: a larger "
     "K also computes more.",
     "wer_rates.png": "Word error rate, mean over the scored conditions, against the compression rates.",
+    "wer_forms.png": "Word error rate, mean over the scored conditions: a small dot for each seed, a large one for the "
+    "mean of the seeds.",
     "expert_activation.png": "Which experts the tokens of each modality chose, on the scored clips, clean; dotted: an "
     "even load.",
     "router_entropy.png": "Entropy of the router's softmax, mean over real tokens, during training.",
@@ -72,15 +75,25 @@ def page(results: Mapping, drawn: Sequence[str] = ()) -> str:
         "# Ablation" + (" on synthetic data" if results["synthetic"] else ""),
         WRITTEN,
         what_was_run(results),
+        *_forms(results),
         *_failed(results),
         "## Word error rates",
         "Per cent, mean ± standard deviation over seeds; the last column is the mean over the conditions of its line.",
         table(results),
         "## What exceeds the spread over seeds",
         spread(results),
-        *(f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in drawn),
+        *(f"![{caption}]({name})\n\n{caption}" for name, caption in _captions(results, drawn).items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _captions(results: Mapping, drawn: Sequence[str]) -> dict[str, str]:
+    compared = "by form" if _has_forms(results) else "by sharing"
+    return {name: CAPTIONS[name].replace("by sharing", compared) for name in drawn}
+
+
+def _has_forms(results: Mapping) -> bool:
+    return bool((results["grid"].get("axes") or {}).get("forms"))
 
 
 def what_was_run(results: Mapping) -> str:
@@ -139,6 +152,19 @@ def what_was_run(results: Mapping) -> str:
     return "\n\n".join(lines)
 
 
+def _forms(results: Mapping) -> list[str]:
+    """A table of what the forms of the grid change, if it has forms."""
+    if not _has_forms(results):
+        return []
+    lines = ["| form | what it changes under `model` |", "|---|---|"]
+    for name, changed in results["grid"]["axes"]["forms"].items():
+        text = json.dumps(changed, ensure_ascii=False).replace('"', "").replace("|", "/")
+        lines.append(
+            f"| {name} | {f'`{text}`' if changed else 'nothing: the base, with which the others are compared'} |"
+        )
+    return ["\n".join(lines)]
+
+
 def _failed(results: Mapping) -> list[str]:
     return [f"**{cell['name']} failed**: {cell['failed']}" for cell in results["cells"] if "failed" in cell]
 
@@ -180,9 +206,11 @@ def spread(results: Mapping) -> str:
         return "Nothing can be said: no two settings share two seeds."
     seeds = sorted({d.seeds for d in found})
     exceeding = [d for d in found if d.exceeds]
+    two = "two settings that differ in one thing"
+    two += " (of forms, the first and another)" if _has_forms(results) else ""
     chance = f"about {len(found) / 20:.1f} of these {len(found)}"
     rule = (
-        "Rule: for every two settings that differ in one thing, and every kind of input, take each seed's mean WER "
+        f"Rule: for every {two}, and every kind of input, take each seed's mean WER "
         "over the scored conditions, subtract seed by seed, and call a difference larger than the spread when 0 lies "
         f"outside mean ± t(0.975, n − 1) · s / √n of the n = {' or '.join(map(str, seeds))} differences (s their "
         f"standard deviation). One in twenty comparisons does so by chance, {chance}; the last column says which "

@@ -6,6 +6,7 @@ from itertools import combinations
 from statistics import fmean, stdev
 
 from llama_smop.evaluation.wer import snr_order
+from llama_smop.models.rates import rate_parsed
 from llama_smop.models.units import MODALITIES
 
 CONFIDENCE = 0.95
@@ -24,6 +25,12 @@ class Setting:
     top_k: int | None
     rates: tuple[int, int] | None
     dense_hidden: int | None
+    form: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its form where the grid has forms, else its sharing."""
+        return self.form or self.sharing
 
     @classmethod
     def of(cls, cell: Mapping) -> "Setting":
@@ -34,11 +41,13 @@ class Setting:
             cell["top_k"],
             (cell["rate_audio"], cell["rate_video"]),
             cell["hidden_features"] if dense else None,
+            cell.get("form"),
         )
 
     def label(self, among: Sequence["Setting"]) -> str:
         """Its sharing, and every other axis that varies `among` the settings."""
-        parts = [self.sharing]
+        several = len({s.sharing for s in among if s.form is not None}) > 1
+        parts = [self.name] if self.form is None or not several else [self.sharing, self.form]
         for name, text in (
             ("num_experts", f"E {self.num_experts}"),
             ("top_k", f"K {self.top_k}"),
@@ -54,7 +63,7 @@ class Setting:
 
     def differs_in(self, other: "Setting") -> int:
         """The number of axes in which the two differ; an axis that only one of them has does not count."""
-        names = ["sharing", "num_experts", "top_k", "rates", "dense_hidden"]
+        names = ["sharing", "form", "num_experts", "top_k", "rates", "dense_hidden"]
         if self.sharing == other.sharing == "dense":  # K and the width are one axis
             names.remove("top_k")
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
@@ -80,12 +89,23 @@ class Difference:
 
 
 def by_setting(results: Mapping) -> dict[Setting, dict[int, Mapping]]:
-    """{setting: {seed: cell}} of the finished cells, in the grid's order."""
+    """{setting: {seed: cell}} of the finished cells, in the grid's order; a cell for several rates once for each."""
     groups: dict[Setting, dict[int, Mapping]] = {}
     for cell in results["cells"]:
-        if "failed" not in cell:
-            groups.setdefault(Setting.of(cell), {})[cell["seed"]] = cell
+        for scored in at_each_rate(cell) if "failed" not in cell else ():
+            groups.setdefault(Setting.of(scored), {})[cell["seed"]] = scored
     return groups
+
+
+def at_each_rate(cell: Mapping) -> list[Mapping]:
+    """The cell itself, or one for each of the compression rates that its model has, with the rows of that."""
+    rates = list(dict.fromkeys(row.get("rate") for row in cell["rows"]))
+    if rates in ([], [None]):
+        return [cell]
+    return [
+        {**cell, "rate_audio": audio, "rate_video": video, "rows": [row for row in cell["rows"] if row["rate"] == rate]}
+        for rate, (audio, video) in ((rate, rate_parsed(rate)) for rate in rates)
+    ]
 
 
 def wers(cell: Mapping, modality: str) -> dict[Condition, float]:
@@ -123,14 +143,16 @@ def paired(values: Sequence[float]) -> tuple[float, float, float]:
 
 def differences(results: Mapping) -> list[Difference]:
     """For each modality, the settings that differ in one axis and share two seeds or more: mean WER, paired by seed.
+    Of forms, each is compared with the first.
 
     They are paired because a seed fixes the order, crops and noise of the clips for every setting.
     """
     groups = by_setting(results)
+    first = next((setting.form for setting in groups if setting.form is not None), None)
     found = []
     for modality in MODALITIES:
         for a, b in combinations(groups, 2):
-            if a.differs_in(b) != 1:
+            if a.differs_in(b) != 1 or (a.form != b.form and first not in (a.form, b.form)):
                 continue
             pairs = [
                 (mean_wer(groups[a][seed], modality), mean_wer(groups[b][seed], modality))
