@@ -73,6 +73,7 @@ def trained() -> dict:
 
     sizes = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16}
     save(*build_tiny(["bin", "now"], **sizes), "runs/demo/run/model")
+    save(*build_tiny(["bin", "now"], rates=[[4, 2], [16, 5]], **sizes), "runs/both/model")
     for name in ("clip.mp4", "talk.mp4"):
         write_video(name, np.full((30, 96, 96, 3), 128, np.uint8), audio=np.zeros(30 * 640, np.float32))
     return {}
