@@ -154,10 +154,10 @@ def wer_against_tokens(rows: Sequence[Mapping]) -> Figure:
                 axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[modality], label=NAMES[modality])
         axes.set_title(snr_label(snr))
         axes.set_xlabel("speech tokens a second")
-        axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
     panels[0][0].set_ylabel("word error rate, %")
-    panels[0][0].legend()
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].legend(frameon=False)
     return figure
 
 

@@ -57,6 +57,8 @@ ODD = {
         "projector_config": [3, [1], {"kind": 3}],
         "modalities": [3, None, ["smell"], [1], ["audio", "audio"], {}],
         "rate_audio": [0, "x", 10**9, None, 2.5, [1, 2]],
+        "rates": [3, "x", [], [[4]], [[4, 2], [4, 2]], [[0, 1]], [[4, 2.0]], {"a": 1}, [[4, 2], None]],
+        "rate_projectors": [3, "x", None],
         "compression": [3, None, []],
         "audio_token_id": [-1, 10**9, "x", None, 1.5],
         "eos_token_id": ["x", ["x"], -1],
@@ -127,7 +129,15 @@ def test_a_damaged_file(folder, name, content):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rate_audio": "x"}, {"rate_video": 0}, {"audio_window": None}, {"prompts": 3}, {"prompts": {"audio": 3}}],
+    [
+        {"rate_audio": "x"},
+        {"rate_video": 0},
+        {"rates": [[4]]},
+        {"rates": 3},
+        {"audio_window": None},
+        {"prompts": 3},
+        {"prompts": {"audio": 3}},
+    ],
     ids=str,
 )
 def test_a_malformed_processor(folder, changes):

@@ -217,6 +217,19 @@ def test_a_sharded_head_needs_not_make_all_logits(corpus, tmp_path, tied):
     assert_same_curves(tmp_path / "fsdp2", tmp_path / "ddp")
 
 
+@pytest.mark.slow  # test_rates.py compares what the ranks draw
+@pytest.mark.parametrize("strategy", ("ddp", "fsdp2"))
+def test_ranks_take_the_same_rate_through_its_own_projector(corpus, tmp_path, strategy):
+    settings = config(corpus, strategy)
+    settings["model"] |= {"rates": [[4, 2], [16, 5]], "rate_projectors": "separate"}
+    children.ranks(children.train, 2, settings, tmp_path / "two")
+    settings["run"]["strategy"] = "ddp"
+    assert children.run(train_joint_batches, 2, settings, tmp_path / "one") == 0
+    assert_same_curves(tmp_path / "two", tmp_path / "one")
+    rates = {len(curve(tmp_path / "two", f"lm_loss/{rate}")) for rate in ("4,2", "16,5")}
+    assert rates == {2, 3}, "both rates are drawn"
+
+
 def score(arguments: list[str]) -> None:
     from llama_smop.cli import main
 

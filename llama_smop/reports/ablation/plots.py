@@ -96,7 +96,10 @@ def wer_against_snr(results: Mapping) -> Figure:
         row[0].set_ylabel("word error rate, %")
     for axes, modality in zip(panels[0], modalities, strict=True):
         if modality != "video":
-            axes.legend(frameon=False, fontsize=10 if len(groups) <= 5 else 7)
+            if len(groups) <= 5:
+                axes.legend(frameon=False)
+            else:
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
             break
     panels[0][0].set_ylim(bottom=0)
     return figure
@@ -121,6 +124,7 @@ def wer_by_form(results: Mapping) -> Figure:
                 axes.plot([fmean(values)], [place], markersize=9, **style)
         axes.set_title(NAMES[modality])
         axes.set_xlabel("mean word error rate, %")
+        axes.margins(x=0.12)
         axes.set_xlim(left=0)
     panels[0][0].set_yticks(range(len(groups)), labels)
     panels[0][0].invert_yaxis()
