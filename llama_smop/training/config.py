@@ -79,6 +79,12 @@ class ModelSection(Section):
             )
         if self.rates is not None and len(set(self.rates)) < len(self.rates):
             raise ValueError("rates must differ from each other")
+        shared = self.rates is not None and len(self.rates) > 1 and self.rate_projectors == "shared"
+        if shared and self.compression == "stack":
+            raise ValueError(
+                "compression stack makes tokens wider at a higher rate, so rates have no projector in common: set "
+                "rate_projectors separate, or compression pool"
+            )
         return self
 
     @model_validator(mode="after")

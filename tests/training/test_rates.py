@@ -129,6 +129,8 @@ def test_the_picture_has_a_point_for_each_rate():
 
 
 def test_transcribe_takes_a_rate(trained, shared_corpus, monkeypatch):
+    from transformers import pipeline
+
     from llama_smop.transcription import pieces
 
     given, real = [], pieces.recognise_batch
@@ -137,6 +139,12 @@ def test_transcribe_takes_a_rate(trained, shared_corpus, monkeypatch):
     for extra in ([], ["--rate", "16,5"]):
         main(["transcribe", clip, "--model", str(trained / "model"), *extra])
     assert given == [(4, 2), (16, 5)]
+
+    recognise = pipeline("automatic-speech-recognition", model=str(trained / "model"), device="cpu")
+    assert recognise(clip, rate="16,5") and recognise(clip)
+    assert given[2:] == [(16, 5), (4, 2)]
+    with pytest.raises(ValueError, match="the rates of this model are 4,2 and 16,5"):
+        recognise(clip, rate="8,2")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "transcribe"])
@@ -170,6 +178,7 @@ def test_the_estimate_has_a_line_for_each_rate(shared_corpus, tmp_path, capsys, 
         ({"rates": []}, "model.rates"),
         ({"rates": [4, 2]}, "rates.0"),
         ({"rate_projectors": "both"}, "rate_projectors"),
+        ({"rates": RATES, "compression": "stack"}, "set rate_projectors separate"),
     ],
     ids=str,
 )
