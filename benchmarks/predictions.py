@@ -101,7 +101,7 @@ def _triton_backward(o: Operands) -> dict[str, Callable]:
     from llama_smop.triton_kernels.partials import new_partials
 
     X = o.w2.shape[0]
-    sums = new_partials(o.dh, X, gemm_tile_rows(o.dh, X, o.dz.shape[1]), sums=1).sums
+    sums = new_partials(o.dh, X, gemm_tile_rows(o.dh, X, o.dh.shape[1], o.dz.shape[1]), sums=1).sums
     dh = partial(grouped_gemm, o.dz, o.w2, o.offs, o.dh, pre=o.h, gradient=True, activation="relu")
     return {
         "dW2": grouped_wgrad(o.dz, o.h, o.offs, torch.empty_like(o.w2)).run,

@@ -8,14 +8,17 @@ with "relu").
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llama_smop.ops import dispatch
 from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
+from llama_smop.ops import merge as _merge
 from llama_smop.ops import route as _route
-from llama_smop.ops.backend import Experts, Schedule
-from llama_smop.ops.checks import layout
+from llama_smop.ops import route_logits as _route_logits
+from llama_smop.ops.backend import Experts, Schedule, acc_dtype
+from llama_smop.ops.checks import expert_activation, layout, routing_weights
 from llama_smop.ops.operator import autocast_dtype
 from llama_smop.ops.route import Routing
 
@@ -40,6 +43,8 @@ def route(
     num_experts: int | None = None,
     modality: Tensor | None = None,
     mask: Tensor | None = None,
+    normalize_weights: bool = True,
+    weight_scale: float = 1.0,
     backend: str = "auto",
 ) -> Routing:
     """Choose K experts a token.
@@ -60,6 +65,8 @@ def route(
         num_experts: X, E or R·E; default E.
         modality: (T,) integer, 0 audio, 1 video; required when R = 2.
         mask: (T,) bool, True = real. Masked tokens are routed nowhere and count in no loss and no load figure.
+        normalize_weights: False leaves the chosen experts' probabilities as they are, w = p.
+        weight_scale: what the gate weights are multiplied with at last.
 
     Raises:
         ValueError, TypeError: a shape, size or dtype that does not fit, naming the argument.
@@ -69,7 +76,41 @@ def route(
     X = gate_weight.shape[1] if num_experts is None and gate_weight.dim() > 1 else num_experts or 0
     _route.check(x, gate_weight, modality, mask, top_k, X)
     backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, X)
-    return Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
+    r = Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
+    if normalize_weights and weight_scale == 1:
+        return r
+    routing_weights(normalize_weights, weight_scale)
+    return _route_logits.reweighted(r, X, normalize_weights, weight_scale)
+
+
+def route_logits(
+    logits: Tensor,
+    *,
+    top_k: int,
+    num_experts: int | None = None,
+    modality: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalize_weights: bool = True,
+    weight_scale: float = 1.0,
+    backend: str = "auto",
+) -> Routing:
+    """`route` from the logits on, for a router of your own: one with hidden layers, a bias, noise.
+
+    Args:
+        logits: (T, E) float; with two routers those of each token's own.
+        modality: (T,) integer, which of two routers a token's logits are of; None for one router.
+        top_k, num_experts, mask, normalize_weights, weight_scale: as in `route`.
+
+    Raises:
+        As `route`.
+    """
+    X = (logits.shape[1] if logits.dim() > 1 else 0) if num_experts is None else num_experts
+    _route_logits.check(logits, modality, mask, top_k, X)
+    routing_weights(normalize_weights, weight_scale)
+    # All that a backend makes here is the rows' order: any dtype that it has will do.
+    backend = dispatch.resolve(backend, torch.bfloat16, logits.device, top_k, X)
+    r = _route_logits.route_logits(logits, modality, mask, top_k, X, backend)
+    return _route_logits.reweighted(r, X, normalize_weights, weight_scale)
 
 
 def expert_projection(
@@ -84,6 +125,7 @@ def expert_projection(
     ln_bias: Tensor | None = None,
     *,
     activation: str = "relu",
+    gated: bool = False,
     eps: float = 1e-5,
     recompute: str | int = "none",
     schedule: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -93,6 +135,9 @@ def expert_projection(
 
         y = Σ_k w_k · LayerNorm_{e_k}(W2_{e_k} · act(W1_{e_k} x + b1_{e_k}) + b2_{e_k})
 
+    With `gated`, act(W1 x + b1) becomes act(Wg x + bg) ⊙ (Wu x + bu), where W1 holds Wg's rows and then Wu's (Shazeer,
+    "GLU Variants Improve Transformer", 2020; the layout of transformers' `gate_up_proj`).
+
     Cappellazzo et al., "Scaling and Enhancing LLM-based AVSR: A Sparse Mixture of Projectors Approach", Interspeech
     2025, arXiv 2505.14336. Products accumulate in float32, LayerNorm and the sum over K are float32.
 
@@ -100,7 +145,8 @@ def expert_projection(
         x: (T, D) float64, float32, bfloat16 or float16.
         weights: (T, K) float.
         experts: (T, K) integer in [0, X]; X skips the choice, which then contributes 0.
-        w1, b1: (X, H, D), (X, H).  w2, b2: (X, O, H), (X, O).  x's dtype; biases may be None.
+        w1, b1: (X, H, D), (X, H); (X, 2·H, D), (X, 2·H) if gated.  w2, b2: (X, O, H), (X, O).  x's dtype; biases may be
+            None.
         ln_weight, ln_bias: (X, O), or both None for no LayerNorm.
         activation: "relu", "gelu" (erf) or "silu".
         recompute: "none", "h", "z" or "hz": what backward computes again instead of keeping it. Or the bytes of h and z
@@ -116,9 +162,10 @@ def expert_projection(
         RuntimeError: the backend asked for cannot run here.
     """
     parameters, X = Experts(w1, b1, w2, b2, ln_weight, ln_bias), w1.shape[0] if w1.dim() else 0
+    activation = expert_activation(activation, gated)
     _projection.check_parameters(x, parameters, activation, recompute)
     _projection.check_choices(x, weights, experts)
-    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, weights.shape[1], X)
+    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, weights.shape[1], X, gated)
     rows = Schedule(*(_projection.schedule(experts, X, backend) if schedule is None else schedule))
     if schedule is not None:
         _projection.check_schedule(experts, X, rows)
@@ -130,7 +177,7 @@ def expert_projection(
 
 def smop(
     x: Tensor,
-    gate_weight: Tensor,
+    gate_weight: Tensor | None,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
@@ -143,6 +190,11 @@ def smop(
     modality: Tensor | None = None,
     mask: Tensor | None = None,
     activation: str = "relu",
+    gated: bool = False,
+    shared_experts: int = 0,
+    normalize_weights: bool = True,
+    weight_scale: float = 1.0,
+    router_logits: Tensor | None = None,
     eps: float = 1e-5,
     recompute: str | int = "none",
     backend: str = "auto",
@@ -153,13 +205,29 @@ def smop(
         x: (..., D); `modality` (...) integer and `mask` (...) bool share its leading dimensions.
         gate_weight: (R, E, D).  w1 (X, H, D), b1 (X, H), w2 (X, O, H), b2 (X, O), ln_weight and ln_bias (X, O), with
             JEJR: R = 1, X = E;  JEDR: R = 2, X = E;  DEDR: R = 2, X = 2·E, modality-major (expert m·E + e).
+        gated, normalize_weights, weight_scale: as in `expert_projection` and `route`.
+        shared_experts: S experts more, the last of the stacked parameters (X + S of them), through which every real
+            token goes with weight 1, whatever its modality (Dai et al., DeepSeekMoE, 2024). They are further choices in
+            the same grouped products. Losses, counts, indices and weights that are returned are of the routed ones.
+        router_logits: (..., E), of each token's own router, in place of `gate_weight`, which is then None.
 
     See `route` and `expert_projection` for the formulas, dtypes and errors.
     """
     if x.dim() == 0:
         raise ValueError("x must have shape (..., D), got a scalar")
-    routers, total = layout(sharing, gate_weight.shape[1] if gate_weight.dim() > 1 else 0)
+    if (gate_weight is None) == (router_logits is None):
+        raise ValueError("pass gate_weight, or None in its place and router_logits")
     lead = x.shape[:-1]
+    if gate_weight is not None:
+        E = gate_weight.shape[1] if gate_weight.dim() > 1 else 0
+    else:
+        assert router_logits is not None
+        if router_logits.dim() == 0 or router_logits.shape[:-1] != lead:
+            raise ValueError(
+                f"router_logits must have x's leading shape {tuple(lead)}, got {tuple(router_logits.shape)}"
+            )
+        E = router_logits.shape[-1]
+    routers, total = layout(sharing, E)
     if modality is not None:
         if modality.shape != lead:
             raise ValueError(f"modality must have x's leading shape {tuple(lead)}, got {tuple(modality.shape)}")
@@ -169,23 +237,44 @@ def smop(
             raise ValueError(f"mask must have x's leading shape {tuple(lead)}, got {tuple(mask.shape)}")
         mask = mask.reshape(-1)
     flat, parameters = x.reshape(-1, x.shape[-1]), Experts(w1, b1, w2, b2, ln_weight, ln_bias)
-    if gate_weight.dim() == 3 and gate_weight.shape[0] != routers:
-        raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
-    _route.check(flat, gate_weight, modality, mask, top_k, total)
-    if w1.dim() and w1.shape[0] != total:
-        raise ValueError(f"w1 must hold {total} experts for {sharing}, got {w1.shape[0]}")
+    if gate_weight is not None:
+        if gate_weight.dim() == 3 and gate_weight.shape[0] != routers:
+            raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
+        _route.check(flat, gate_weight, modality, mask, top_k, total)
+    else:
+        assert router_logits is not None
+        if routers == 2 and modality is None:
+            raise ValueError("modality is required with two routers: an integer for each token, 0 audio, 1 video")
+        modality = modality if routers == 2 else None
+        logits = router_logits.reshape(-1, E)
+        _route_logits.check(logits, modality, mask, top_k, total)
+    if shared_experts < 0:
+        raise ValueError(f"shared_experts must be at least 0, got {shared_experts}")
+    if w1.dim() and w1.shape[0] != total + shared_experts:
+        shared = f" with {shared_experts} shared" if shared_experts else ""
+        raise ValueError(f"w1 must hold {total + shared_experts} experts for {sharing}{shared}, got {w1.shape[0]}")
+    activation = expert_activation(activation, gated)
     _projection.check_parameters(flat, parameters, activation, recompute)
-    backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, total)
-    r = Routing(*_route.route(flat, gate_weight, modality, mask, top_k, total, backend))
+    backend = dispatch.resolve(
+        backend, autocast_dtype(x), x.device, top_k + shared_experts, total + shared_experts, gated
+    )
+    if gate_weight is not None:
+        r = Routing(*_route.route(flat, gate_weight, modality, mask, top_k, total, backend))
+    else:
+        r = _route_logits.route_logits(logits, modality, mask, top_k, total, backend)
+    if not normalize_weights or weight_scale != 1:
+        routing_weights(normalize_weights, weight_scale)
+        r = _route_logits.reweighted(r, total, normalize_weights, weight_scale)
+    chosen = _route_logits.with_shared_experts(r, total, shared_experts, backend) if shared_experts else r
     y, *_ = _projection.expert_projection(
         flat,
-        r.weights,
-        r.experts,
-        Schedule(r.order, r.inverse, r.offs),
+        chosen.weights,
+        chosen.experts,
+        Schedule(chosen.order, chosen.inverse, chosen.offs),
         parameters,
         activation,
         eps,
-        _projection.recomputed(recompute, flat, r.experts.numel(), w1, w2, activation),
+        _projection.recomputed(recompute, flat, chosen.experts.numel(), w1, w2, activation),
         backend,
     )
     return SMoPOutput(
@@ -197,6 +286,67 @@ def smop(
         router_z_loss=r.router_z_loss,
         expert_counts=r.counts.reshape(-1) if total == r.counts.numel() else r.counts.sum(0, dtype=r.counts.dtype),
     )
+
+
+def merged_projection(
+    x: Tensor,
+    router_logits: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    *,
+    modality: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "relu",
+    gated: bool = False,
+    eps: float = 1e-5,
+    recompute: str | int = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """Soft merging: one MLP a clip, whose parameters are the experts' averaged by the clip's mean probabilities.
+
+        π_b = mean over the clip's real tokens of softmax(logits),   θ_b = Σ_e π_be θ_e,   y = MLP(x; θ_b)
+
+    Muqeeth et al., "Soft Merging of Experts with Adaptive Routing", 2023, arXiv 2306.03745; as a projector Pandey et
+    al., SMEAR-MoE, 2026, arXiv 2601.19451. With a modality a clip's audio and video tokens are averaged apart, and with
+    2·E experts merge their own half. The merged parameters take one copy of an MLP a clip and modality.
+
+    Args:
+        x: (B, N, D), N tokens a clip.  router_logits: (B, N, E), of each token's own router.
+        w1 … ln_bias: as in `expert_projection`, E or 2·E experts.
+        modality: (B, N) integer, 0 audio, 1 video; required with 2·E experts.  mask: (B, N) bool, True = real.
+
+    Returns:
+        (B, N, O), 0 for masked tokens.
+
+    Raises:
+        As `expert_projection`.
+    """
+    _merge.check(x, router_logits, modality, mask, w1)
+    parameters = Experts(w1, b1, w2, b2, ln_weight, ln_bias)
+    _projection.check_parameters(
+        x.reshape(-1, x.shape[-1]), parameters, expert_activation(activation, gated), recompute
+    )
+    if x.shape[0] > (most := _merge.clips_at_once(modality)):
+        parts = [
+            merged_projection(
+                x[s], router_logits[s], *parameters, modality=None if modality is None else modality[s],
+                mask=None if mask is None else mask[s], activation=activation, gated=gated, eps=eps,
+                recompute=recompute, backend=backend,
+            )
+            for s in (slice(i, i + most) for i in range(0, x.shape[0], most))
+        ]  # fmt: skip
+        return torch.cat(parts)
+    (m1, mb1, m2, mb2, m_ln_weight, m_ln_bias), groups = _merge.merged(router_logits, modality, mask, parameters)
+    flat = x.reshape(-1, x.shape[-1])
+    y = expert_projection(
+        flat, flat.new_ones(groups.shape, dtype=acc_dtype(x.dtype)), groups, m1, mb1, m2, mb2, m_ln_weight, m_ln_bias,
+        activation=activation, gated=gated, eps=eps, recompute=recompute, backend=backend,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def grouped_mm(

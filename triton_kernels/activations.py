@@ -1,7 +1,9 @@
-"""The activations and their derivatives, in float32, for the epilogues of the GEMMs."""
+"""The activations and their derivatives, in float32, for the epilogues of the GEMMs; names of the gated ones."""
 
 import triton
 import triton.language as tl
+
+GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # of gated experts -> what the gate goes through
 
 
 @triton.jit

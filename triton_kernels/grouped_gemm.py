@@ -2,13 +2,18 @@
 
 forward    out = act(A · B_e + bias_e)                 A's rows may be gathered from the tokens in the load
 gradient   out = (A · B_e) ⊙ act'(saved)               saved: the ReLU's output, or gelu's and silu's pre-activation
+
+Gated experts have two such products, of the gate g and of what it opens for, u; B's columns are g's, then u's:
+
+forward    out = act(g) ⊙ u                            a tile holds the same columns of both: half of it g, half u
+gradient   out = (d ⊙ u ⊙ act'(g), d ⊙ act(g))         d = A · B_e, saved: g and u; out has their columns
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activation_gradient
+from .activations import GATED, activate, activation_gradient
 from .configs import gemm_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
@@ -21,9 +26,9 @@ def grouped_gemm_kernel(
     a_ptr,  # (rows, K); gathered: (T, K)
     b_ptr,  # (X, K, N), any strides
     bias_ptr,  # (X, N) or None
-    out_ptr,  # (rows, N)
-    pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient; or None
-    sums_ptr,  # (tiles of rows, 1, N) float32: sums of out over each tile's rows; or None
+    out_ptr,  # (rows, N); gated (rows, N / 2), its gradient (rows, 2·N)
+    pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient (gated: 2·N); or None
+    sums_ptr,  # (tiles of rows, 1, width of out) float32: sums of out over each tile's rows; or None
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
     offs_ptr,  # (X,) int32
     rows,
@@ -40,8 +45,9 @@ def grouped_gemm_kernel(
     ZERO_TAIL: tl.constexpr,  # write zeros to the rows past the last offset
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr,  # tiles divide N
     EVEN_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -78,8 +84,14 @@ def grouped_gemm_kernel(
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
-    b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
-    n_mask = (n < N)[None, :]
+    if GATED and not GRADIENT:  # the same columns of gate and up
+        in_half = tl.arange(0, BLOCK_N) % (BLOCK_N // 2) + tile_n * (BLOCK_N // 2)
+        column = tl.where(tl.arange(0, BLOCK_N) < BLOCK_N // 2, in_half, in_half + N // 2)
+        b_ptrs += k.to(tl.int64)[:, None] * stride_bk + column.to(tl.int64)[None, :] * stride_bn
+        n_mask = (in_half < N // 2)[None, :]
+    else:
+        b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
+        n_mask = (n < N)[None, :]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -94,7 +106,18 @@ def grouped_gemm_kernel(
         b_ptrs += BLOCK_K * stride_bk
 
     # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
-    if BLOCK_N <= 128:
+    if GATED:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        n0 = tl.arange(0, BLOCK_N // 2)
+        if GRADIENT:
+            n0 += tile_n * BLOCK_N
+            n1 = n0 + BLOCK_N // 2
+            gated_gradient(left, m, n0, end, tile_m, N, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
+            gated_gradient(right, m, n1, end, tile_m, N, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
+        else:
+            n0 += tile_n * (BLOCK_N // 2)
+            gated_forward(left, right, m, n0, end, expert, N // 2, bias_ptr, pre_ptr, out_ptr, ACTIVATION, EVEN_N)
+    elif BLOCK_N <= 128:
         mask = tile_mask(m, n, end, N, EVEN_N)
         saved = load_saved(pre_ptr, mask, m, n, N, GRADIENT)
         epilogue(acc, saved, mask, m, n, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
@@ -145,6 +168,39 @@ def epilogue(
         tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
 
 
+@triton.jit
+def gated_forward(
+    gate, up, m, n, end, expert, H, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """Columns n of the H of `out`: biases, both pre-activations stored, act(gate) ⊙ up stored."""
+    mask, row = tile_mask(m, n, end, H, EVEN_N), m.to(tl.int64)[:, None]
+    if bias_ptr is not None:
+        bias = bias_ptr + expert.to(tl.int64) * (2 * H) + n
+        gate += tl.load(bias, mask=n < H, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + H, mask=n < H, other=0.0).to(tl.float32)[None, :]
+    tl.store(pre_ptr + row * (2 * H) + n[None, :], gate, mask=mask)
+    tl.store(pre_ptr + row * (2 * H) + (n + H)[None, :], up, mask=mask)
+    tl.store(out_ptr + row * H + n[None, :], activate(gate, ACTIVATION) * up, mask=mask)
+
+
+@triton.jit
+def gated_gradient(
+    grad, m, n, end, tile_m, H, pre_ptr, sums_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """Columns n and H + n of `out`, the gradients of gate and up, from that of act(gate) ⊙ up."""
+    mask = tile_mask(m, n, end, H, EVEN_N)
+    offset = m.to(tl.int64)[:, None] * (2 * H) + n[None, :]
+    gate = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre_ptr + offset + H, mask=mask, other=0.0).to(tl.float32)
+    dgate, dup = activation_gradient(grad * up, gate, ACTIVATION), grad * activate(gate, ACTIVATION)
+    tl.store(out_ptr + offset, dgate, mask=mask)
+    tl.store(out_ptr + offset + H, dup, mask=mask)
+    if sums_ptr is not None:
+        sums = sums_ptr + tile_m.to(tl.int64) * (2 * H) + n
+        tl.store(sums, tl.sum(tl.where(mask, dgate, 0.0), 0), mask=n < H)
+        tl.store(sums + H, tl.sum(tl.where(mask, dup, 0.0), 0), mask=n < H)
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -162,18 +218,21 @@ def grouped_gemm(
     zero_tail: bool = False,
     config: TileConfig | None = None,
 ) -> Launch:
-    """One launch of out = epilogue(A · B_e).
+    """One launch of out = epilogue(A · B_e). A gated `activation` splits B's columns in two, or out's for the gradient.
 
     Args:
         a: (rows, K); with `gather`, (T, K), read through `order`.
         b: (X, K, N), any strides.
         offs: (X,) int32 cumulative ends.
-        out: (rows, N), contiguous.
-        pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from.
-        sums: (tiles, 1, N) float32: where the sums of out over each tile's rows go, tiles of `gemm_tile_rows` rows.
+        out: (rows, N), contiguous; gated (rows, N / 2), its gradient (rows, 2·N).
+        pre: (rows, N): where the pre-activation goes; with `gradient`, the saved tensor act' is taken from, of out's
+            shape.
+        sums: (tiles, 1, width of out) float32: where the sums of out over each tile's rows go, tiles of
+            `gemm_tile_rows` rows.
     """
-    (rows, N), (X, K, _) = out.shape, b.shape
-    cfg = config or _config(out, X, K)
+    rows, (X, K, N) = out.shape[0], b.shape
+    through_gate = None if activation is None else GATED.get(activation)
+    cfg = config or _config(out, X, N, K)
     tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
     return Launch(
         grouped_gemm_kernel,
@@ -183,8 +242,9 @@ def grouped_gemm(
             "TOP_K": top_k,
             "GATHER": gather,
             "ZERO_TAIL": zero_tail,
-            "ACTIVATION": activation,
+            "ACTIVATION": through_gate or activation,
             "GRADIENT": gradient,
+            "GATED": through_gate is not None,
             "PRECISION": dot_precision(a.dtype),
             "EVEN_N": N % cfg.block_n == 0,
             "EVEN_K": K % cfg.block_k == 0,
@@ -200,15 +260,15 @@ def grouped_gemm(
     )
 
 
-def gemm_tile_rows(out: Tensor, num_experts: int, k: int) -> int:
-    """Rows of the tiles in which `grouped_gemm` computes `out`, summing over k."""
-    return _config(out, num_experts, k).block_m
+def gemm_tile_rows(out: Tensor, num_experts: int, n: int, k: int) -> int:
+    """Rows of the tiles in which `grouped_gemm` computes `out` from n columns of B, summing over k."""
+    return _config(out, num_experts, n, k).block_m
 
 
-def _config(out: Tensor, num_experts: int, k: int) -> TileConfig:
-    return gemm_config(target_arch(), out.dtype, dot_precision(out.dtype), out.shape[0], num_experts, out.shape[1], k)
+def _config(out: Tensor, num_experts: int, n: int, k: int) -> TileConfig:
+    return gemm_config(target_arch(), out.dtype, dot_precision(out.dtype), out.shape[0], num_experts, n, k)
 
 
 def keeps_pre(activation: str | None) -> bool:
     """Whether act' needs the pre-activation; the ReLU's own output tells its derivative."""
-    return activation in ("gelu", "silu")
+    return activation in ("gelu", "silu", *GATED)

@@ -19,6 +19,7 @@ launches it makes. A saved tensor that was dropped costs the launch that made it
 Nothing is read back on the host.
 Every launch of an operator but its first may start while the one before it ends (`dependent_launch`).
 
+Gated experts, h = act(x·Wgᵀ) ⊙ x·Wuᵀ, take the same launches: W1 holds Wg and Wu, and dh is of both.
 Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
 
@@ -118,7 +119,7 @@ def expert_projection_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     run = Sequence()
-    h, pre = _hidden(run, x, w1, b1, activation, order, offs, weights.shape[1])
+    h, pre = _hidden(run, x, w1, b1, activation, order, offs, weights.shape[1], w2.shape[2])
     z = _output(run, h, w2, b2, offs)
     y = x.new_empty((x.shape[0], w2.shape[1]))
     mean = rstd = None
@@ -144,12 +145,12 @@ def expert_projection_bwd(
 ) -> tuple[Tensor | None, ...]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     h, pre, z, mean, rstd = saved
-    K, X = weights.shape[1], w2.shape[0]
+    K, (X, _, H) = weights.shape[1], w2.shape
     run = Sequence()
     # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
     own_h, own_z = h.numel() == 0, z.numel() == 0
     if own_h:
-        h, pre = _hidden(run, x, w1, b1, activation, order, offs, K)
+        h, pre = _hidden(run, x, w1, b1, activation, order, offs, K, H)
     if own_z:
         z = _output(run, h, w2, b2, offs)
     kept = pre if keeps_pre(activation) else h
@@ -158,13 +159,13 @@ def expert_projection_bwd(
         return torch.empty_like(parameter) if need_dparams and parameter is not None else None
 
     dw1, db1, dw2, db2, dgamma, dbeta = (gradient(p) for p in (w1, b1, w2, b2, ln_weight, ln_bias))
-    dz, dh = z if own_z else torch.empty_like(z), kept if own_h else torch.empty_like(h)
+    dz, dh = z if own_z else torch.empty_like(z), kept if own_h else torch.empty_like(kept)
     dweights = torch.empty_like(weights) if need_dweights else None
     z_sums = dh_sums = None
     if dgamma is not None or db2 is not None:
         z_sums = new_partials(z, X, combine_rows(z.shape[0]), sums=3)
     if db1 is not None:
-        dh_sums = new_partials(dh, X, gemm_tile_rows(dh, X, z.shape[1]), sums=1)
+        dh_sums = new_partials(dh, X, gemm_tile_rows(dh, X, H, z.shape[1]), sums=1)
     if ln_weight is None:
         mean = rstd = None
 
@@ -205,10 +206,10 @@ def grouped_mm(
     return out, a.new_empty(0) if pre is None else pre
 
 
-def _hidden(run, x, w1, b1, activation, order, offs, top_k) -> tuple[Tensor, Tensor | None]:
-    """h = act(x·W1ᵀ + b1) in expert order, and the pre-activation where the derivative needs it."""
-    h = x.new_empty((order.shape[0], w1.shape[1]))
-    pre = torch.empty_like(h) if keeps_pre(activation) else None
+def _hidden(run, x, w1, b1, activation, order, offs, top_k, hidden) -> tuple[Tensor, Tensor | None]:
+    """h = act(x·W1ᵀ + b1) in expert order, and the pre-activation (gated: gate, up) where the derivative needs it."""
+    h = x.new_empty((order.shape[0], hidden))
+    pre = x.new_empty((order.shape[0], w1.shape[1])) if keeps_pre(activation) else None
     run(grouped_gemm(
         x, w1.transpose(1, 2), offs, h,
         bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k,

@@ -14,7 +14,9 @@ OLDEST_ARCH = 80
 _served: dict[tuple, None] = {}  # (driver, device) found good: asking a driver takes longer than a launch
 
 
-def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+def unsupported(
+    dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int, gated: bool = False
+) -> str | None:
     """One line on why the kernels cannot serve these arguments, or None when they can."""
     if dtype not in DTYPES:
         return f"the Triton backend computes in float32, bfloat16 and float16, got {dtype}"

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class Experts(NamedTuple):
-    """Stacked parameters of X experts D → H → O. Biases may be None; so may LayerNorm's two, which may be float32."""
+    """Stacked parameters of X experts D → H → O. Biases may be None; so may LayerNorm's two, which may be float32.
+
+    Of gated experts w1 and b1 hold 2·H rows: the gate's, then those that it opens for.
+    """
 
     w1: Tensor  # (X, H, D)
     b1: Tensor | None  # (X, H)
@@ -33,7 +36,7 @@ class Saved(NamedTuple):
     """What backward needs of the forward pass, rows in expert order. What was dropped or has no use is empty."""
 
     h: Tensor  # (T·K, H) after the activation
-    pre: Tensor  # (T·K, H) before it, for gelu and silu
+    pre: Tensor  # (T·K, H) before it, for gelu and silu; (T·K, 2·H) for gated experts
     z: Tensor  # (T·K, O) before LayerNorm
     mean: Tensor  # (T·K,) LayerNorm's statistics
     rstd: Tensor  # (T·K,)
@@ -45,8 +48,10 @@ class Backend(Protocol):
     Router logits, gate weights, losses and statistics have `acc_dtype`; expert ids, counts and schedules are int32.
     """
 
-    def unsupported(self, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
-        """One line on why these arguments cannot be served, or None."""
+    def unsupported(
+        self, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int, gated: bool = False
+    ) -> str | None:
+        """One line on why these arguments cannot be served, or None. `gated`: experts with a gate."""
         ...
 
     def route_fwd(

@@ -1,6 +1,7 @@
 """Checks of arguments: each error is one line that names the argument. Nothing here reads a value on a GPU, except
 under LLAMA_SMOP_DEBUG=1."""
 
+import math
 import os
 from itertools import pairwise
 
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("relu", "gelu", "silu")
+# Names of gated experts' activations (Shazeer, "GLU Variants Improve Transformer", 2020) -> what the gate goes through.
+GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+_GATED_NAMES = {activation: name for name, activation in GATED.items()}
 RECOMPUTE = ("none", "h", "z", "hz")
 SHARINGS = ("JEJR", "JEDR", "DEDR")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -92,6 +96,22 @@ def options(activation: str, recompute: str | int) -> None:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if recompute not in RECOMPUTE and not (type(recompute) is int and recompute >= 0):
         raise ValueError(f"recompute must be one of {RECOMPUTE} or a number of bytes to keep, got {recompute!r}")
+
+
+def expert_activation(activation: str, gated: bool) -> str:
+    """The name that the operators know: `activation` itself, or that of its gated form."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {ACTIVATIONS} (gated experts: with gated=True), got {activation!r}"
+        )
+    return _GATED_NAMES[activation] if gated else activation
+
+
+def routing_weights(normalize: bool, scale: float) -> None:
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize_weights must be True or False, got {normalize!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"weight_scale must be a number above 0, got {scale!r}")
 
 
 def debug() -> bool:

@@ -36,13 +36,15 @@ def module(name: str) -> Backend:
         raise ImportError(f"the Triton backend needs triton ({error}); pip install 'llama-smop[gpu]'") from error
 
 
-def unsupported(name: str, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+def unsupported(
+    name: str, dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int, gated: bool = False
+) -> str | None:
     """One line on why backend `name` cannot serve these arguments, or None when it can."""
     try:
         backend = module(name)
     except ImportError as error:
         return str(error)
-    return backend.unsupported(dtype, device, top_k, num_experts)
+    return backend.unsupported(dtype, device, top_k, num_experts, gated)
 
 
 def _auto_candidates(device: torch.device) -> tuple[str, ...]:
@@ -68,7 +70,9 @@ def _first_use(name: str, dtype: torch.dtype, device: torch.device, top_k: int, 
     return trust.checked(name, module(name), dtype, device)
 
 
-def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int = 1, num_experts: int = 1) -> str:
+def resolve(
+    backend: str, dtype: torch.dtype, device: torch.device, top_k: int = 1, num_experts: int = 1, gated: bool = False
+) -> str:
     """The name of the backend that will run.
 
     Raises:
@@ -80,13 +84,13 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device, top_k: int =
             trusted = name == "torch" or trust.known.get((name, dtype, device))
             if trusted is None:
                 trusted = _first_use(name, dtype, device, top_k, num_experts)
-            if trusted and unsupported(name, dtype, device, top_k, num_experts) is None:
+            if trusted and unsupported(name, dtype, device, top_k, num_experts, gated) is None:
                 return name
         raise RuntimeError(f"no backend can serve dtype {dtype} on device {device}")
     if backend not in BACKENDS:
         check_backend(backend)
     try:
-        reason = module(backend).unsupported(dtype, device, top_k, num_experts)
+        reason = module(backend).unsupported(dtype, device, top_k, num_experts, gated)
     except ImportError as error:
         reason = str(error)
     if reason is not None:

@@ -1,7 +1,11 @@
 """`smop::expert_projection`: every token through its K experts, LayerNorm, gate weight, sum; and `smop::schedule`.
 
 Kept for backward: x, h (after the ReLU: it is the mask and the operand of dW2), z, mean and rstd, the routing and the
-weights themselves. `recompute` drops h or z and pays one grouped GEMM in backward; the routing is never recomputed.
+weights themselves; gelu, silu and gated experts also keep what came before the activation. `recompute` drops h or z and
+pays one grouped GEMM in backward; the routing is never recomputed.
+
+Gated experts are an activation of the first product's two halves: with "reglu", "geglu" and "swiglu" W1 is (X, 2·H, D),
+gate rows first, as in transformers' `gate_up_proj`.
 """
 
 from typing import NamedTuple
@@ -41,11 +45,18 @@ def check_parameters(x: Tensor, parameters: Experts, activation: str, recompute:
     w1, b1, w2, b2, ln_weight, ln_bias = parameters
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight and ln_bias go together: pass both, or neither for no LayerNorm")
-    checks.tensors(
-        ("x", x, "TD"), ("w1", w1, "XHD"), ("w2", w2, "XOH"), ("b1", b1, "XH"), ("b2", b2, "XO"),
+    gated = activation in checks.GATED
+    sizes = checks.tensors(
+        ("x", x, "TD"), ("w1", w1, "XFD" if gated else "XHD"), ("w2", w2, "XOH"),
+        ("b1", b1, "XF" if gated else "XH"), ("b2", b2, "XO"),
         ("ln_weight", ln_weight, "XO"), ("ln_bias", ln_bias, "XO"),
     )  # fmt: skip
-    checks.options(activation, recompute)
+    if gated and sizes["F"] != 2 * sizes["H"]:
+        raise ValueError(
+            f"w1 of gated experts must hold gate and up rows, (X, 2·H, D) with H = {sizes['H']} as in w2, "
+            f"got {tuple(w1.shape)}"
+        )
+    checks.options(checks.GATED.get(activation, activation), recompute)
 
 
 def recomputed(recompute: str | int, x: Tensor, choices: int, w1: Tensor, w2: Tensor, activation: str) -> str:
@@ -55,11 +66,12 @@ def recomputed(recompute: str | int, x: Tensor, choices: int, w1: Tensor, w2: Te
     """
     if isinstance(recompute, str):
         return recompute
-    (_, H, D), O = w1.shape, w2.shape[1]
+    (_, first, D), (_, O, H) = w1.shape, w2.shape
     row_bytes = choices * autocast_dtype(x).itemsize
-    h, z = row_bytes * H * (1 if activation == "relu" else 2), row_bytes * O
+    h, z = row_bytes * (H if activation == "relu" else H + first), row_bytes * O
     kept = {"none": h + z, "h": z, "z": h}
-    for name in ("none", "h", "z") if D <= O else ("none", "z", "h"):  # h takes H·D a row to compute again, z H·O
+    # To compute h again takes D·H a row, twice that when gated; z takes H·O.
+    for name in ("none", "h", "z") if D * first <= O * H else ("none", "z", "h"):
         if kept[name] <= recompute:
             return name
     return "hz"
@@ -115,12 +127,12 @@ def _contiguous(tensors: tuple) -> list:
 
 def _fake(x, weights, experts, schedule, parameters, activation, eps, recompute, backend) -> tuple[Tensor, ...]:
     _check_dtypes(x, parameters)
-    (T, K), (_, H, _), O = weights.shape, parameters.w1.shape, parameters.w2.shape[1]
+    (T, K), (_, O, H) = weights.shape, parameters.w2.shape
     stats = x.new_empty(0 if parameters.ln_weight is None else T * K, dtype=acc_dtype(x.dtype))
     return (
         x.new_empty(T, O),
         x.new_empty(T * K, H),
-        x.new_empty((0,) if activation == "relu" else (T * K, H)),
+        x.new_empty((0,) if activation == "relu" else (T * K, parameters.w1.shape[1])),
         x.new_empty(T * K, O),
         stats,
         torch.empty_like(stats),

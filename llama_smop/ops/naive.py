@@ -16,7 +16,16 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
+    # Gated: the first half of the values is the gate, the second what it opens for.
+    "reglu": lambda v: F.relu(v[: len(v) // 2]) * v[len(v) // 2 :],
+    "geglu": lambda v: F.gelu(v[: len(v) // 2]) * v[len(v) // 2 :],
+    "swiglu": lambda v: F.silu(v[: len(v) // 2]) * v[len(v) // 2 :],
 }
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each token over the root of its mean square, scaled (Zhang and Sennrich, 2019). x (T, D), weight (D,)."""
+    return torch.stack([weight * t / (t.square().sum() / len(t) + eps).sqrt() for t in x]) if len(x) else x
 
 
 class NaiveRouting(NamedTuple):
@@ -32,15 +41,23 @@ class NaiveRouting(NamedTuple):
 
 def route(
     x: Tensor,
-    gate_weight: Tensor,
+    gate_weight: Tensor | None,
     modality: Tensor | None,
     mask: Tensor | None,
     top_k: int,
     num_experts: int,
     experts: Tensor | None = None,
+    *,
+    normalize_weights: bool = True,
+    weight_scale: float = 1.0,
+    balance_form: str | None = "switch",
 ) -> NaiveRouting:
-    """Route each token. `experts` (T, K) fixes the choice, for inputs where rounding may tip a near tie."""
-    T, (R, E, _) = x.shape[0], gate_weight.shape
+    """Route each token. `experts` (T, K) fixes the choice, for inputs where rounding may tip a near tie.
+
+    `gate_weight` None: x holds the logits (T, E), of two routers if there is a modality.
+    """
+    T = x.shape[0]
+    R, E = ((1 if modality is None else 2), x.shape[1]) if gate_weight is None else gate_weight.shape[:2]
     all_logits, all_weights, all_experts = [], [], []
     members: list[list] = [[] for _ in range(R)]  # (chosen, probabilities, logsumexp) of each router's real tokens
     for t in range(T):
@@ -51,7 +68,7 @@ def route(
             continue
         m = 0 if modality is None or R == 1 else int(modality[t])
         shift = m * E if num_experts == 2 * E and R == 2 else 0
-        logits = gate_weight[m] @ x[t]
+        logits = x[t] if gate_weight is None else gate_weight[m] @ x[t]
         p = logits.softmax(0)
         if experts is None:
             chosen = sorted(range(E), key=lambda e: (-float(p[e].detach()), e))[:top_k]
@@ -59,7 +76,7 @@ def route(
             chosen = [int(e) - shift for e in experts[t]]
         w = torch.stack([p[e] for e in chosen])
         all_logits.append(logits)
-        all_weights.append(w / w.sum())
+        all_weights.append(weight_scale * (w / w.sum() if normalize_weights else w))
         all_experts.append([e + shift for e in chosen])
         members[m].append((chosen, p, logits.logsumexp(0)))
 
@@ -72,7 +89,9 @@ def route(
         if tokens:
             n = len(tokens)
             mean_p = torch.stack([p for _, p, _ in tokens]).sum(0) / n
-            balance.append(E * (counts[r].to(x.dtype) / n * mean_p).sum())
+            switch = E * (counts[r].to(x.dtype) / n * mean_p).sum()
+            mse = (mean_p - 1 / E).square().sum()
+            balance.append({"switch": switch, "mse": mse, None: x.new_zeros(())}[balance_form])
             z.append(torch.stack([lse**2 for _, _, lse in tokens]).sum() / n)
     none = x.new_zeros(())
     return NaiveRouting(
@@ -117,6 +136,56 @@ def expert_projection(
             total = total + weights[t, k] * z
         y.append(total)
     return torch.stack(y) if T else x.new_zeros(0, O)
+
+
+def with_shared_experts(weights: Tensor, experts: Tensor, num_experts: int, shared: int) -> tuple[Tensor, Tensor]:
+    """(weights, experts) with `shared` choices more of weight 1: experts X, X + 1, … of every token that is routed."""
+    all_weights, all_experts = [], []
+    for t in range(len(experts)):
+        routed = int(experts[t, 0]) < num_experts
+        ids = [num_experts + s if routed else num_experts + shared for s in range(shared)]
+        chosen = [int(e) if routed else num_experts + shared for e in experts[t]]
+        all_weights.append(torch.cat([weights[t], weights.new_full((shared,), float(routed))]))
+        all_experts.append(torch.tensor(chosen + ids))
+    return torch.stack(all_weights), torch.stack(all_experts)
+
+
+def merged_projection(
+    x: Tensor,
+    logits: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    parameters: tuple,
+    activation: str = "relu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Soft merging (Muqeeth et al., "Soft Merging of Experts with Adaptive Routing", 2023), by clip.
+
+        π_b = mean over the clip's real tokens of softmax(logits),  θ_b = Σ_e π_be θ_e,  y = MLP(x; θ_b)
+
+    x (B, T, D), logits (B, T, E). With a modality, a clip's audio and video tokens are averaged apart; where there are
+    2·E experts, video's are the second half. `parameters`: those of `Experts`, X experts.
+    """
+    B, T, E = logits.shape
+    X, O = parameters[2].shape[:2]
+    y = x.new_zeros(B, T, O)
+    for b in range(B):
+        for m in (0, 1) if modality is not None else (0,):
+            tokens = [
+                t for t in range(T) if (mask is None or mask[b, t]) and (modality is None or int(modality[b, t]) == m)
+            ]
+            if not tokens:
+                continue
+            pi = torch.stack([logits[b, t].softmax(0) for t in tokens]).sum(0) / len(tokens)
+            first = m * E if X == 2 * E else 0
+            w1, b1, w2, b2, ln_weight, ln_bias = (
+                None if p is None else torch.stack([pi[e] * p[first + e] for e in range(E)]).sum(0, keepdim=True)
+                for p in parameters
+            )
+            ones, zeros = x.new_ones(len(tokens), 1), torch.zeros(len(tokens), 1, dtype=torch.int64)
+            part = expert_projection(x[b, tokens], ones, zeros, w1, b1, w2, b2, ln_weight, ln_bias, activation, eps)
+            y = y.index_put((torch.full((len(tokens),), b), torch.tensor(tokens)), part)
+    return y
 
 
 def schedule(experts: Tensor, num_experts: int) -> tuple[list[int], list[int], list[int]]:

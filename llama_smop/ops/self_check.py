@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from llama_smop.ops import naive
+from llama_smop.ops import checks, naive
 from llama_smop.ops.backend import Backend, Experts, Saved, Schedule
 from llama_smop.ops.checks import layout
 
@@ -77,6 +77,7 @@ def make(
     """Synthetic unit-scale tensors, exact in the model's dtype. `skew` draws every token to expert 0 of its router."""
     g = torch.Generator().manual_seed(seed)
     D, H, O, E, X, R = model.D, model.H, model.O, model.E, model.X, model.routers
+    F = 2 * H if model.activation in checks.GATED else H
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=g) * scale
@@ -94,8 +95,8 @@ def make(
         modality=(torch.rand(tokens, generator=g) < video).to(torch.int32) if R == 2 else None,
         mask=torch.rand(tokens, generator=g) >= masked,
         gate_weight=param(gate),
-        w1=param(randn(X, H, D, scale=D**-0.5)),
-        b1=param(randn(X, H, scale=0.5), model.biases),
+        w1=param(randn(X, F, D, scale=D**-0.5)),
+        b1=param(randn(X, F, scale=0.5), model.biases),
         w2=param(randn(X, O, H, scale=H**-0.5)),
         b2=param(randn(X, O, scale=0.5), model.biases),
         ln_weight=param(1 + randn(X, O, scale=0.2), model.layer_norm, ln_dtype),

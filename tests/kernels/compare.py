@@ -21,6 +21,9 @@ MODELS = {
     "jedr-silu": Model(40, 56, 24, E=5, K=3, sharing="JEDR", activation="silu", layer_norm=False, dtype=fp32),
     "all-active": Model(33, 24, 50, E=3, K=3, sharing="JEJR", dtype=bf16, layer_norm_dtype=fp32),
     "many-experts": Model(16, 24, 24, E=64, K=4, dtype=fp16),
+    "dedr-swiglu": Model(48, 72, 40, E=4, K=2, activation="swiglu"),
+    "jejr-geglu": Model(37, 51, 29, E=3, K=1, sharing="JEJR", activation="geglu", biases=False, dtype=fp16),
+    "jedr-reglu": Model(40, 56, 24, E=5, K=3, sharing="JEDR", activation="reglu", layer_norm=False, dtype=fp32),
     "one-expert": Model(64, 96, 32, E=1, K=1, sharing="JEJR"),
 }
 

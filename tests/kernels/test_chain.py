@@ -12,8 +12,9 @@ from tests.kernels.compare import MODELS, check, fp16, skip_unless_served
 from tests.kernels.runners import poisoned_memory, triton_params
 
 EVERY_MODEL = triton_params(
-    ("dedr-relu", 80, 90), ("jejr-gelu", 90), ("jedr-silu", 80), ("all-active", 80), ("many-experts", 90)
-)
+    ("dedr-relu", 80, 90), ("jejr-gelu", 90), ("jedr-silu", 80), ("all-active", 80), ("many-experts", 90),
+    ("dedr-swiglu", 80, 90), ("jejr-geglu", 90), ("jedr-reglu", 80),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("runner", "name"), EVERY_MODEL)
@@ -51,7 +52,9 @@ def test_each_bias_and_layer_norm_may_be_absent(runner, absent):
         check(runner, model, replace(make(model, 70, seed=9, masked=0.1), **dict.fromkeys(absent)))
 
 
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 80, 90), ("jejr-gelu", 90)))
+@pytest.mark.parametrize(
+    ("runner", "name"), triton_params(("dedr-relu", 80, 90), ("jejr-gelu", 90), ("dedr-swiglu", 90))
+)
 @pytest.mark.parametrize("recompute", ["h", "z", "hz"])
 def test_recompute_gives_the_same_bits(runner, name, recompute):
     model = MODELS[name]

@@ -22,7 +22,11 @@ def extension() -> ModuleType:
         ) from error
 
 
-def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+def unsupported(
+    dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int, gated: bool = False
+) -> str | None:
+    if gated:
+        return "the CUDA backend has no gated experts; use the Triton backend"
     try:
         ext = extension()
     except ImportError as error:

@@ -14,11 +14,14 @@ from torch import Tensor
 from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype
 from llama_smop.ops.backends import cpu_memory
 from llama_smop.ops.backends.cpu_products import linear, outer, product_dtype
+from llama_smop.ops.checks import GATED
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
-def unsupported(dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int) -> str | None:
+def unsupported(
+    dtype: torch.dtype, device: torch.device, top_k: int, num_experts: int, gated: bool = False
+) -> str | None:
     return None
 
 
@@ -217,7 +220,7 @@ def expert_projection_bwd(
                 dln_weight[e], dln_bias[e] = dgamma, dbeta
         dz, h_rows = dz.to(product), h[s].to(product)
         dh = linear(dz, w2[e].t())
-        dh = _activation_backward(dh, h_rows, pre[s].to(product) if pre.numel() else pre, activation)
+        dh = _activation_backward(dh, h_rows, pre[s].to(product) if pre.numel() else pre, activation)  # of W1's rows
         if need_dparams:
             outer(dz, h_rows, out=dw2[e])
             outer(dh, x.index_select(0, tokens), out=dw1[e])
@@ -256,7 +259,7 @@ def _segments(offs: Tensor, rows: int) -> list[tuple[int, slice]]:
 def _expert_hidden(x, order, offs, top_k, w1, b1, activation) -> tuple[Tensor, Tensor]:
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     segments = _segments(offs, order.shape[0])
-    h = cpu_memory.empty((order.shape[0], w1.shape[1]), x)
+    h = cpu_memory.empty((order.shape[0], w1.shape[1]), x)  # gated: gate and up
     if segments:
         x_rows = x.index_select(0, order[: segments[-1][1].stop].long() // top_k)
         for e, rows in segments:
@@ -276,12 +279,19 @@ def _expert_output(h: Tensor, segments, w2: Tensor, b2: Tensor | None) -> Tensor
 def _activate(x: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return x
+    if activation in GATED:
+        gate, up = x.chunk(2, -1)
+        return _activate(gate, GATED[activation]).mul_(up)
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x) if activation == "gelu" else F.silu(x)
 
 
 def _activation_backward(grad: Tensor, h: Tensor, pre: Tensor, activation: str) -> Tensor:
+    if activation in GATED:
+        gate, up = pre.chunk(2, -1)
+        through = _activation_backward(grad * up, gate, gate, GATED[activation])
+        return torch.cat((through, grad * _activate(gate, GATED[activation])), -1)
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, h, 0)
     if activation == "gelu":
