@@ -107,15 +107,14 @@ def grouped_gemm_kernel(
 
     # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
     if GATED:
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        n0 = tl.arange(0, BLOCK_N // 2)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         if GRADIENT:
-            n0 += tile_n * BLOCK_N
-            n1 = n0 + BLOCK_N // 2
+            n0 = tile_n * BLOCK_N
             gated_gradient(left, m, n0, end, tile_m, N, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
-            gated_gradient(right, m, n1, end, tile_m, N, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
+            n0 += BLOCK_N // 2
+            gated_gradient(right, m, n0, end, tile_m, N, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
         else:
-            n0 += tile_n * (BLOCK_N // 2)
+            n0 = tile_n * (BLOCK_N // 2)
             gated_forward(left, right, m, n0, end, expert, N // 2, bias_ptr, pre_ptr, out_ptr, ACTIVATION, EVEN_N)
     elif BLOCK_N <= 128:
         mask = tile_mask(m, n, end, N, EVEN_N)
@@ -169,10 +168,25 @@ def epilogue(
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def gated_forward(
-    gate, up, m, n, end, expert, H, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
+    gate, up, m, n0, end, expert, H, bias_ptr, pre_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
 ):
-    """Columns n of the H of `out`: biases, both pre-activations stored, act(gate) ⊙ up stored."""
+    """Columns of the H of `out` from n0 on: biases, both pre-activations stored, act(gate) ⊙ up stored."""
+    ROWS: tl.constexpr = gate.shape[0]
+    COLUMNS: tl.constexpr = gate.shape[1]
+    if COLUMNS > 64:  # more at once takes more registers than there are
+        g0, g1 = halves(gate, ROWS, COLUMNS)
+        u0, u1 = halves(up, ROWS, COLUMNS)
+        gated_forward(g0, u0, m, n0, end, expert, H, bias_ptr, pre_ptr, out_ptr, ACTIVATION, EVEN_N)
+        n0 += COLUMNS // 2
+        gated_forward(g1, u1, m, n0, end, expert, H, bias_ptr, pre_ptr, out_ptr, ACTIVATION, EVEN_N)
+        return
+    n = n0 + tl.arange(0, COLUMNS)
     mask, row = tile_mask(m, n, end, H, EVEN_N), m.to(tl.int64)[:, None]
     if bias_ptr is not None:
         bias = bias_ptr + expert.to(tl.int64) * (2 * H) + n
@@ -185,9 +199,18 @@ def gated_forward(
 
 @triton.jit
 def gated_gradient(
-    grad, m, n, end, tile_m, H, pre_ptr, sums_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
+    grad, m, n0, end, tile_m, H, pre_ptr, sums_ptr, out_ptr, ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr
 ):
-    """Columns n and H + n of `out`, the gradients of gate and up, from that of act(gate) ⊙ up."""
+    """Columns n0 and H + n0 of `out` and on, the gradients of gate and up, from that of act(gate) ⊙ up."""
+    ROWS: tl.constexpr = grad.shape[0]
+    COLUMNS: tl.constexpr = grad.shape[1]
+    if COLUMNS > 64:
+        left, right = halves(grad, ROWS, COLUMNS)
+        gated_gradient(left, m, n0, end, tile_m, H, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
+        n0 += COLUMNS // 2
+        gated_gradient(right, m, n0, end, tile_m, H, pre_ptr, sums_ptr, out_ptr, ACTIVATION, EVEN_N)
+        return
+    n = n0 + tl.arange(0, COLUMNS)
     mask = tile_mask(m, n, end, H, EVEN_N)
     offset = m.to(tl.int64)[:, None] * (2 * H) + n[None, :]
     gate = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from llama_smop.ops import checks
 from llama_smop.ops.backend import Experts, acc_dtype
+from llama_smop.ops.router_network import check_modality
 
 
 def check(x: Tensor, logits: Tensor, modality: Tensor | None, mask: Tensor | None, w1: Tensor) -> None:
@@ -20,8 +21,7 @@ def check(x: Tensor, logits: Tensor, modality: Tensor | None, mask: Tensor | Non
         raise ValueError(
             "modality is required where audio and video have experts each: (B, N) integer, 0 audio, 1 video"
         )
-    if modality is not None:
-        checks.in_range("modality", modality, 0, 1)
+    check_modality(modality)
 
 
 MAX_GROUPS = 128  # experts that every backend takes

@@ -6,6 +6,13 @@ from torch import Tensor
 
 from llama_smop.ops import checks
 from llama_smop.ops.backend import acc_dtype
+from llama_smop.ops.operator import is_plain
+
+
+def check_modality(modality: Tensor | None) -> None:
+    """Raise IndexError for a modality other than 0 and 1, where values may be read and there are any."""
+    if modality is not None and is_plain((modality,)):
+        checks.in_range("modality", modality, 0, 1)
 
 
 def router_logits(
@@ -41,8 +48,7 @@ def router_logits(
         elif modality is None:
             raise ValueError("modality is required with two routers: an integer for each token, 0 audio, 1 video")
         else:
-            if not torch.compiler.is_compiling():
-                checks.in_range("modality", modality, 0, R - 1)
+            check_modality(modality)
             own = modality.long()[..., None, None].expand(*modality.shape, 1, E)
             logits = logits.gather(-2, own)[..., 0, :]
         if jitter:
