@@ -150,7 +150,7 @@ class SMoPProjector(StackedMLPs):
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.top_k, self.sharing = num_experts, top_k, sharing
         self.activation, self.backend, self.eps, self.recompute = activation, backend, eps, recompute
-        self.global_aux_losses, self.form = global_aux_losses, form
+        self.global_aux_losses, self.form, self.routed_experts = global_aux_losses, form, X
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:

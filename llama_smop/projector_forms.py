@@ -1,7 +1,8 @@
 """Which of the sparse projectors in use a `SMoPProjector` is: the options beyond the paper's, and their checks."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 INPUT_NORMS = (None, "rms", "layer")
 ROUTERS = ("linear", "mlp")
@@ -54,6 +55,12 @@ class SMoPForm(NamedTuple):
     def described(self) -> list[str]:
         """name=value of all that differs from the paper's."""
         return [f"{n}={v!r}" for n, v in self._asdict().items() if v != getattr(PAPER, n)]
+
+    @classmethod
+    def of(cls, settings: Any) -> "SMoPForm":
+        """The options among the attributes of a configuration, or the entries of a mapping; the paper's where none."""
+        known = settings if isinstance(settings, Mapping) else vars(settings)
+        return cls(**{name: known[name] for name in cls._fields if name in known})
 
     @property
     def needs_logits(self) -> bool:

@@ -19,6 +19,7 @@ LAYERS = (
     "triton_kernels",
     "ops",
     "functional",
+    "projector_forms",
     "projector",
     "doctor",
     "integrations",

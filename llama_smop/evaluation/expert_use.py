@@ -13,12 +13,13 @@ def expert_activation(
     model: LlamaSmopForConditionalGeneration, processor: LlamaSmopProcessor, data: Lrs3Dataset
 ) -> dict | None:
     """Each modality's share of choices by expert over clips with all of the model's streams, at its default rate, and
-    which experts each modality can choose; None for a dense projector."""
-    projector = model.projector_at()
-    if model.config.projector_config.kind != "smop":
+    which experts each modality can choose; None for a projector that chooses none: a dense one, or one that merges its
+    experts. Experts that all tokens share are not counted."""
+    projector, settings = model.projector_at(), model.config.projector_config
+    if settings.kind != "smop" or settings.merge:
         return None
     present = tuple(model.config.modalities)
-    X, E = projector.w1.shape[0], projector.num_experts
+    X, E = projector.routed_experts, projector.num_experts
     counts = torch.zeros(2, X, dtype=torch.long)
     for index in range(len(data)):
         item = data[index]

@@ -196,10 +196,21 @@ def parameter_counts(kind: Any, config: LlamaSmopConfig) -> tuple[dict[str, tupl
     for projector in model.projectors[1:]:  # a token passes the projector of its rate
         idle += sum(parameter.numel() for parameter in projector.parameters())
     for name, parameter in model.projector_at().named_parameters():
-        used = config.projector_config.top_k if config.projector_config.kind == "smop" else 1
-        used = 1 if "gate" in name else used
-        idle += parameter.numel() // parameter.shape[0] * (parameter.shape[0] - used)
+        stacked = parameter.shape[0]  # experts, routers or modalities
+        if name.startswith(("gate_", "router_")) or config.projector_config.kind == "dense":
+            used = 1
+        elif name.startswith("input_") or config.projector_config.merge:
+            used = stacked
+        else:
+            used = config.projector_config.top_k + config.projector_config.shared_experts
+        idle += parameter.numel() // stacked * (stacked - used)
     return counts, sum(number for number, _ in counts.values()) - idle
+
+
+def _mixture(config: LlamaSmopConfig) -> str:
+    projector = config.projector_config
+    experts = f"{projector.num_experts} experts, top {projector.top_k}"
+    return ", ".join(["sparse mixture", config.projector_sharing, experts, *projector.form.described()])
 
 
 def _part(config: LlamaSmopConfig, part: str) -> str:
@@ -211,11 +222,7 @@ def _part(config: LlamaSmopConfig, part: str) -> str:
             f"AV-HuBERT, {_size(config.video_config.num_hidden_layers, config.video_config.hidden_size)}"
         ),
         "multi_modal_projector": lambda: (
-            (
-                f"sparse mixture, {config.projector_sharing}, {projector.num_experts} experts, top {projector.top_k}"
-                if projector.kind == "smop"
-                else "dense, one for each modality"
-            )
+            (_mixture(config) if projector.kind == "smop" else "dense, one for each modality")
             + (", one for each rate" if config.separate_projectors else "")
         ),
         "language_model": lambda: (

@@ -19,6 +19,7 @@ from llama_smop.models.units import (
     STREAMS,
 )
 from llama_smop.ops import checks, dispatch
+from llama_smop.projector_forms import PAPER, SMoPForm
 
 SHARED_EXPERTS = ("JEJR", "JEDR")
 MARKER_FIELDS = SPECIAL_TOKEN_FIELDS[1:]  # all but the pad token's
@@ -90,7 +91,10 @@ class AvHubertVideoConfig(PreTrainedConfig):
 
 
 class ProjectorConfig(PreTrainedConfig):
-    """The projector: `kind` "smop" (the sparse mixture) or "dense" (Llama-AVSR's, one MLP for each modality)."""
+    """The projector: `kind` "smop" (the sparse mixture) or "dense" (Llama-AVSR's, one MLP for each modality).
+
+    What follows `recompute` are the options of `SMoPProjector` beyond the paper's; a dense projector has none of them.
+    """
 
     model_type = "smop_projector"
 
@@ -103,6 +107,17 @@ class ProjectorConfig(PreTrainedConfig):
     layer_norm: bool = True
     backend: str = "auto"
     recompute: str | int = "none"
+    shared_experts: int = 0
+    input_norm: str | None = None
+    gated: bool = False
+    normalize_weights: bool = True
+    weight_scale: float = 1.0
+    router: str = "linear"
+    router_hidden: int = 512
+    router_bias: bool = False
+    router_jitter: float = 0.0
+    balance: str | None = "switch"
+    merge: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -122,6 +137,18 @@ class ProjectorConfig(PreTrainedConfig):
             raise ValueError(
                 f"projector_config.top_k must lie in [1, num_experts] = [1, {self.num_experts}], got {self.top_k}"
             )
+        check.whole(self, part, shared_experts=(0, 4096), router_hidden=(1, 2**20))
+        try:
+            self.form.check()
+        except ValueError as error:
+            raise ValueError(f"{part}{error}") from None
+        if self.kind == "dense" and self.form != PAPER:
+            options = ", ".join(self.form.described())
+            raise ValueError(f"projector_config: {options} is for kind smop; a dense projector has no such options")
+
+    @property
+    def form(self) -> SMoPForm:
+        return SMoPForm.of(self)
 
 
 class LlamaSmopConfig(PreTrainedConfig):

@@ -358,6 +358,7 @@ def _projector(config: LlamaSmopConfig, rate: Rate) -> nn.Module:
         top_k=settings.top_k,
         sharing=config.projector_sharing,
         **common,
+        **settings.form._asdict(),
     )
 
 

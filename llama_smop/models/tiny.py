@@ -9,6 +9,7 @@ from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGenerat
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.tokenizer import token_ids, word_tokenizer
 from llama_smop.models.units import STREAMS, WHISPER_RATE
+from llama_smop.projector_forms import SMoPForm
 
 
 def build_tiny(
@@ -35,7 +36,7 @@ def build_tiny(
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
 
-    settings: further fields of `LlamaSmopConfig`.
+    settings: further fields of `ProjectorConfig` (its activation, norm and form) and of `LlamaSmopConfig`.
 
     The initial scales (Whisper 0.12, Llama 0.08) matter: at the usual 0.02 such a model stays near chance for minutes.
     Parameters are drawn from torch's generator: seed it for the same model twice.
@@ -43,6 +44,7 @@ def build_tiny(
     tokenizer = word_tokenizer(words)
     ids = token_ids(tokenizer)
     own_ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    form = {n: settings.pop(n) for n in ("activation", "layer_norm", *SMoPForm._fields) if n in settings}
     config = LlamaSmopConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
@@ -92,6 +94,7 @@ def build_tiny(
             hidden_features=hidden_features,
             backend=backend,
             recompute=recompute,
+            **form,
         ),
         modalities=modalities,
         rate_audio=rate_audio,

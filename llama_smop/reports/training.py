@@ -8,6 +8,7 @@ import yaml
 
 from llama_smop import files
 from llama_smop.models.rates import rate_text
+from llama_smop.projector_forms import SMoPForm
 from llama_smop.reports import plots
 from llama_smop.reports.html import facts, picture, shown, wer_table, write_page
 
@@ -80,6 +81,7 @@ def _header(run: Path, config: dict, log: list[dict]) -> str:
         f"{projector['sharing']}, {projector['num_experts']} experts, top {projector['top_k']}"
         if projector["kind"] == "smop"
         else "dense projector",
+        *SMoPForm.of(projector).described(),
     ]
     steps, seconds = (
         log[-1]["step"],

@@ -30,6 +30,20 @@ class ProjectorSection(Section):
     backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
     # Activations that backward computes again instead of keeping them; or how many bytes of them may be kept.
     recompute: Literal["none", "h", "z", "hz"] | Annotated[int, Field(ge=0)] = "none"
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    layer_norm: bool = True
+    # The forms of other papers and codes: docs/operators.md. A dense projector has none of them.
+    shared_experts: int = Field(0, ge=0)
+    input_norm: Literal["rms", "layer"] | None = None
+    gated: bool = False
+    normalize_weights: bool = True
+    weight_scale: float = Field(1.0, gt=0)
+    router: Literal["linear", "mlp"] = "linear"
+    router_hidden: int = Field(512, ge=1)
+    router_bias: bool = False
+    router_jitter: float = Field(0.0, ge=0, lt=1)
+    balance: Literal["switch", "mse"] | None = "switch"
+    merge: Literal["utterance"] | None = None
 
 
 class TinySection(Section):
