@@ -1,44 +1,35 @@
 """`replace_experts`: swap the mixtures of a finished model for the fast one, weights, state-dict keys and all.
 
-The known shape is a gate `Linear` without bias beside a `ModuleList` of
-`Sequential(Linear, ReLU | GELU | SiLU, Linear[, LayerNorm])`, called with hidden states (..., D) and returning
-`(output (..., O), router_logits (tokens, E))`; the authors' release of Llama-SMoP is exactly that. Whether a module of
-that shape also computes the same function is not guessed but tried: both run on a few random tokens, and a module whose
-numbers differ is left alone.
+A mixture is a router, `Linear` or `Linear, ReLU, Linear`, beside a `ModuleList` of MLPs: two layers with ReLU, GELU or
+SiLU between them, or with a gate, and perhaps a LayerNorm at their end. There may be an expert more that all tokens
+share, a norm of the input, convolutions before it, and neighbouring frames stacked into a token. It returns
+`(output (..., O), router_logits (tokens, E))`, or the output alone. The authors' release of Llama-SMoP is of that
+shape, and so are the mixtures of tiny-audio and of MOSA.
+
+Whether a module of such a shape computes one of the functions that are here is not guessed but tried: both run on a few
+random tokens, in eval and in training mode, and a module whose numbers differ is left alone.
 """
 
+import math
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llama_smop import functional
+from llama_smop.integrations import mixture_parts
+from llama_smop.integrations.mixture_parts import ACTIVATIONS, Parts, numbers
+from llama_smop.integrations.stacked_mixture import Settings, StackedMixture
 from llama_smop.ops import dispatch
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 2e-3  # of the largest value
+AUX_PROBES = 5  # one auxiliary loss each: the two weights must explain all of them
 
-# Stacked parameter -> its place in each expert's Sequential, in the order of smop's arguments. transformers' Trainer
-# spares from weight decay by these names what it spared as a bias or a LayerNorm before.
-PLACES = {
-    "w1": (0, "weight"),
-    "bias1": (0, "bias"),
-    "w2": (2, "weight"),
-    "bias2": (2, "bias"),
-    "layernorm_weight": (3, "weight"),
-    "layernorm_bias": (3, "bias"),
-}
-
-
-class Parts(NamedTuple):
-    """Where a mixture keeps what: names of the gate and of the expert list, and what all its experts share."""
-
-    gate: str
-    experts: str
-    activation: str
-    eps: float | None  # None without LayerNorm
+Result = tuple[Tensor, ...]
 
 
 @dataclass
@@ -66,7 +57,7 @@ class Replacement:
 def replace_experts(
     module: nn.Module, *, dry_run: bool = False, backend: str = "auto", recompute: str | int = "none"
 ) -> Replacement:
-    """Swap every mixture of the known shape inside `module` for a `StackedMixture` with the same weights.
+    """Swap every mixture of a known shape inside `module` for a `StackedMixture` with the same weights.
 
     Do it before the optimizer is made: parameters become stacked tensors. State dicts keep their keys both ways.
 
@@ -83,7 +74,7 @@ def replace_experts(
     dispatch.check_backend(backend)
     report, made = Replacement(), {}
     for name, found in list(module.named_modules(remove_duplicate=False)):
-        parts = _parts(found)
+        parts = None if isinstance(found, StackedMixture) else mixture_parts.find(found)
         if parts is None:
             continue
         if isinstance(parts, str):
@@ -106,205 +97,152 @@ def replace_experts(
     return report
 
 
-def _parts(module: nn.Module) -> Parts | str | None:
-    """None: not a mixture at all. A string: nearly one, and why it is left alone."""
-    lists = [(n, c) for n, c in module.named_children() if isinstance(c, nn.ModuleList) and len(c)]
-    gates = [(n, c) for n, c in module.named_children() if isinstance(c, nn.Linear)]
-    if len(lists) != 1 or len(gates) != 1 or isinstance(module, StackedMixture):
-        return None
-    (gate_name, gate), (experts_name, experts) = gates[0], lists[0]
-    if gate.out_features != len(experts):
-        return None
-    if type(gate) is not nn.Linear or gate.bias is not None:
-        return "its gate is not a plain Linear without bias"
-    if len(list(module.children())) != 2 or len(list(module.parameters(recurse=False))):
-        return "it has more parts than a gate and experts"
-    shapes = {_expert_shape(e) for e in experts}
-    if None in shapes:
-        return "its experts are not Sequential(Linear, ReLU | GELU | SiLU, Linear[, LayerNorm])"
-    if len(shapes) > 1:
-        return "its experts differ in shape, activation, biases, dtype or in what is frozen"
-    (*_, activation, eps) = shapes.pop()
-    return Parts(gate_name, experts_name, activation, eps)
-
-
-def _expert_shape(expert: nn.Module) -> tuple | None:
-    """All that experts of one mixture must share, activation and eps last; None for another kind of module."""
-    if type(expert) is not nn.Sequential or len(expert) not in (3, 4):
-        return None
-    layers: list[Any] = [*expert, None]
-    first, act, second, norm = layers[:4]
-    activation = _activation(act)
-    if type(first) is not nn.Linear or type(second) is not nn.Linear or activation is None:
-        return None
-    if norm is not None and (
-        type(norm) is not nn.LayerNorm or norm.normalized_shape != (second.out_features,) or norm.bias is None
-    ):
-        return None
-    kinds = tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in expert.named_parameters())
-    return kinds, activation, None if norm is None else norm.eps
-
-
-def _activation(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else None
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
-
-
-def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute: str | int) -> "StackedMixture | str":
+def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute: str | int) -> StackedMixture | str:
     """The stacked mixture that reproduces `original`, or why there is none."""
-    known = getattr(original, "top_k", None)
-    weight = getattr(original, parts.experts)[0][0].weight
-    if weight.device.type == "meta":  # no numbers to try
-        if not isinstance(known, int):
-            return "its top_k is not known: it lies on the meta device and has no attribute top_k"
-        return StackedMixture(original, parts, known, backend, recompute)
+    weight = next(getattr(original, parts.experts).parameters())
+    if weight.device.type == "meta":
+        return _untried(original, parts, backend, recompute)
     # In low precision a near tie may be routed either way: such a mixture is tried as a float32 copy.
-    trial = original if weight.dtype in (torch.float32, torch.float64) else deepcopy(original).float()
-    expected = _probe(trial, getattr(trial, parts.experts)[0][0])
-    if isinstance(expected, str):
-        return expected
-    candidate = StackedMixture(trial, parts, 1, backend, recompute)
-    for top_k in [known] if isinstance(known, int) else range(1, len(getattr(trial, parts.experts)) + 1):
-        candidate.top_k = top_k
-        found = _probe(candidate, getattr(trial, parts.experts)[0][0])
-        if not isinstance(found, str) and _same(found, expected):
-            return candidate if trial is original else StackedMixture(original, parts, top_k, backend, recompute)
+    trial = _copy(original) if weight.dtype in (torch.float32, torch.float64) else _copy(original).float()
+    tried = next(getattr(trial, parts.experts).parameters())
+    answers = [(tokens, _run(trial, tokens, training=False)) for tokens in _inputs(trial, parts, tried)]
+    served = next(((tokens, result) for tokens, result in answers if not isinstance(result, str)), None)
+    if served is None:
+        return str(answers[0][1])
+    tokens, expected = served
+    candidate = StackedMixture(trial, parts, Settings(1, "relu"), backend, recompute)
+    for settings in _settings(trial, parts, logits=len(expected) == 2):
+        candidate.settings, candidate.top_k = settings, settings.top_k
+        if _same(_run(candidate, tokens, training=False), expected):
+            found = _as_in_training(candidate, trial, tokens)
+            return found if isinstance(found, str) else StackedMixture(original, parts, found, backend, recompute)
     return "it computes another function than the weighted mean of its top-K experts"
 
 
-def _probe(mixture: nn.Module, first: nn.Linear) -> tuple[Tensor, Tensor] | str:
-    """What `mixture` returns for a few random tokens, in eval mode; or why that is not what a mixture returns."""
-    tokens = torch.randn(1, PROBE_TOKENS, first.in_features, generator=torch.Generator().manual_seed(0))
+def _untried(original: nn.Module, parts: Parts, backend: str, recompute: str | int) -> StackedMixture | str:
+    """On the meta device there are no numbers to try: only the shape of the authors' release passes."""
+    top_k, router, expert = getattr(original, "top_k", None), getattr(original, parts.router), parts.expert
+    if not isinstance(top_k, int):
+        return "its top_k is not known: it lies on the meta device and has no attribute top_k"
+    further = parts.shared or parts.norm or parts.front or expert.gated or expert.activation is None
+    if further or not isinstance(router, nn.Linear) or router.bias is not None:
+        return "it lies on the meta device, where there are no numbers to try"
+    assert expert.activation is not None
+    return StackedMixture(original, parts, Settings(top_k, expert.activation), backend, recompute)
+
+
+def _inputs(module: nn.Module, parts: Parts, like: Tensor) -> Iterator[Tensor]:
+    """Random tokens (1, tokens, D); or frames, for convolutions or where a setting of the module divides D."""
+    generator = torch.Generator().manual_seed(0)
+    D = mixture_parts.width(parts.expert, getattr(module, parts.experts)[0])
+
+    def random(frames: int, width: int) -> Tensor:
+        return torch.randn(1, frames, width, generator=generator).to(like.device, like.dtype)
+
+    if parts.front:
+        first: Any = getattr(module, parts.front)[0]
+        yield random(8 * PROBE_TOKENS, first.in_channels)
+        return
+    yield random(PROBE_TOKENS, D)
+    for k in dict.fromkeys(numbers(module, int)):
+        if 1 < k < D and D % k == 0:
+            yield random(k * PROBE_TOKENS + k - 1, D // k)  # the last frames fill no token
+
+
+def _settings(module: nn.Module, parts: Parts, logits: bool) -> Iterator[Settings]:
+    """Every way in which the parts may be put together, the usual ones first."""
+    known, expert = getattr(module, "top_k", None), parts.expert
+    E = len(getattr(module, parts.experts))
+    top_ks = [known] if isinstance(known, int) and 1 <= known <= E else range(1, E + 1)
+    scales = [1.0, *numbers(module, float, "scal")]
+    activations = ACTIVATIONS if expert.activation is None else (expert.activation,)
+    for scale, normalize, pads, last in product(scales, (True, False), (False, True), (False, True)):
+        if last and not expert.gated:
+            continue
+        for activation, top_k in product(activations, top_ks):
+            yield Settings(top_k, activation, last, normalize, scale, 0.0, pads, logits)
+
+
+def _as_in_training(candidate: StackedMixture, original: nn.Module, tokens: Tensor) -> Settings | str:
+    """The candidate's settings with the noise and the auxiliary loss of training, or why they are not known."""
+    settings = candidate.settings
+    expected = _run(original, tokens, training=True)
+    tried = {}
+    for jitter in (0.0, *numbers(original, float, "jitter", "noise")):
+        if jitter < 1:
+            candidate.settings = settings._replace(jitter=jitter)
+            tried[candidate.settings] = _off(_run(candidate, tokens, training=True), expected)
+    candidate.settings = min(tried, key=lambda s: tried[s])  # a little noise changes little
+    if tried[candidate.settings] > PROBE_TOLERANCE:
+        return "it computes another function in training mode: dropout, or noise that is not known"
+    if not callable(getattr(type(original), "get_aux_loss", None)):
+        return candidate.settings
+    for form in ("switch", "mse"):
+        candidate.settings = candidate.settings._replace(aux=(form, 1.0, 1.0))
+        losses, terms = [], []
+        for probe in _probes(tokens):
+            _run(original, probe, training=True)
+            _run(candidate, probe, training=True)
+            if candidate._losses is None:
+                break
+            losses.append(original.get_aux_loss().detach().double().cpu())  # type: ignore[operator]
+            terms.append(torch.stack(candidate._losses).detach().double().cpu())
+        wanted, parts = torch.stack(losses).reshape(-1, 1), torch.stack(terms)
+        weights = torch.linalg.lstsq(parts, wanted, driver="gelsd").solution
+        off, spread = (parts @ weights - wanted).abs().max(), wanted.max() - wanted.min()
+        if off <= PROBE_TOLERANCE * min(wanted.abs().max(), 10 * spread):
+            return candidate.settings._replace(aux=(form, *weights.flatten().tolist()))
+    return "its auxiliary loss is neither of the forms that are here, or weighted otherwise"
+
+
+def _probes(tokens: Tensor) -> list[Tensor]:
+    """Tokens of the same shape, each time more of them alike, so that a router spreads them otherwise."""
+    generator = torch.Generator().manual_seed(1)
+
+    def like(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(tokens)
+
+    return [like(*tokens.shape) + probe * like(1, 1, tokens.shape[2]) for probe in range(AUX_PROBES)]
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """`deepcopy`, also of a module that holds the loss of its last forward, with the graph behind it."""
+    held = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return deepcopy(module, {id(v): v.detach().clone() for v in held})
+
+
+def _run(mixture: nn.Module, tokens: Tensor, training: bool) -> Result | str:
+    """What `mixture` returns for tokens, noise drawn from a fixed seed; or why that is not what a mixture returns."""
     modes = [(m, m.training) for m in mixture.modules()]
-    mixture.eval()
+    mixture.train(training)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            result = mixture(tokens.to(first.weight.device, first.weight.dtype))
+            torch.manual_seed(0)
+            result = mixture(tokens)
     except Exception as error:
         return f"it cannot be called with hidden states alone ({type(error).__name__}: {error})"
     finally:
-        for module, training in modes:
-            module.training = training
-    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result)):
-        return "it does not return (output, router_logits)"
+        for module, mode in modes:
+            module.training = mode
+    result = result if isinstance(result, tuple) else (result,)
+    if not (len(result) in (1, 2) and all(isinstance(t, Tensor) for t in result)):
+        return "it does not return its output, or (output, router_logits)"
     return result
 
 
-def _same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
+def _same(ours: Result | str, theirs: Result | str) -> bool:
     """Equal but for rounding, TF32's included; another function is off by far more."""
+    return _off(ours, theirs) <= PROBE_TOLERANCE
+
+
+def _off(ours: Result | str, theirs: Result | str) -> float:
+    """The largest difference, as a share of the largest value; infinite for results of another kind, and for NaN."""
+    if isinstance(ours, str) or isinstance(theirs, str) or len(ours) != len(theirs):
+        return math.inf
+    worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        tolerance = PROBE_TOLERANCE * max(b.abs().max().item(), 1e-6)
-        if (a - b).abs().max().item() > tolerance:
-            return False
-    return True
-
-
-class StackedMixture(nn.Module):
-    """A mixture on stacked parameters, with the original's names: its gate, and `StackedExperts` where its list was.
-
-    forward(hidden_states (..., D)) -> (output (..., O), router_logits (tokens, E)), both in hidden_states' dtype.
-    """
-
-    def __init__(self, original: nn.Module, parts: Parts, top_k: int, backend: str, recompute: str | int):
-        super().__init__()
-        for name, value in vars(original).items():  # plain settings that other code may read: top_k, num_experts, …
-            if not name.startswith("_") and isinstance(value, int | float | str | None):
-                setattr(self, name, value)
-        self.parts, self.top_k, self.backend, self.recompute = parts, top_k, backend, recompute
-        for name, child in original.named_children():
-            setattr(self, name, StackedExperts(child) if isinstance(child, nn.ModuleList) else child)
-        self.train(original.training)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        gate, experts = getattr(self, self.parts.gate), getattr(self, self.parts.experts)
-        out = functional.smop(
-            hidden_states, gate.weight[None], *(getattr(experts, n) for n in PLACES), top_k=self.top_k, sharing="JEJR",
-            activation=self.parts.activation, eps=self.parts.eps or 1e-5, recompute=self.recompute,
-            backend=self.backend,
-        )  # fmt: skip
-        y, logits = out.hidden_states, out.router_logits
-        assert logits is not None
-        return y, logits.flatten(0, -2).to(y.dtype)
-
-    def copy_into(self, original: nn.Module) -> None:
-        """Write the present weights, with their device, dtype and what is frozen, into the module replaced."""
-        setattr(original, self.parts.gate, getattr(self, self.parts.gate))
-        getattr(self, self.parts.experts).copy_into(getattr(original, self.parts.experts))
-        original.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"top_k={self.top_k}, activation={self.parts.activation}, backend={self.backend}"
-
-
-class StackedExperts(nn.Module):
-    """Parameters of all experts (the names in PLACES), saved and loaded under each expert's own keys."""
-
-    stacked_parameters = True  # for `weight_decay`: the first dimension counts experts
-
-    def __init__(self, experts: nn.ModuleList):
-        super().__init__()
-        self.count = len(experts)
-        for name, (place, kind) in PLACES.items():
-            layers: list[Any] = list(experts)
-            slices: list[Any] = [getattr(e[place], kind) if place < len(e) else None for e in layers]
-            parameter = None
-            if slices[0] is not None:
-                stacked = torch.stack([s.detach() for s in slices])
-                parameter = nn.Parameter(stacked, requires_grad=slices[0].requires_grad)
-            self.register_parameter(name, parameter)
-
-    def copy_into(self, experts: nn.ModuleList) -> None:
-        expert: Any
-        for e, expert in enumerate(experts):
-            for name, (place, kind) in PLACES.items():
-                stacked = getattr(self, name)
-                if stacked is not None:
-                    own = nn.Parameter(stacked.detach()[e].clone(), requires_grad=stacked.requires_grad)
-                    setattr(expert[place], kind, own)
-
-    def _keys(self, prefix: str):
-        """(parameter name, expert, key in the state dict) in the list's order: by expert, then by layer."""
-        for e in range(self.count):
-            for name, (place, kind) in PLACES.items():
-                if getattr(self, name) is not None:
-                    yield name, e, f"{prefix}{e}.{place}.{kind}"
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, e, key in self._keys(prefix):
-            stacked = getattr(self, name)
-            destination[key] = (stacked if keep_vars else stacked.detach())[e]
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        slices: dict[str, dict[int, Tensor]] = {}
-        known: set[str] = set()
-        for name, e, key in self._keys(prefix):
-            known.add(key)
-            if key not in state_dict:
-                missing_keys.append(key)
-                continue
-            value, wanted = state_dict[key], getattr(self, name).shape[1:]
-            if value.shape != wanted:
-                error_msgs.append(f"size mismatch for {key}: expected {tuple(wanted)}, got {tuple(value.shape)}")
-                continue
-            slices.setdefault(name, {})[e] = value
-        if strict:
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        for name, values in slices.items():
-            stacked = getattr(self, name)
-            if assign and len(values) == self.count:
-                rows = torch.stack([values[e].detach() for e in range(self.count)])
-                setattr(self, name, nn.Parameter(rows, requires_grad=stacked.requires_grad))
-                continue
-            with torch.no_grad():
-                for e, value in values.items():
-                    stacked[e].copy_(value)
-
-    def extra_repr(self) -> str:
-        (E, H, D), (_, O, _) = self.get_parameter("w1").shape, self.get_parameter("w2").shape
-        return f"{D} -> {H} -> {O}, num_experts={E}, layer_norm={self.layernorm_weight is not None}"
+            return math.inf
+        off = (a - b).abs().max().item() / max(b.abs().max().item(), 1e-6)
+        worst = max(worst, off if off == off else math.inf)
+    return worst

@@ -209,8 +209,12 @@ def dropout_inside(model):
         model.projector.experts[e].insert(1, nn.Dropout(0.1))
 
 
-def biased_gate(model):
-    model.projector.gate = nn.Linear(12, 4)
+def deep_router(model):
+    model.projector.gate = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def own_parameter(model):
+    model.projector.scale = nn.Parameter(torch.ones(16))
 
 
 def half_frozen(model):
@@ -221,9 +225,9 @@ def extra_part(model):
     model.projector.dropout = nn.Dropout(0.1)
 
 
-def output_only(model):
+def three_results(model):
     forward = model.projector.forward
-    model.projector.forward = lambda x: forward(x)[0]
+    model.projector.forward = lambda x: (*forward(x), None)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +235,12 @@ def output_only(model):
     [
         (differing_experts, "its experts differ in shape, activation"),
         (half_frozen, "or in what is frozen"),
-        (dropout_inside, "its experts are not Sequential(Linear, ReLU | GELU | SiLU, Linear[, LayerNorm])"),
-        (biased_gate, "its gate is not a plain Linear without bias"),
-        (extra_part, "it has more parts than a gate and experts"),
+        (dropout_inside, "its experts are not Linear, ReLU | GELU | SiLU, Linear[, LayerNorm]"),
+        (deep_router, "its router is not a Linear, or Linear, ReLU, Linear"),
+        (extra_part, "it has more parts than router, experts"),
+        (own_parameter, "it has parameters of its own"),
         (unreadable, "it cannot be called with hidden states alone (TypeError"),
-        (output_only, "it does not return (output, router_logits)"),
+        (three_results, "it does not return its output, or (output, router_logits)"),
     ],
 )
 def test_what_does_not_fit_is_left_alone_with_the_reason(change, why):
@@ -248,7 +253,9 @@ def test_what_does_not_fit_is_left_alone_with_the_reason(change, why):
 
 
 def test_a_mixture_that_computes_something_else_is_left_alone():
-    model = Model(normalise=False)  # the shape fits, the numbers do not
+    model = Model()  # the shape fits, the numbers do not
+    forward = model.projector.forward
+    model.projector.forward = lambda x: (forward(x)[0].tanh(), forward(x)[1])
     report = replace_experts(model)
     assert report.left_alone == {
         "projector": "it computes another function than the weighted mean of its top-K experts"
