@@ -18,7 +18,7 @@ from llama_smop.ops import merge as _merge
 from llama_smop.ops import route as _route
 from llama_smop.ops import route_logits as _route_logits
 from llama_smop.ops.backend import Experts, Schedule, acc_dtype
-from llama_smop.ops.checks import expert_activation, layout, routing_weights
+from llama_smop.ops.checks import ACTIVATIONS, expert_activation, layout, routing_weights
 from llama_smop.ops.operator import autocast_dtype
 from llama_smop.ops.route import Routing
 
@@ -253,7 +253,8 @@ def smop(
     if w1.dim() and w1.shape[0] != total + shared_experts:
         shared = f" with {shared_experts} shared" if shared_experts else ""
         raise ValueError(f"w1 must hold {total + shared_experts} experts for {sharing}{shared}, got {w1.shape[0]}")
-    activation = expert_activation(activation, gated)
+    if gated or activation not in ACTIVATIONS:  # asked here: a call is time before the first launch
+        activation = expert_activation(activation, gated)
     _projection.check_parameters(flat, parameters, activation, recompute)
     backend = dispatch.resolve(
         backend, autocast_dtype(x), x.device, top_k + shared_experts, total + shared_experts, gated

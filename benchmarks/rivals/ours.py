@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.base import BALANCE_COEF, Z_COEF, Rival, activate
+from benchmarks.rivals.base import BALANCE_COEF, Z_COEF, Rival
 from benchmarks.rivals.grouped import Stacked
 from benchmarks.workloads import Problem, Workload
 from llama_smop import functional
@@ -11,7 +11,7 @@ from llama_smop.ops import dispatch
 
 
 class Ours(Stacked):
-    """`functional.smop`; gated experts, which it does not have, use `route` and `grouped_mm`."""
+    """`functional.smop`, gated experts too."""
 
     def __init__(self, p: Problem, backend: str):
         super().__init__(p)
@@ -19,8 +19,7 @@ class Ours(Stacked):
 
     def forward(self, x: Tensor, losses: bool) -> tuple[Tensor, Tensor | None]:
         w = self.workload
-        if w.expert == "swiglu":
-            return self._gated(x, losses)
+        gated = w.expert == "swiglu"
         out = functional.smop(
             x,
             self.gate_weight,
@@ -33,32 +32,18 @@ class Ours(Stacked):
             top_k=w.top_k,
             sharing=w.sharing,
             modality=self.modality,
+            activation="silu" if gated else "relu",
+            gated=gated,
             backend=self.backend,
         )
         loss = BALANCE_COEF * out.load_balancing_loss + Z_COEF * out.router_z_loss if losses else None
         return out.hidden_states, loss
 
-    def _gated(self, x: Tensor, losses: bool) -> tuple[Tensor, Tensor | None]:
-        w, backend = self.workload, self.backend
-        r = functional.route(
-            x,
-            self.gate_weight,
-            top_k=w.top_k,
-            num_experts=w.total_experts,
-            modality=self.modality,
-            backend=backend,
-        )
-        rows = x[r.order // w.top_k]
-        h = activate(functional.grouped_mm(rows, self.w1.transpose(1, 2), r.offs, backend=backend), w)
-        z = functional.grouped_mm(h, self.w2.transpose(1, 2), r.offs, backend=backend)
-        y = (z[r.inverse] * r.weights[..., None]).sum(1).to(x.dtype)
-        loss = BALANCE_COEF * r.load_balancing_loss + Z_COEF * r.router_z_loss if losses else None
-        return y, loss
-
 
 def _why_not(backend: str):
     def why_not(w: Workload, device: torch.device) -> str | None:
-        return dispatch.unsupported(backend, w.torch_dtype, device, w.top_k, w.total_experts)
+        gated = w.expert == "swiglu"
+        return dispatch.unsupported(backend, w.torch_dtype, device, w.top_k, w.total_experts, gated)
 
     return why_not
 

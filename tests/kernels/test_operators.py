@@ -38,10 +38,20 @@ def step(module, inputs: dict) -> dict[str, torch.Tensor]:
     return results | {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90)))
-def test_a_training_step_is_as_exact_as_pytorchs(runner, dtype):
+FORMS = {
+    "the paper's": {},
+    "gated, shared": {
+        "gated": True, "activation": "silu", "shared_experts": 1, "input_norm": "rms", "normalize_weights": False,
+        "weight_scale": 2.5, "layer_norm": False,
+    },
+    "merged": {"merge": "utterance", "balance": "mse", "router": "mlp", "router_hidden": 16, "router_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("runner", "form"), triton_params(*((name, 90) for name in FORMS)))
+def test_a_training_step_is_as_exact_as_pytorchs(runner, form):
     dtype = torch.bfloat16 if torch.bfloat16 in runner.dtypes else torch.float16
-    module = projector(dtype)
+    module = projector(dtype, **FORMS[form])
     plain, exact = copy.deepcopy(module), copy.deepcopy(module).double()
     plain.backend = exact.backend = "torch"
     with runner.running(), poisoned_memory():
