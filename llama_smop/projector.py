@@ -364,6 +364,8 @@ def _with_other_losses(
     form = self.form
     if form.balance == "switch" and not self.global_aux_losses:
         return out
+    if form.balance is None and not self.global_aux_losses and not form.merge:  # the z-loss is there
+        return out._replace(load_balancing_loss=torch.zeros_like(out.load_balancing_loss))
     assert out.router_logits is not None
     balance, z_loss = aux_losses(
         out.router_logits.flatten(0, -2),

@@ -47,8 +47,10 @@ SHAPES = (
     Shape(Model(40, 56, 24, E=5, K=3, sharing="JEDR", activation="silu", layer_norm=False, dtype=FP32), 22),
     Shape(Model(48, 64, 32, E=4, K=2, layer_norm_dtype=FP32), 26),
     Shape(Model(16, 24, 24, E=32, K=4, sharing="JEJR"), 28),
+    Shape(Model(48, 72, 40, E=4, K=2, activation="swiglu"), 40, masked=0.2),
+    Shape(Model(37, 51, 29, E=3, K=1, sharing="JEJR", activation="geglu", biases=False, dtype=FP16), 33),
 )
-FEW = (*SHAPES[:6], *SHAPES[12:20])  # for a CPU
+FEW = (*SHAPES[:6], *SHAPES[12:20], *SHAPES[22:])  # for a CPU
 
 
 class Finding(NamedTuple):

@@ -12,6 +12,7 @@ from llama_smop.doctor.checks import Finding
 from llama_smop.doctor.environment import environment
 from llama_smop.doctor.timing import DENSE, EAGER, Time
 from llama_smop.ops import dispatch, trust
+from llama_smop.ops.checks import GATED
 
 SECONDS = 55.0  # what is left is not begun after that, and named
 TIMING_SECONDS = 20.0
@@ -46,8 +47,8 @@ def examine(progress: bool = True, seconds: float = SECONDS) -> dict[str, Any]:
     }
 
 
-def _serves(name: str, dtype: torch.dtype, device: torch.device) -> bool:
-    return dispatch.unsupported(name, dtype, device, 2, 4) is None
+def _serves(name: str, dtype: torch.dtype, device: torch.device, gated: bool = False) -> bool:
+    return dispatch.unsupported(name, dtype, device, 2, 4, gated) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -64,7 +65,7 @@ def _checked(backends: list[str], device: torch.device, progress: bool, end: flo
                 for name, check in checks.in_training(backend, dtype, device):
                     rounds.append((backend, name, str(dtype)[6:], check))
         for shape in checks.SHAPES if device.type == "cuda" else checks.FEW:
-            if _serves(backend, shape.model.dtype, device):
+            if _serves(backend, shape.model.dtype, device, shape.model.activation in GATED):
                 check = _of(backend, shape, device)
                 rounds.append((backend, str(shape), str(shape.model.dtype)[6:], check))
     findings, left_out = [], []

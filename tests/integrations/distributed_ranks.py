@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from llama_smop import SMoPProjector
 
 RANKS = 2
+BALANCES = ("switch", "mse")
 
 
-def projector(global_aux_losses: bool = False) -> SMoPProjector:
+def projector(**options) -> SMoPProjector:
     torch.manual_seed(0)
-    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR", global_aux_losses=global_aux_losses)
+    return SMoPProjector(12, 16, 12, num_experts=4, top_k=2, sharing="DEDR", **options)
 
 
 def batch(rank: int):
@@ -47,12 +48,13 @@ def run(rank: int, folder: str) -> None:
         loss_of(ddp(*batch(rank))).backward()
     results["ddp"] = {n: p.grad for n, p in ddp.module.named_parameters()}
 
-    joint = DistributedDataParallel(projector(global_aux_losses=True))
-    out = joint(*batch(rank), mask(rank))
-    (out.load_balancing_loss + 0.1 * out.router_z_loss + 0 * out.hidden_states.sum()).backward()
-    values = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
-    dist.all_reduce(values)
-    results["joint"] = {"gate_weight": joint.module.gate_weight.grad, "losses": values / RANKS}
+    for balance in BALANCES:
+        joint = DistributedDataParallel(projector(global_aux_losses=True, balance=balance))
+        out = joint(*batch(rank), mask(rank))
+        (out.load_balancing_loss + 0.1 * out.router_z_loss + 0 * out.hidden_states.sum()).backward()
+        values = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
+        dist.all_reduce(values)
+        results[f"joint {balance}"] = {"gate_weight": joint.module.gate_weight.grad, "losses": values / RANKS}
 
     sharded = projector()
     fully_shard(sharded)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.integrations.distributed_ranks import RANKS, batch, loss_of, mask, projector, run
+from tests.integrations.distributed_ranks import BALANCES, RANKS, batch, loss_of, mask, projector, run
 from tests.rounding import assert_same_gradients, assert_same_sums
 from tests.training import children
 
@@ -34,17 +34,18 @@ def test_gradients_are_the_mean_over_ranks(results, wrapper):
     assert_same_gradients(results[wrapper], averaged_gradients(projector()), ADDITIONS)
 
 
-def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results):
+@pytest.mark.parametrize("balance", BALANCES)
+def test_joint_router_losses_are_those_of_one_process_with_all_tokens(results, balance):
     """Not the mean of the ranks' own: these differ in their tokens, and one has no video."""
-    whole = projector()
+    whole, found = projector(balance=balance), results[f"joint {balance}"]
     parts = [(*batch(rank), mask(rank)) for rank in range(RANKS)]
     out = whole(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     (out.load_balancing_loss + 0.1 * out.router_z_loss).backward()
     expected = torch.stack([out.load_balancing_loss, out.router_z_loss]).detach()
-    for found, want, what in zip(results["joint"]["losses"], expected, ("balance", "z-loss"), strict=True):
-        assert_same_sums(found, want, ADDITIONS, what)
-    assert_same_sums(results["joint"]["gate_weight"], whole.gate_weight.grad, ADDITIONS, "the gate's gradient")
-    own = [projector()(*part) for part in parts]
+    for value, want, what in zip(found["losses"], expected, ("balance", "z-loss"), strict=True):
+        assert_same_sums(value, want, ADDITIONS, what)
+    assert_same_sums(found["gate_weight"], whole.gate_weight.grad, ADDITIONS, "the gate's gradient")
+    own = [projector(balance=balance)(*part) for part in parts]
     assert not torch.isclose(sum(o.load_balancing_loss for o in own) / RANKS, expected[0], rtol=1e-3)
 
 

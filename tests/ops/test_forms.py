@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llama_smop import functional
-from llama_smop.ops import naive
+from llama_smop.ops import expert_projection, naive
 from llama_smop.ops.checks import expert_activation, layout
 from tests.ops.problems import PARAMETERS, relative_error
 
@@ -159,6 +159,16 @@ def test_gradients_by_differences():
         return out.hidden_states, out.load_balancing_loss, out.router_z_loss
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ("reglu", "geglu", "swiglu"))
+def test_opcheck_of_gated_experts(activation):
+    p = problem("JEJR", gated=True)
+    x, parameters = p["leaves"]["x"], [p["leaves"][n] for n in PARAMETERS]
+    r = functional.route(x, p["leaves"]["gate_weight"], top_k=K)
+    choices = r.weights.detach().requires_grad_(), r.experts, r.order, r.inverse, r.offs
+    operator = expert_projection.expert_projection.op
+    torch.library.opcheck(operator, (x, *choices, *parameters, activation, 1e-5, "none", "torch"))
 
 
 @pytest.mark.parametrize("experts", (E, 2 * E))
