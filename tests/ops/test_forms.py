@@ -161,14 +161,13 @@ def test_gradients_by_differences():
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", ("reglu", "geglu", "swiglu"))
-def test_opcheck_of_gated_experts(activation):
+def test_opcheck_of_gated_experts():
     p = problem("JEJR", gated=True)
     x, parameters = p["leaves"]["x"], [p["leaves"][n] for n in PARAMETERS]
     r = functional.route(x, p["leaves"]["gate_weight"], top_k=K)
     choices = r.weights.detach().requires_grad_(), r.experts, r.order, r.inverse, r.offs
     operator = expert_projection.expert_projection.op
-    torch.library.opcheck(operator, (x, *choices, *parameters, activation, 1e-5, "none", "torch"))
+    torch.library.opcheck(operator, (x, *choices, *parameters, "swiglu", 1e-5, "none", "torch"))
 
 
 @pytest.mark.parametrize("experts", (E, 2 * E))
