@@ -39,8 +39,11 @@ def subplots(*size: float, **kwargs):
 def losses(log: Sequence[Mapping]) -> Figure:
     """Language-model and CTC loss, and the two router losses, against training steps, from a Trainer's log."""
     figure, (left, right) = subplots(9, 3.2, ncols=2)
-    at_rates = sorted({key for row in log for key in row if key.startswith("lm_loss/")})
-    shades = [(key, f"language model, rate {key.split('/')[1]}", f"C{i}") for i, key in enumerate(at_rates)]
+    rates = {key.removeprefix("lm_loss/") for row in log for key in row if key.startswith("lm_loss/")}
+    shades = [
+        (f"lm_loss/{rate}", f"language model, rate {rate}", f"C{number}")
+        for number, rate in enumerate(sorted(rates, key=rate_parsed))
+    ]
     panels = (
         (left, (("lm_loss", "language model", "#333333"), *shades, ("ctc_loss", "CTC of the towers", "#b08900"))),
         (right, (("load_balancing_loss", "load balancing", "#7b2d8b"), ("router_z_loss", "router z", "#00897b"))),
