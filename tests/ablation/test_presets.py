@@ -32,8 +32,8 @@ def planned(preset, corpus):
             yield cell, composition.check(TrainConfig)
 
 
-def test_there_are_grids_of_sharings_and_rates():
-    assert {"ablation/sharing", "ablation/rates"} <= set(PRESETS)
+def test_there_are_grids_of_sharings_forms_and_rates():
+    assert {"ablation/sharing", "ablation/forms", "ablation/rates"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
