@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llama_smop import files
@@ -21,6 +22,7 @@ from llama_smop.data.noise import Noise
 from llama_smop.data.sources import FolderClips
 from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.data.synthetic.film import film_clip
+from llama_smop.data.transforms import CROP
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import Row, evaluate, records, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
@@ -29,7 +31,7 @@ from llama_smop.lock import LOCK, folder_lock
 from llama_smop.models import model_folder, seal
 from llama_smop.models.card import rewrite_card
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
-from llama_smop.models.units import STREAMS
+from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
 from llama_smop.training.config import TrainConfig, read_config
@@ -150,13 +152,17 @@ def _write_card(out: Path, rows: Sequence[Row]) -> None:
 
 
 def _no_input(model, processor, test: Lrs3Dataset) -> float:
-    """Word error rate for silence and a blank picture of each clip's length."""
-    texts = []
-    for start in range(0, len(test), 16):
-        items = [test[index] for index in range(start, min(start + 16, len(test)))]
-        blank = [{name: item[name] * 0 for name in STREAMS} for item in items]
-        texts += transcribe_items(model, processor, blank)
-    return word_errors([clip.text for clip in test.clips], texts).wer
+    """Word error rate for silence and a blank picture of each clip's length; clips of one length have one text."""
+    lengths = sorted(set(test.lengths))
+    texts = {}
+    for start in range(0, len(lengths), 16):
+        chosen = lengths[start : start + 16]
+        blank = [
+            {"audio": np.zeros(n * SAMPLES_PER_VIDEO_FRAME, np.float32), "video": torch.zeros(n, 1, CROP, CROP)}
+            for n in chosen
+        ]
+        texts |= zip(chosen, transcribe_items(model, processor, blank), strict=True)
+    return word_errors([clip.text for clip in test.clips], [texts[n] for n in test.lengths]).wer
 
 
 def _transcripts(out: Path, model, processor, seed: int) -> None:
@@ -207,6 +213,7 @@ def _pictures(out: Path, model, processor, seed: int) -> None:
         degradations=degradations,
         most=PICTURE_CLIPS,
         seed=seed,
+        workers=1,
     )
     files.write_json(out / "pictures.json", [asdict(row) for row in rows])
     print(table(rows))
@@ -224,20 +231,22 @@ def _raw_videos(out: Path, to: Path) -> None:
         from llama_smop.data.faces.model_files import FaceModelError
     except ModuleNotFoundError as error:
         return _missing(to, remedy(error.name or "cv2"))
-    records = []
-    for clip in _chosen(out):
-        prepared = clip.video_path(out / "corpus")
-        film = out / "raw_video" / f"{clip.id.replace('/', '-')}.mp4"
-        film_clip(prepared, film)
+    chosen = _chosen(out)
+    prepared = [clip.video_path(out / "corpus") for clip in chosen]
+    films = [out / "raw_video" / f"{clip.id.replace('/', '-')}.mp4" for clip in chosen]
+    for clip, film in zip(prepared, films, strict=True):
+        film_clip(clip, film)
         try:
             crop_video(film, film.with_suffix(".crop.mp4"), sheet=film.with_suffix(".png"))
         except FaceModelError as error:
             return _missing(to, str(error))
-        seen, read = transcripts([film, prepared], out / "run" / "model")
-        print(f"      raw    {seen.text}\n      clip   {read.text}")
-        record = {"id": clip.id, "reference": clip.text, "raw": seen.text, "prepared": read.text}
-        sheet = film.with_suffix(".png").relative_to(out)
-        records.append(record | {"sheet": str(sheet), "warnings": seen.warnings})
+    read = {found.path: found for found in transcripts([*films, *prepared], out / "run" / "model")}
+    records = []
+    for clip, film, path in zip(chosen, films, prepared, strict=True):
+        raw, text = read[film], read[path].text
+        print(f"      raw    {raw.text}\n      clip   {text}")
+        record = {"id": clip.id, "reference": clip.text, "raw": raw.text, "prepared": text}
+        records.append(record | {"sheet": str(film.with_suffix(".png").relative_to(out)), "warnings": raw.warnings})
     files.write_json(to, {"clips": records})
 
 

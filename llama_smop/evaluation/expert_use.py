@@ -2,10 +2,14 @@
 
 import torch
 
+from llama_smop.data.batching import FrameBatchSampler
 from llama_smop.data.lrs3 import Lrs3Dataset
+from llama_smop.models.generation import SPEECH_INPUTS
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.units import STREAMS
+
+MAX_FRAMES = 1500  # of a batch
 
 
 @torch.inference_mode()
@@ -21,13 +25,13 @@ def expert_activation(
     present = tuple(model.config.modalities)
     X, E = projector.routed_experts, projector.num_experts
     counts = torch.zeros(2, X, dtype=torch.long)
-    for index in range(len(data)):
-        item = data[index]
-        inputs = processor(**{m: [item[m]] for m in present}, do_normalize=False).to(model.device)
-        streams = {k: inputs[k] for k in ("input_features", "audio_mask", "video_values", "video_mask") if k in inputs}
-        speech = model.get_speech_features(**streams)
-        chosen, split = speech.projection.expert_indices[0], speech.audio_tokens
-        for m, ids in enumerate((chosen[:split], chosen[split:])):
+    for batch in FrameBatchSampler(data.lengths, MAX_FRAMES, shuffle=False):
+        items = [data[index] for index in batch]
+        inputs = processor(**{m: [item[m] for item in items] for m in present}, do_normalize=False).to(model.device)
+        speech = model.get_speech_features(**{k: inputs[k] for k in SPEECH_INPUTS if k in inputs})
+        chosen, split = speech.projection.expert_indices, speech.audio_tokens
+        for m, part in enumerate((slice(None, split), slice(split, None))):
+            ids = chosen[:, part][speech.mask[:, part]]
             counts[m] += torch.bincount(ids.flatten().long().cpu(), minlength=X + 1)[:X]
     separate = X == 2 * E
     return {

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from llama_smop.data.batching import FrameBatchSampler
@@ -108,45 +108,46 @@ def evaluate(
             raise MediaError(clip.id, reason)
     rank = dist.get_rank() if distributed else 0
     shown = progress and rank == 0
+    readings = []
+    for modality, rate, snr, degradation in conditions:
+        data = Lrs3Dataset(
+            root,
+            labels,
+            modality,
+            noise=None if snr is None else Noise(source, (snr,)),
+            seed=seed,
+            degradation=degradation,
+            longest=processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME,
+            unfit=partial(processor.unfit, rate=rate),
+        )
+        data.clips = clips.clips
+        at = rate_text(rate) if len(known) > 1 else None
+        name = " ".join(str(part) for part in (modality, at, snr_label(snr), degradation) if part is not None)
+        readings.append(Reading(data, rate, name))
     with tqdm(total=len(conditions) * len(clips), desc="evaluate", unit="clip", disable=not shown) as bar:
-        for modality, rate, snr, degradation in conditions:
-            at = rate_text(rate) if len(known) > 1 else None
-            parts = (modality, at, snr_label(snr), degradation)
-            bar.set_postfix_str(" ".join(str(part) for part in parts if part is not None))
-            added = None if snr is None else Noise(source, (snr,))
-            data = Lrs3Dataset(
-                root,
-                labels,
-                modality,
-                noise=added,
-                seed=seed,
-                degradation=degradation,
-                longest=processor.audio_window * SAMPLES_PER_WHISPER_FRAME // SAMPLES_PER_VIDEO_FRAME,
-                unfit=partial(processor.unfit, rate=rate),
-            )
-            data.clips = clips.clips
-            texts = transcribe_dataset(
-                model,
-                processor,
-                data,
-                num_beams=num_beams,
-                rate=rate,
-                max_frames=max_frames,
-                workers=workers,
-                distributed=distributed,
-                bar=bar,
-            )
-            references = [clip.text for clip in data.clips]
-            errors = word_errors(references, texts)
-            worse = None if degradation is None else str(degradation)
-            counted = asdict(errors) | {"wer": round(errors.wer, 5)}
-            rows.append(Row(Path(labels).stem, modality, snr, len(data), **counted, degradation=worse, rate=at))
-            transcripts.append(
-                [
-                    {"id": clip.id, "reference": clip.text, "hypothesis": text}
-                    for clip, text in zip(data.clips, texts, strict=True)
-                ]
-            )
+        texts_of = transcribe_readings(
+            model,
+            processor,
+            readings,
+            num_beams=num_beams,
+            max_frames=max_frames,
+            workers=workers,
+            distributed=distributed,
+            bar=bar,
+        )
+    references = [clip.text for clip in clips.clips]
+    for (modality, rate, snr, degradation), texts in zip(conditions, texts_of, strict=True):
+        errors = word_errors(references, texts)
+        at = rate_text(rate) if len(known) > 1 else None
+        worse = None if degradation is None else str(degradation)
+        counted = asdict(errors) | {"wer": round(errors.wer, 5)}
+        rows.append(Row(Path(labels).stem, modality, snr, len(texts), **counted, degradation=worse, rate=at))
+        transcripts.append(
+            [
+                {"id": clip.id, "reference": clip.text, "hypothesis": text}
+                for clip, text in zip(clips.clips, texts, strict=True)
+            ]
+        )
     return rows, transcripts
 
 
@@ -166,34 +167,62 @@ def supported(model: LlamaSmopForConditionalGeneration) -> tuple[str, ...]:
     return MODALITIES if len(towers) == 2 else towers
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Clips to transcribe at a compression rate, None = the default. name: for the progress bar."""
+
+    data: Lrs3Dataset
+    rate: Rate | str | None = None
+    name: str = ""
+
+
 def transcribe_dataset(
     model: LlamaSmopForConditionalGeneration,
     processor: LlamaSmopProcessor,
     data: Lrs3Dataset,
     *,
-    num_beams: int = 1,
     rate: Rate | str | None = None,
+    **settings,
+) -> list[str]:
+    """The model's text for every clip, in the data's order; `settings` as of `transcribe_readings`."""
+    return transcribe_readings(model, processor, [Reading(data, rate)], **settings)[0]
+
+
+def transcribe_readings(
+    model: LlamaSmopForConditionalGeneration,
+    processor: LlamaSmopProcessor,
+    readings: Sequence[Reading],
+    *,
+    num_beams: int = 1,
     max_frames: int = 1500,
     workers: int = 0,
     distributed: bool = False,
     bar: tqdm | None = None,
-) -> list[str]:
-    """The model's text for every clip, in the data's order; rate: None = the default; `workers` and `distributed` as in
-    `evaluate`."""
+) -> list[list[str]]:
+    """For each reading the model's text for every clip, in the data's order. Workers decode ahead from one reading to
+    the next; `workers` and `distributed` as in `evaluate`."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    batches = list(FrameBatchSampler(data.lengths, max_frames, shuffle=False))
-    own = batches[rank::world]  # neighbours are of like length, so the shares are of like size
-    loader = DataLoader(data, batch_sampler=own, collate_fn=list, num_workers=workers)
+    first = [0, *accumulate(len(reading.data) for reading in readings)]
+    batches = [
+        (reading, [begin + index for index in batch])
+        for begin, reading in zip(first, readings, strict=False)
+        # Neighbours are of like length, so the shares are of like size.
+        for batch in list(FrameBatchSampler(reading.data.lengths, max_frames, shuffle=False))[rank::world]
+    ]
+    clips = ConcatDataset([reading.data for reading in readings])
+    loader = DataLoader(clips, batch_sampler=[batch for _, batch in batches], collate_fn=list, num_workers=workers)
     found: dict[int, str] = {}
-    for batch, items in zip(own, loader, strict=True):
-        found |= zip(batch, transcribe_items(model, processor, items, num_beams, rate), strict=True)
+    for (reading, batch), items in zip(batches, loader, strict=True):
+        if bar is not None:
+            bar.set_postfix_str(reading.name, refresh=False)
+        found |= zip(batch, transcribe_items(model, processor, items, num_beams, reading.rate), strict=True)
         if bar is not None:
             bar.update(min(world * len(batch), bar.total - bar.n))
     if distributed:
         shares: list[dict[int, str]] = [{}] * world
         dist.all_gather_object(shares, found)
         found = {index: text for share in shares for index, text in share.items()}
-    return [found[index] for index in range(len(data))]
+    return [[found[index] for index in range(begin, end)] for begin, end in pairwise(first)]
 
 
 def transcribe_items(

@@ -23,6 +23,8 @@ def build_tiny(
     width: int = 128,
     audio_layers: int = 2,
     video_layers: int = 2,
+    video_stride: int = 4,
+    video_channels: int = 8,
     text_layers: int = 3,
     max_seconds: float = 3.0,
     modalities: Sequence[str] = STREAMS,
@@ -36,7 +38,9 @@ def build_tiny(
 ) -> tuple[LlamaSmopForConditionalGeneration, LlamaSmopProcessor]:
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
 
-    settings: further fields of `ProjectorConfig` (its activation, norm and form) and of `LlamaSmopConfig`.
+    video_stride, video_channels: of the first convolution on the lips' picture; below a stride of 8 a pool halves the
+    picture once more. settings: further fields of `ProjectorConfig` (its
+    activation, norm and form) and of `LlamaSmopConfig`.
 
     The initial scales (Whisper 0.12, Llama 0.08) matter: at the usual 0.02 such a model stays near chance for minutes.
     Parameters are drawn from torch's generator: seed it for the same model twice.
@@ -73,9 +77,9 @@ def build_tiny(
             decoder_start_token_id=tokenizer.bos_token_id,
         ),
         video_config=AvHubertVideoConfig(
-            frontend_channels=8,
-            frontend_stride=4,
-            frontend_pool=True,
+            frontend_channels=video_channels,
+            frontend_stride=video_stride,
+            frontend_pool=video_stride < 8,
             trunk_channels=(16, 32, 64),
             trunk_blocks=(1, 1, 1),
             norm="group",

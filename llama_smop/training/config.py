@@ -52,6 +52,8 @@ class TinySection(Section):
     width: int = Field(128, ge=16, le=4096, multiple_of=16)  # AV-HuBERT's positional convolution has 16 groups
     audio_layers: int = Field(2, ge=1, le=100)
     video_layers: int = Field(2, ge=1, le=100)
+    video_stride: int = Field(4, ge=1, le=16)  # of the first convolution on the lips; below 8 a pool follows
+    video_channels: int = Field(8, ge=4, le=1024, multiple_of=4)  # four groups of a norm
     text_layers: int = Field(3, ge=1, le=100)
     max_seconds: float = Field(3.0, ge=0.1, le=30)  # the longest clip; Whisper's window is 30 s
     ctc_weight: float = Field(1.5, ge=0)

@@ -29,10 +29,11 @@ from tqdm import tqdm
 from llama_smop import files
 from llama_smop.data.claim import claim_folder
 from llama_smop.data.media import write_audio, write_video
-from llama_smop.data.synthetic import mouth
 from llama_smop.data.synthetic.articulation import articulation
+from llama_smop.data.synthetic.face import Face, draw_face
 from llama_smop.data.synthetic.grammar import GRID, CorpusError, Grammar
 from llama_smop.data.synthetic.journal import JOURNAL, read_journal
+from llama_smop.data.synthetic.mouth import render
 from llama_smop.data.synthetic.speech import speak
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.processes import WorkerLost, cores, unordered
@@ -48,22 +49,22 @@ class Voice:
 
     name: str
     espeak: str
-    face: mouth.Face
+    face: Face
     pitch: tuple[int, int] = (42, 58)
     words_per_minute: tuple[int, int] = (165, 200)
 
 
 VOICES = (
-    Voice("amir", "gmw/en-US+m3", mouth.draw_face(2, bearded=True)),
-    Voice("beth", "gmw/en-US+f1", mouth.draw_face(0)),
-    Voice("carl", "gmw/en-US+m7", mouth.draw_face(5), pitch=(34, 50)),
-    Voice("dina", "gmw/en-US+f4", mouth.draw_face(3)),
-    Voice("eric", "gmw/en-GB-x-rp+m1", mouth.draw_face(7, bearded=True)),
-    Voice("fola", "gmw/en-US+linda", mouth.draw_face(4)),
+    Voice("amir", "gmw/en-US+m3", draw_face(2, bearded=True)),
+    Voice("beth", "gmw/en-US+f1", draw_face(0)),
+    Voice("carl", "gmw/en-US+m7", draw_face(5), pitch=(34, 50)),
+    Voice("dina", "gmw/en-US+f4", draw_face(3)),
+    Voice("eric", "gmw/en-GB-x-rp+m1", draw_face(7, bearded=True)),
+    Voice("fola", "gmw/en-US+linda", draw_face(4)),
 )
 UNSEEN_VOICES = (
-    Voice("gita", "gmw/en-US+Annie", mouth.draw_face(8)),
-    Voice("hugh", "gmw/en-US+m4", mouth.draw_face(9, bearded=True)),
+    Voice("gita", "gmw/en-US+Annie", draw_face(8)),
+    Voice("hugh", "gmw/en-US+m4", draw_face(9, bearded=True)),
 )
 
 
@@ -157,7 +158,7 @@ def make_clip(
         brightness=voice.face.brightness * rng.uniform(0.92, 1.06),
     )
     parameters = articulation(speech.phonemes, n_frames, offset=lead)
-    frames = mouth.render(parameters, face, seed=int(rng.integers(2**31)))
+    frames = render(parameters, face, seed=int(rng.integers(2**31)))
     times = [
         (word, round(lead + segment.start, 3), round(lead + segment.end, 3))
         for word, segment in zip(words, speech.words, strict=True)

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llama_smop.data.synthetic.mouth import Face
+from llama_smop.data.synthetic.face import Face
+from llama_smop.data.synthetic.placing import EYE_HALF, EYE_X, EYE_Y
 
 SIZE = 288  # of the square that the head is drawn in
 MOUTH = (144.0, 186.0)  # where the middle of the mouth crop is
 CROP = 96
+LOWER = 2.0  # pixels that face meshes take drawn eyes to be lower than they are
 FEATHER = 10.0  # pixels over which the crop fades into the head
 _SCALE = 2  # drawn at twice the size
 
@@ -111,25 +113,25 @@ def _still_head(face: Face) -> np.ndarray:
     for side in (-1, 1):
         put(ellipse(cx + side * 58, cy + 2, 8, 16, 12), skin * 0.75)  # ears
 
-    eye_y = MOUTH[1] - 63
+    eye_y = MOUTH[1] + EYE_Y - LOWER
     nx, ny = (x - cx) / 75, (y - cy - 10) / 110
     nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0.05))
     shade = 0.42 + 0.6 * (nx * np.sin(face.light) * 0.75 - ny * 0.35 + nz * 0.9)
     shade += 0.10 * blob(cx, eye_y + 22, 6, 22)  # bridge of the nose
     for side in (-1, 1):
-        shade -= 0.16 * blob(cx + side * 26, eye_y - 2, 17, 9) + 0.08 * blob(cx + side * 10, eye_y + 20, 4, 20)
+        shade -= 0.16 * blob(cx + side * EYE_X, eye_y - 2, 17, 9) + 0.08 * blob(cx + side * 10, eye_y + 20, 4, 20)
     below_hair = np.clip((y - (cy - 66 + 0.0072 * (x - cx) ** 2)) / 4, 0, 1)
     put(ellipse(cx, cy, 56, 92, 18) * below_hair, skin * shade[..., None])
     for side in (-1, 1):
-        ex = cx + side * 26
+        ex = cx + side * EYE_X
         brow = np.exp(-(((y - (eye_y - 15 + 0.012 * (x - ex) ** 2)) / 2.6) ** 2))
         put(0.85 * brow * np.clip((17 - abs(x - ex)) / 3, 0, 1), hair * 0.9)
-        white = ellipse(ex, eye_y, 11.5, 5.4, 9)
+        white = ellipse(ex, eye_y, EYE_HALF - 0.3, 5.4, 9)
         put(white, (235, 232, 228))
         put(ellipse(ex, eye_y, 5, 5, 8) * white, (86, 60, 42))
         put(ellipse(ex, eye_y, 2.3, 2.3, 8) * white, (14, 12, 12))
         put(ellipse(ex - 1.5, eye_y - 1.7, 1.1, 1.1, 6) * white, (250, 250, 250))
-        rim = np.exp(-(((np.sqrt(((x - ex) / 11.8) ** 2 + ((y - eye_y) / 5.8) ** 2) - 1) / 0.11) ** 2))
+        rim = np.exp(-(((np.sqrt(((x - ex) / EYE_HALF) ** 2 + ((y - eye_y) / 5.8) ** 2) - 1) / 0.11) ** 2))
         put(0.8 * rim * np.where(y < eye_y, 1, 0.45), skin * 0.28)  # lashes
     return cv2.resize(np.clip(image * face.brightness, 0, 255), (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(
         np.uint8

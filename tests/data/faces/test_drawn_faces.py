@@ -44,12 +44,16 @@ def crops_of(frames, detector_and_mesh):
 
 
 def test_a_face_has_the_same_crop_wherever_it_is(person, detector_and_mesh):
+    import cv2
+
     from llama_smop.data.synthetic.head import filmed
 
     prepared, heads, _ = person
     track, reference = crops_of(filmed(heads, (480, 640)), detector_and_mesh)
     assert (track.first, track.end, track.found) == (0, FRAMES, 1.0)
-    assert difference(reference, prepared) < 8, "the crop is the prepared one"
+    assert difference(reference, prepared) < 6, "the crop is the prepared one"
+    shifts = [cv2.phaseCorrelate(*(_mouth(crop) for crop in pair))[0] for pair in zip(prepared, reference, strict=True)]
+    assert np.abs(np.median(shifts, axis=0)).max() < 1.5 and np.abs(shifts).max() < 3, "the mouth is where it was"
     found = {}
     for name, size, ways in (
         ("small", (480, 640), {"scale": 0.35}),
@@ -62,6 +66,11 @@ def test_a_face_has_the_same_crop_wherever_it_is(person, detector_and_mesh):
         assert track.found >= 0.9, name
         found[name] = difference(crops, reference[track.first : track.end])
     assert np.mean(list(found.values())) <= 3, found
+
+
+def _mouth(crop: np.ndarray) -> np.ndarray:
+    grey = crop[20:76, 16:80].mean(axis=2)
+    return (grey - grey.mean()) * np.outer(np.hanning(56), np.hanning(64))
 
 
 @pytest.fixture(scope="module")

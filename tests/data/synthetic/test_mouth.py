@@ -3,7 +3,8 @@ import pytest
 
 from llama_smop.data.synthetic.articulation import PARAMETERS, articulation, visemes
 from llama_smop.data.synthetic.corpus import UNSEEN_VOICES, VOICES
-from llama_smop.data.synthetic.mouth import draw_face, render
+from llama_smop.data.synthetic.face import draw_face
+from llama_smop.data.synthetic.mouth import render
 from llama_smop.data.synthetic.speech import Segment, speak
 from llama_smop.models.units import VIDEO_RATE
 
