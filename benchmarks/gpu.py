@@ -232,7 +232,8 @@ def _follow(progress: Progress, reading: int, deadline: float, silence_s: float,
     selector.register(reading, selectors.EVENT_READ)
     rest = b""
     while True:
-        wait = min(max(silence_s, progress.patience_s + 10), deadline + 5 - time.time())
+        patience_s = progress.patience_s + 10 if progress.patience_s else 0.0
+        wait = min(max(silence_s, patience_s), deadline + 5 - time.time())
         if wait <= 0 or not selector.select(wait):
             return "was stopped at the end of the budget" if time.time() >= deadline else f"was silent for {wait:.0f} s"
         chunk = os.read(reading, 1 << 16)

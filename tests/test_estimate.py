@@ -1,5 +1,7 @@
 """The memory estimate against a run measured by torch's profiler, on scaled-down models."""
 
+import functools
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +11,8 @@ from llama_smop import LlamaSmopForConditionalGeneration, estimate
 from llama_smop.models import published
 from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig, LlamaSmopConfig
 from llama_smop.training.config import TrainConfig
+
+pytestmark = pytest.mark.xdist_group("estimate")  # which share some estimates
 
 # Without it a CPU convolves video in a workspace many times the step, which no estimate is about.
 BFLOAT16_CONVOLUTION = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -56,6 +60,21 @@ def scaled_down(**changes) -> LlamaSmopConfig:
     return LlamaSmopConfig(**settings | changes)
 
 
+CHANGES = {
+    "none": {},
+    "mostly text": MOSTLY_TEXT,
+    "recompute": {"projector_config": {"hidden_features": 128, "recompute": "hz"}},
+    "audio": {"modalities": ["audio"]},
+    "all trained": {"freeze_towers": False, "lora": {}},
+}
+
+
+@functools.cache
+def estimated(changes: str, dtype: torch.dtype, **options) -> estimate.Estimate:
+    """Of a training, each once: it takes a second."""
+    return estimate.training(scaled_down(**CHANGES[changes]), WORKLOAD, dtype=dtype, **options)
+
+
 def measured_peak(step) -> int:
     """Most bytes that the CPU allocator had given out at once during `step`, above what it had before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -71,19 +90,18 @@ def measured_peak(step) -> int:
 @pytest.mark.parametrize(
     ("dtype", "changes", "options"),
     [
-        (torch.float32, {}, {}),
-        (torch.float32, MOSTLY_TEXT, {}),
-        (torch.float32, MOSTLY_TEXT, {"fused_loss": "plain"}),
-        (torch.float32, MOSTLY_TEXT, {"gradient_checkpointing": True}),
-        (torch.float32, {"projector_config": {"hidden_features": 128, "recompute": "hz"}}, {}),
-        (torch.bfloat16, {} if BFLOAT16_CONVOLUTION else {"modalities": ["audio"]}, {}),
-        (torch.float32, {"freeze_towers": False, "lora": {}}, {}),
+        (torch.float32, "none", {}),
+        (torch.float32, "mostly text", {}),
+        (torch.float32, "mostly text", {"fused_loss": "plain"}),
+        (torch.float32, "mostly text", {"gradient_checkpointing": True}),
+        (torch.float32, "recompute", {}),
+        (torch.bfloat16, "none" if BFLOAT16_CONVOLUTION else "audio", {}),
+        (torch.float32, "all trained", {}),
     ],
     ids=["float32", "labels", "all logits", "checkpointing", "recompute", "bfloat16", "all trained"],
 )
 def test_training(dtype, changes, options):
-    config = scaled_down(**changes)
-    found = estimate.training(config, WORKLOAD, dtype=dtype, **options)
+    config, found = scaled_down(**CHANGES[changes]), estimated(changes, dtype, **options)
     model = LlamaSmopForConditionalGeneration(config).to(dtype).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -134,9 +152,9 @@ def test_inference(beams):
 
 def test_what_saves_memory_is_seen_to():
     config = scaled_down(**MOSTLY_TEXT)
-    plain = estimate.training(config, WORKLOAD, dtype=torch.float32, fused_loss="plain")
-    labelled = estimate.training(config, WORKLOAD, dtype=torch.float32)
-    less = estimate.training(config, WORKLOAD, dtype=torch.float32, gradient_checkpointing=True)
+    plain = estimated("mostly text", torch.float32, fused_loss="plain")
+    labelled = estimated("mostly text", torch.float32)
+    less = estimated("mostly text", torch.float32, gradient_checkpointing=True)
     positions = estimate.batch(config, WORKLOAD, torch.float32)["input_ids"].numel()
     assert plain.step - labelled.step > positions * config.text_config.vocab_size * 4
     assert labelled.flops < plain.flops
@@ -154,7 +172,7 @@ def test_flops_follow_the_parameters():
     length = estimate.batch(config, WORKLOAD, torch.float32)["input_ids"].numel()
     assert found.flops > 2 * text.num_hidden_layers * per_layer * length
     # The towers are frozen, the language model's own weights too: its backward is that of the inputs alone.
-    backward = estimate.training(config, WORKLOAD, dtype=torch.float32).flops - found.flops
+    backward = estimated("none", torch.float32).flops - found.flops
     assert backward == pytest.approx(2 * length * (text.num_hidden_layers * per_layer + 2 * 128 * 2000), rel=0.2)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.pretrained import merging_into
+from tests.mounted_writes import a_model
 
 SHM = Path("/dev/shm")
 ROOT = Path(__file__).parents[1]
@@ -20,17 +21,6 @@ ROOT = Path(__file__).parents[1]
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def a_model(folder: Path, text: str = "new") -> Path:
-    """What this package writes, as far as files are concerned."""
-
-    def write(aside: Path) -> None:
-        (aside / "config.json").write_text(text)
-        (aside / "tower").mkdir()
-        (aside / "tower/weights").write_text(text)
-
-    return seal.write_sealed(folder, write)
 
 
 @pytest.fixture
@@ -177,7 +167,7 @@ def test_a_mount_point_is_written(tmp_path):
     for name in ("file.json", "source.json"):
         (tmp_path / name).write_text("{}")
     mounts = "mount -t tmpfs none model && mount --bind source bound && mount --bind source.json file.json || exit 77"
-    command = f"{mounts}; mkdir model/lost+found; exec {sys.executable} {__file__}"
+    command = f"{mounts}; mkdir model/lost+found; exec {sys.executable} -m tests.mounted_writes"
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", command],
         cwd=tmp_path,
@@ -229,20 +219,6 @@ def test_what_a_killed_write_moved_away_is_put_back(tmp_path):
     folder.rename(tmp_path / ".model.old-123456")
     files.discard_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["model"] and (folder / "notes.txt").read_text() == "mine"
-
-
-def write_into_mounts() -> None:
-    for folder in (Path("model"), Path("bound")):
-        for text in ("old", "new"):
-            a_model(folder, text)
-        assert seal.is_whole(folder) and (folder / "config.json").read_text() == "new", folder
-        assert not list(folder.glob(".*")), folder
-    files.write_json("file.json", [1])
-    assert files.read_json("source.json") == [1]
-
-
-if __name__ == "__main__":
-    write_into_mounts()
 
 
 def test_a_claimed_folder_admits_the_same_settings_again_and_no_others(tmp_path):

@@ -16,27 +16,45 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
+    """Of three stages."""
     out = tmp_path_factory.mktemp("gpu")
-    gpu.run(out, budget_s=900, dry=True, only=[s.name for s in gpu_stages.stages() if s.name != "hot"], say=quiet)
+    gpu.run(out, budget_s=900, dry=True, only=["environment", "correctness", "headline"], say=quiet)
     return out
 
 
-def test_a_dry_run_walks_every_stage(dry_run):
-    found = results.load(dry_run / "results.json")
-    states = {name: s["status"] for name, s in found["stages"].items()}
-    assert states == {s.name: "done" for s in gpu_stages.stages() if s.name != "hot"}
-    failures = {name: s["failed"] for name, s in found["stages"].items() if s["failed"]}
-    assert failures == {}, f"see {dry_run / 'log.txt'}"
+def all_done(out) -> dict:
+    """The results, of which no stage has failed or was cut."""
+    found = results.load(out / "results.json")
+    states = {name: (s["status"], s["failed"]) for name, s in found["stages"].items()}
+    assert states == dict.fromkeys(states, ("done", {})), f"see {out / 'log.txt'}"
+    return found
+
+
+def test_a_dry_run_measures(dry_run):
+    found = all_done(dry_run)
     assert found["ceilings"]["copy_gb_per_s"] > 0 and found["environment"]["versions"]["torch"]
     assert {c["backend"] for c in found["correctness"]} >= {"torch"} and all(c["within"] for c in found["correctness"])
-    assert {t["pass"] for t in found["timings"]} == {"forward", "backward", "both"}
-    assert {r["projector"] for r in found["model"]} == {"smop", "eager", "dense"}
+    assert {t["pass"] for t in found["timings"]} == {"forward", "both"}
     assert "dry run" in found["note"]
 
 
-def test_it_leaves_few_small_files(dry_run):
-    files = [p for p in dry_run.rglob("*") if p.is_file()]
+@pytest.mark.slow
+def test_a_dry_run_walks_every_stage(tmp_path):
+    gpu.run(tmp_path, budget_s=900, dry=True, say=quiet)
+    found = all_done(tmp_path)
+    assert set(found["stages"]) == {s.name for s in gpu_stages.stages()}
+    assert {t["pass"] for t in found["timings"]} == {"forward", "backward", "both"}
+    assert {r["projector"] for r in found["model"]} == {"smop", "eager", "dense"}
+    assert_few_small_files(tmp_path)
+
+
+def assert_few_small_files(out) -> None:
+    files = [p for p in out.rglob("*") if p.is_file()]
     assert len(files) <= 8 and sum(p.stat().st_size for p in files) < 1 << 20
+
+
+def test_it_leaves_few_small_files(dry_run):
+    assert_few_small_files(dry_run)
     summary = (dry_run / "summary.md").read_text()
     assert "correctness against float64" in summary and "dry run" in summary
 

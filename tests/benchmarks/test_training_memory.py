@@ -10,6 +10,7 @@ from benchmarks.report.training_memory import table
 from llama_smop.models import lm_loss
 
 
+@pytest.mark.slow
 def test_it_measures_every_case_and_the_table_has_them(tmp_path, monkeypatch):
     """In this process, which is quicker; what it measures there depends on what the allocator kept from before."""
     monkeypatch.setattr(training_memory, "_in_a_child", training_memory.child)

@@ -48,12 +48,11 @@ def cuobjdump(*options: str, file: str = "") -> str:
     module = extension.path("static")
     what = module.parents[1] / file if file else module
     done = subprocess.run([tool("cuobjdump"), *options, str(what)], capture_output=True, text=True, check=True)
-    names = re.findall(r"Function(?: :)? (\w+)", done.stdout)
+    function = re.compile(r"(Function(?: :)?) (\w+)")
+    names = [mangled for _, mangled in function.findall(done.stdout)]
     plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    text = done.stdout
-    for mangled, name in zip(names, plain, strict=True):
-        text = text.replace(mangled, re.sub(r".*?\(anonymous namespace\)::(\w+).*", r"\1", name), 1)
-    return text
+    short = {m: re.sub(r".*?\(anonymous namespace\)::(\w+).*", r"\1", p) for m, p in zip(names, plain, strict=True)}
+    return function.sub(lambda found: f"{found[1]} {short[found[2]]}", done.stdout)
 
 
 @needs_nvcc

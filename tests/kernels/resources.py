@@ -31,6 +31,10 @@ class Resources:
     def _usage(self) -> dict[str, int]:
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", self._dump("-res-usage"))}
 
+    @cached_property
+    def _sass(self) -> str:
+        return self._dump("-sass")
+
     @property
     def registers(self) -> int:
         return self._usage["REG"]
@@ -43,13 +47,12 @@ class Resources:
     @cached_property
     def instruction(self) -> str:
         """The tensor-core instruction of the machine code, or "" when there is none."""
-        sass = self._dump("-sass")
-        return next((name for name in TENSOR_CORE if name in sass), "")
+        return next((name for name in TENSOR_CORE if name in self._sass), "")
 
     @cached_property
     def products(self) -> list[list[str]]:
         """The instructions of each innermost loop that uses tensor cores."""
-        code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(self._dump("-sass"))]
+        code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(self._sass)]
         jumps = [(int(found[1], 16), address) for address, text in code if (found := JUMP.search(text))]
         loops = [[text for address, text in code if first <= address <= last] for first, last in jumps if first < last]
         loops = [loop for loop in loops if any(name in text for text in loop for name in TENSOR_CORE)]

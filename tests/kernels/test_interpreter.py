@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests import ptxrun_support
+
 HERE = Path(__file__).parent
 # The interpreter takes a second where PTX takes a hundredth, and nothing is compiled for one call there.
 SOME = "jejr-gelu and matches or grouped_mm and not compiled_for_one_call"
 MORE = "few_tokens or jejr-gelu and padding or compiled_for_one_call"
 
 
-@pytest.mark.parametrize("which", (SOME, pytest.param(MORE, marks=pytest.mark.slow)))
+WITH_PTX = pytest.mark.slow if ptxrun_support.missing() is None else ()  # the kernels run there, and quicker
+
+
+@pytest.mark.parametrize("which", (pytest.param(SOME, marks=WITH_PTX), pytest.param(MORE, marks=pytest.mark.slow)))
 def test_the_same_tests_pass_when_interpreted(which):
     command = [sys.executable, "-m", "pytest", "-k", which, HERE / "test_chain.py", HERE / "test_grouped_mm.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

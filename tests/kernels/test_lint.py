@@ -35,6 +35,7 @@ runpy.run_module("h100model", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow  # test_compile.py looks for spills and waits of the largest kernels
 @pytest.mark.skipif(not (TOOL / "h100model").is_dir(), reason=f"no h100model in {TOOL}")
 def test_no_kernel_has_a_known_fault():
     allowed = [option for fault in KNOWN for option in ("--allow", fault)]

@@ -30,6 +30,7 @@ MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no real weights here: {', '.join(MISSING)} not installed"),
     pytest.mark.xdist_group("real_components"),
+    pytest.mark.slow,
 ]
 
 STEPS = 8

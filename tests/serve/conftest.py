@@ -11,6 +11,16 @@ from llama_smop.transcription.voice_activity import SileroVoiceActivity
 
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16, "max_seconds": 4.0}
 FRAMES = 30
+together = pytest.mark.xdist_group("serve")  # one worker imports gradio, and makes the service
+
+
+def site(*arguments):
+    """A client of the page, `llama_smop.serve.app.build(*arguments)`."""
+    from fastapi.testclient import TestClient
+
+    from llama_smop.serve.app import build
+
+    return TestClient(build(*arguments), base_url="http://127.0.0.1:7860")
 
 
 def recording(size: int = 96):
@@ -50,7 +60,6 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def service(model_path):
-    pytest.importorskip("gradio")
     from llama_smop.serve.service import Service
 
     return Service(model_path, longest_s=20)

@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
+from tests.serve.conftest import together
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytest.importorskip("gradio")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+pytestmark = [
+    together,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="needs playwright, which drives a browser"),
+]
 
 MADE_UP = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--no-sandbox")
 PATIENCE_MS = 120_000
@@ -32,12 +39,14 @@ def server(model_path, tmp_path_factory):
             yield process.stdout.readline().split()[1], folder
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(PATIENCE_MS / 1000)
     assert list(folder.iterdir()) == [], "the server leaves files behind"
 
 
 @pytest.fixture(scope="module")
 def browser():
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=MADE_UP)
 

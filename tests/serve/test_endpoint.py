@@ -4,24 +4,25 @@ import asyncio
 import json
 import re
 import threading
+from importlib.util import find_spec
 
 import pytest
 
-pytest.importorskip("gradio")
-
-from fastapi.testclient import TestClient
+if find_spec("gradio") is None:  # not imported yet: that takes seconds
+    pytest.skip("needs gradio", allow_module_level=True)
 
 from llama_smop.serve import endpoint
 from llama_smop.serve.access import LOOPBACK, ROOM, Access, Guard, TooLarge
-from llama_smop.serve.app import build
 from llama_smop.serve.shelf import Shelf
+from tests.serve.conftest import site, together
 
+pytestmark = together
 URL = "/v1/audio/transcriptions"
 MOST = 200_000
 
 
-def client(service, shelf, auth=None, most=MOST) -> TestClient:
-    return TestClient(build(service, shelf, Access(auth), most, LOOPBACK), base_url="http://127.0.0.1:7860")
+def client(service, shelf, auth=None, most=MOST):
+    return site(service, shelf, Access(auth), most, LOOPBACK)
 
 
 def post(to, path, name="talk.mp4", headers=None, **fields):

@@ -1,26 +1,26 @@
 """The page without a browser: what it shows is escaped, its addresses give away nothing, commands say what they do."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 
-pytest.importorskip("gradio")
-
-from fastapi.testclient import TestClient
+if find_spec("gradio") is None:  # not imported yet: that takes seconds
+    pytest.skip("needs gradio", allow_module_level=True)
 
 from llama_smop.cli import main
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
-from llama_smop.serve import html, page, run
+from llama_smop.serve import html, run
 from llama_smop.serve.about import caution, described
 from llama_smop.serve.access import LOOPBACK, Access
-from llama_smop.serve.app import build
 from llama_smop.serve.service import Outcome, Service, Switches
 from llama_smop.serve.shelf import Shelf
 from llama_smop.transcription.attempts import Transcript
 from llama_smop.transcription.pieces import Piece
-from tests.serve.conftest import SIZES
+from tests.serve.conftest import SIZES, site, together
 
+pytestmark = together
 EVIL = '<img src=x onerror="alert(1)"> & "quotes" </script>'
 
 
@@ -33,7 +33,14 @@ def kept():
 
 @pytest.fixture(scope="module")
 def web(service, kept):
-    return TestClient(build(service, kept, Access(), 200_000, LOOPBACK), base_url="http://127.0.0.1:7860")
+    return site(service, kept, Access(), 200_000, LOOPBACK)
+
+
+@pytest.fixture(scope="module")
+def page():
+    from llama_smop.serve import page
+
+    return page
 
 
 def outcome(**texts) -> Outcome:
@@ -54,7 +61,7 @@ def test_words_that_one_sense_alone_got_otherwise_are_marked():
     assert "nothing" in shown and "<mark>blue" not in shown
 
 
-def test_a_result_has_its_files_and_the_page_gives_no_others(web, service, files, kept):
+def test_a_result_has_its_files_and_the_page_gives_no_others(web, page, service, files, kept):
     folder = kept.new()
     result = service.run(files["crop.mp4"], "talk.mp4", Switches(compare=True), views=True)
     shown = page.show(result, service, files["crop.mp4"], folder)
@@ -70,7 +77,7 @@ def test_a_result_has_its_files_and_the_page_gives_no_others(web, service, files
         assert web.get(f"/results/{place}").status_code == 404, place
 
 
-def test_a_sound_file_gets_a_player_of_sound(service, files, kept):
+def test_a_sound_file_gets_a_player_of_sound(page, service, files, kept):
     folder = kept.new()
     result = service.run(files["sound.wav"], "a.wav", Switches(snr=0.0), views=True)
     shown = page.show(result, service, files["sound.wav"], folder)
@@ -88,7 +95,7 @@ def test_the_browser_is_told_to_ask_nobody_else(web):
     assert "fonts.googleapis.com" not in str(web.get("/theme.css").text)
 
 
-def test_files_of_this_machine_are_neither_served_nor_transcribed(web, service, files, kept, monkeypatch):
+def test_files_of_this_machine_are_neither_served_nor_transcribed(web, page, service, files, kept, monkeypatch):
     monkeypatch.setattr(service, "run", lambda *a, **k: pytest.fail("a file that nobody sent was read"))
     assert web.get(f"/gradio_api/file={service.folder}/config.json").status_code in (403, 404)
     (job,) = (function.fn for function in page.build(service, kept).fns.values() if len(function.inputs) == 6)

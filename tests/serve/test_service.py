@@ -2,14 +2,19 @@
 
 import json
 import threading
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-pytest.importorskip("gradio")
+if find_spec("gradio") is None:  # not imported yet: that takes seconds
+    pytest.skip("needs gradio", allow_module_level=True)
 
 from llama_smop.serve.service import STOPPED_AT_ONCE, Refused, Service, Switches
 from tests.data.faces.packages import needs_face_models
+from tests.serve.conftest import together
+
+pytestmark = together
 
 
 def refusal(service, path, name=None, **switches) -> str:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -166,12 +164,22 @@ def test_ctrl_c_is_a_failure_with_a_word(config, tmp_path):
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(config | {"optimizer": {"steps": 100_000, "precision": "fp32"}})
     )
-    command = [sys.executable, "-m", "llama_smop.cli", "train", "--config", str(tmp_path / "config.yaml"), "--out"]
-    with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        while not logged(out):
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
-        stdout, stderr = child.communicate(timeout=60)
-    assert child.returncode == 130 and "llama-smop: interrupted" in stderr and "Traceback" not in stderr
-    assert not stdout
+    arguments = ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(out)]
+    child = children.start(command_line, arguments, tmp_path)
+    while not logged(out):
+        assert child.is_alive(), (tmp_path / "stderr").read_text()
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(60)
+    stderr = (tmp_path / "stderr").read_text()
+    assert child.exitcode == 130 and "llama-smop: interrupted" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "stdout").read_text()
+
+
+def command_line(arguments: list[str], folder: Path) -> None:
+    from llama_smop.cli import main
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with open(folder / name, "w") as file:
+            os.dup2(file.fileno(), number)
+    main(arguments)
