@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 FACES  := $(VENV)/.faces
 REAL   := $(VENV)/.real-weights
 OUT    ?= runs/demo
+# Test processes; auto: one a core.
+WORKERS ?= auto
 # The GPU path without a GPU: CUDA builds of torch and Triton over stand-ins for the driver and the device.
 SMOPCUDA := $(or $(LLAMA_SMOP_SMOPCUDA),../shared/smopcuda)
 GPU_VENV := .venv-cuda
@@ -26,13 +28,15 @@ demo-full: $(READY) $(FACES)
 	GOMP_SPINCOUNT=2000 $(BIN)/llama-smop demo --full --out $(OUT)-full
 
 test: $(READY) $(REAL) extension
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # Soak tests, and cases beside others of their kind.
 test-slow: $(READY) $(REAL) extension
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
-test-all: test test-slow
+# Both in one run, which imports and builds things once.
+test-all: $(READY) $(REAL) extension
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow or not slow"
 
 # Once for each state of csrc/, where there is an nvcc.
 extension: $(READY)

@@ -114,7 +114,7 @@ def test_a_second_signal_ends_it_at_once(config, tmp_path):
     child.join(1.5)
     assert child.is_alive(), "the first is answered at the end of the step"
     os.kill(child.pid, signal.SIGTERM)
-    child.join(10)
+    child.join(30)  # the step has a minute left
     assert child.exitcode == -signal.SIGTERM
 
 
