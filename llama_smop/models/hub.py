@@ -1,15 +1,17 @@
 """Fetch configs, tokenizers and weights by name or folder, with errors that say what to do."""
 
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import cached_file
+from yaml import YAMLError
 
 from llama_smop.models.seal import CARD, is_edited
 
@@ -54,7 +56,8 @@ def upload(
 ) -> CommitInfo:
     """Put files of `folder`, by name, and its model card into a repository of the hub.
 
-    A card that somebody edited there is replaced by one that somebody edited here, and by no other.
+    A card that somebody edited there is replaced by one that somebody edited here, and by no other; the form that
+    transformers leaves there when a processor is pushed is nobody's.
 
     repository: further arguments of `create_repo`.
     """
@@ -64,7 +67,8 @@ def upload(
         hub.create_branch(repo_id, branch=revision, exist_ok=True)
     own = (folder / CARD).exists()
     if own and not is_edited(folder / CARD) and hub.file_exists(repo_id, CARD, revision=revision):
-        own = not is_edited(Path(hub.hf_hub_download(repo_id, CARD, revision=revision)))
+        there = Path(hub.hf_hub_download(repo_id, CARD, revision=revision))
+        own = not is_edited(there) or is_blank_form(there)
     return hub.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -74,6 +78,17 @@ def upload(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def is_blank_form(card: Path) -> bool:
+    """Whether a model card is transformers' form, with nothing filled in but its sentence on how it came about."""
+    try:
+        text = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).text
+    except (OSError, ValueError, TypeError, YAMLError):
+        return False
+    before, _, after = ModelCard.from_template(ModelCardData(), model_description="\0").text.partition("\0")
+    told = text.removeprefix(before).removesuffix(after)
+    return len(before + told + after) == len(text) and re.fullmatch("This is the model card of a .*", told) is not None
 
 
 def is_hub_name(source: str) -> bool:

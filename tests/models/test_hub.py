@@ -68,6 +68,7 @@ def remote(tmp_path, monkeypatch):
         yield tmp_path / "hub"
 
 
+FILES = "{}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
 WAYS = ("push_to_hub", "save_pretrained", "save_pretrained by another name")
 
 
@@ -108,6 +109,24 @@ def test_a_card_that_somebody_edited_on_the_hub_stays(assembled, tmp_path, remot
     (tmp_path / "folder/README.md").write_text("mine")
     assembled.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="mine")
     assert card.read_text() == (tmp_path / "folder/README.md").read_text() == "mine"
+
+
+def test_a_processor_pushed_first_leaves_no_form_on_the_hub(assembled, pair, remote, monkeypatch):
+    """transformers puts its own blank card beside a processor; a word that somebody wrote into it stays."""
+    card = remote / "me/mine/README.md"
+    here = hub.HfApi()
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", FILES.format(here.endpoint))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: here)
+    pair[1].push_to_hub("me/mine")
+    form = card.read_text()
+    assert "# Model Card for Model ID" in form and (card.parent / "processor_config.json").is_file()
+    for words in (form.replace("## Uses", "Not for traffic.\n\n## Uses"), form + "\nMine.", form.replace("This is", "It is")):
+        card.write_text(words)
+        assembled.push_to_hub("me/mine")
+        assert card.read_text() == words
+    card.write_text(form)
+    assembled.push_to_hub("me/mine")
+    assert "# me/mine\n" in card.read_text() and "Model ID" not in card.read_text()
 
 
 def test_only_what_was_saved_last_is_loaded(pair, assembled, tmp_path):
