@@ -120,7 +120,11 @@ def test_a_processor_pushed_first_leaves_no_form_on_the_hub(assembled, pair, rem
     pair[1].push_to_hub("me/mine")
     form = card.read_text()
     assert "# Model Card for Model ID" in form and (card.parent / "processor_config.json").is_file()
-    for words in (form.replace("## Uses", "Not for traffic.\n\n## Uses"), form + "\nMine.", form.replace("This is", "It is")):
+    for words in (
+        form.replace("## Uses", "Not for traffic.\n\n## Uses"),
+        form + "\nMine.",
+        form.replace("This is", "It is"),
+    ):
         card.write_text(words)
         assembled.push_to_hub("me/mine")
         assert card.read_text() == words
