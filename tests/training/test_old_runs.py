@@ -20,8 +20,10 @@ OLD = Path(__file__).parents[1] / "fixtures/before_rooms"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """The corpus that the old code trained on."""
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+    """The corpus that the old code trained on, whose test clips are as it drew them."""
+    root = make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", clips=16, seed=3, progress=False, workers=1)
+    shutil.copytree(OLD / "clips", root, dirs_exist_ok=True)
+    return root
 
 
 @pytest.fixture(scope="module")
