@@ -82,7 +82,7 @@ def test_tf32_follows_the_matmul_precision(runner, name):
 
 
 @pytest.mark.parametrize("tokens", [40, 90])
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90)))
+@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90), ("dedr-swiglu", 90)))
 def test_an_idle_expert_gets_zero_gradients(runner, name, tokens):
     """And its parameters reach nothing, not even when they are NaN."""
     model = MODELS[name]
@@ -99,8 +99,11 @@ def test_an_idle_expert_gets_zero_gradients(runner, name, tokens):
         assert value.isfinite().all(), f"{t} is not finite"
 
 
+PADDED = ("dedr-relu", 90), ("jejr-gelu", 80), ("jedr-silu", 90), ("dedr-swiglu", 80)
+
+
 @pytest.mark.parametrize("tokens", [40, 90])
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90), ("jejr-gelu", 80), ("jedr-silu", 90)))
+@pytest.mark.parametrize(("runner", "name"), triton_params(*PADDED))
 def test_padding_may_hold_anything(runner, name, tokens):
     """A masked token's features and gradients reach nothing, not even when they are NaN."""
     model = MODELS[name]
