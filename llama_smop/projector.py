@@ -319,11 +319,12 @@ def _another_form(self: SMoPProjector, x: Tensor, modality: Tensor | None, mask:
     checks.token_ids(modality, mask)
     if self.sharing == "JEJR":
         modality = None
-    if mask is not None and (form.input_norm or form.needs_logits):
+    needs_logits = form.needs_logits(self.training)
+    if mask is not None and (form.input_norm or needs_logits):
         x = x.masked_fill(~mask[..., None], 0.0)  # padding may hold anything; a norm or a product would spread NaN
     x = _input_norm(self, x)
     logits = None
-    if form.needs_logits:
+    if needs_logits:
         jitter = form.router_jitter if self.training else 0.0
         logits = router_logits(
             x, self.gate_weight, self.gate_bias, self.router_weight, self.router_bias, modality, jitter

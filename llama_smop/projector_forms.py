@@ -62,10 +62,10 @@ class SMoPForm(NamedTuple):
         known = settings if isinstance(settings, Mapping) else vars(settings)
         return cls(**{name: known[name] for name in cls._fields if name in known})
 
-    @property
-    def needs_logits(self) -> bool:
+    def needs_logits(self, training: bool) -> bool:
         """Whether the router is more than the one product that `smop::route` computes."""
-        return self.router == "mlp" or self.router_bias or self.router_jitter > 0 or self.merge is not None
+        noise = training and self.router_jitter > 0
+        return self.router == "mlp" or self.router_bias or noise or self.merge is not None
 
 
 PAPER = SMoPForm()

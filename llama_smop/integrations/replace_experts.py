@@ -103,6 +103,7 @@ def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute:
     if weight.device.type == "meta":
         return _untried(original, parts, backend, recompute)
     # In low precision a near tie may be routed either way: such a mixture is tried as a float32 copy.
+    D = mixture_parts.width(parts.expert, getattr(original, parts.experts)[0])
     trial = _copy(original) if weight.dtype in (torch.float32, torch.float64) else _copy(original).float()
     tried = next(getattr(trial, parts.experts).parameters())
     answers = [(tokens, _run(trial, tokens, training=False)) for tokens in _inputs(trial, parts, tried)]
@@ -111,7 +112,8 @@ def _fitting_mixture(original: nn.Module, parts: Parts, backend: str, recompute:
         return str(answers[0][1])
     tokens, expected = served
     candidate = StackedMixture(trial, parts, Settings(1, "relu"), backend, recompute)
-    for settings in _settings(trial, parts, logits=len(expected) == 2):
+    stacks = tokens.shape[-1] != D and not parts.front
+    for settings in _settings(trial, parts, stacks, logits=len(expected) == 2):
         candidate.settings, candidate.top_k = settings, settings.top_k
         if _same(_run(candidate, tokens, training=False), expected):
             found = _as_in_training(candidate, trial, tokens)
@@ -149,16 +151,14 @@ def _inputs(module: nn.Module, parts: Parts, like: Tensor) -> Iterator[Tensor]:
             yield random(k * PROBE_TOKENS + k - 1, D // k)  # the last frames fill no token
 
 
-def _settings(module: nn.Module, parts: Parts, logits: bool) -> Iterator[Settings]:
+def _settings(module: nn.Module, parts: Parts, stacks: bool, logits: bool) -> Iterator[Settings]:
     """Every way in which the parts may be put together, the usual ones first."""
     known, expert = getattr(module, "top_k", None), parts.expert
     E = len(getattr(module, parts.experts))
     top_ks = [known] if isinstance(known, int) and 1 <= known <= E else range(1, E + 1)
     scales = [1.0, *numbers(module, float, "scal")]
     activations = ACTIVATIONS if expert.activation is None else (expert.activation,)
-    for scale, normalize, pads, last in product(scales, (True, False), (False, True), (False, True)):
-        if last and not expert.gated:
-            continue
+    for scale, normalize, pads, last in product(scales, (True, False), {False, stacks}, {False, expert.gated}):
         for activation, top_k in product(activations, top_ks):
             yield Settings(top_k, activation, last, normalize, scale, 0.0, pads, logits)
 
@@ -183,9 +183,10 @@ def _as_in_training(candidate: StackedMixture, original: nn.Module, tokens: Tens
         for probe in _probes(tokens):
             _run(original, probe, training=True)
             _run(candidate, probe, training=True)
-            if candidate._losses is None:
-                break
-            losses.append(original.get_aux_loss().detach().double().cpu())  # type: ignore[operator]
+            loss = _aux_loss(original)
+            if loss is None or candidate._losses is None:
+                return "its get_aux_loss takes arguments, or returns no number"
+            losses.append(loss)
             terms.append(torch.stack(candidate._losses).detach().double().cpu())
         wanted, parts = torch.stack(losses).reshape(-1, 1), torch.stack(terms)
         weights = torch.linalg.lstsq(parts, wanted, driver="gelsd").solution
@@ -193,6 +194,13 @@ def _as_in_training(candidate: StackedMixture, original: nn.Module, tokens: Tens
         if off <= PROBE_TOLERANCE * min(wanted.abs().max(), 10 * spread):
             return candidate.settings._replace(aux=(form, *weights.flatten().tolist()))
     return "its auxiliary loss is neither of the forms that are here, or weighted otherwise"
+
+
+def _aux_loss(module: Any) -> Tensor | None:
+    try:
+        return torch.as_tensor(module.get_aux_loss()).detach().double().cpu().reshape(())
+    except Exception:
+        return None
 
 
 def _probes(tokens: Tensor) -> list[Tensor]:
@@ -216,7 +224,7 @@ def _run(mixture: nn.Module, tokens: Tensor, training: bool) -> Result | str:
     modes = [(m, m.training) for m in mixture.modules()]
     mixture.train(training)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
             torch.manual_seed(0)
             result = mixture(tokens)
     except Exception as error:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llama_smop.ops import checks
 from llama_smop.ops.backend import Experts, acc_dtype
-from llama_smop.ops.router_network import check_modality
+from llama_smop.ops.router_network import check_modality, exact
 
 
 def check(x: Tensor, logits: Tensor, modality: Tensor | None, mask: Tensor | None, w1: Tensor) -> None:
@@ -38,7 +38,7 @@ def merged(logits: Tensor, modality: Tensor | None, mask: Tensor | None, paramet
     """
     B, N, E = logits.shape
     R, X = 1 if modality is None else 2, parameters.w1.shape[0]
-    with torch.autocast(logits.device.type, enabled=False):
+    with exact(logits):
         real = torch.ones(B, N, dtype=torch.bool, device=logits.device) if mask is None else mask
         router = real.new_zeros((B, N), dtype=torch.int64) if modality is None else modality.long()
         probs = logits.to(acc_dtype(logits.dtype)).masked_fill(~real[..., None], 0.0).softmax(-1)

@@ -11,7 +11,7 @@ from llama_smop.ops import checks
 from llama_smop.ops.backend import acc_dtype
 from llama_smop.ops.expert_projection import schedule
 from llama_smop.ops.route import Routing
-from llama_smop.ops.router_network import check_modality
+from llama_smop.ops.router_network import check_modality, exact
 
 
 def check(logits: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int) -> None:
@@ -37,7 +37,7 @@ def route_logits(
     T, E = logits.shape
     R = 1 if modality is None else 2
     check_modality(modality)
-    with torch.autocast(logits.device.type, enabled=False):  # sums over tokens: float32 or better
+    with exact(logits):
         logits = logits.to(acc_dtype(logits.dtype))
         router = logits.new_zeros(T, dtype=torch.int64) if modality is None else modality.long()
         real = torch.ones_like(router, dtype=torch.bool) if mask is None else mask

@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_smop.ops.router_network import exact
+
 
 def aux_losses(
     logits: Tensor,
@@ -35,9 +37,9 @@ def aux_losses(
         routers: R.
         group: processes that share the batch; default all, and none where torch.distributed is not in use.
     """
-    with torch.autocast(logits.device.type, enabled=False):  # sums over tokens, and counts of them: float32 or better
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _aux_losses(exact, experts, modality, mask, routers, balance, joint, group)
+    with exact(logits):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _aux_losses(logits, experts, modality, mask, routers, balance, joint, group)
 
 
 def _aux_losses(logits, experts, modality, mask, routers, balance, joint, group) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Logits of routers that are more than one product: with a hidden layer, a bias, noise in training."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,12 @@ from torch import Tensor
 from llama_smop.ops import checks
 from llama_smop.ops.backend import acc_dtype
 from llama_smop.ops.operator import is_plain
+
+
+def exact(like: Tensor) -> AbstractContextManager:
+    """Without autocast, where `like`'s device has it: sums over tokens and counts of them are float32 or better."""
+    known = like.device.type in ("cpu", "cuda")
+    return torch.autocast(like.device.type, enabled=False) if known else nullcontext()
 
 
 def check_modality(modality: Tensor | None) -> None:
@@ -39,7 +47,7 @@ def router_logits(
     if hidden_weight is not None and hidden_bias is not None:
         rows = F.relu(F.linear(x, hidden_weight.flatten(0, 1), hidden_bias.flatten())).unflatten(-1, (R, -1))
     acc = acc_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # a routing must not turn on the low bits of 16
+    with exact(x):  # a routing must not turn on the low bits of 16
         logits = torch.einsum("...rd,red->...re", rows.to(acc).expand(*x.shape[:-1], R, -1), gate_weight.to(acc))
         if gate_bias is not None:
             logits = logits + gate_bias.to(acc)

@@ -116,6 +116,11 @@ class Dense(nn.Module):
         return sum(expert(x) * shares[..., e, None] for e, expert in enumerate(self.experts))
 
 
+class Weighted(Routed):
+    def get_aux_loss(self, weight):
+        return weight * self.loss
+
+
 SHAPES = {
     "tiny-audio": lambda: Routed(jitter=0.01, aux="mse"),
     "its gated one": lambda: Routed(expert=Gated, experts=8, top_k=4, normalise=False, scale=2.5, pad=True),
@@ -223,6 +228,7 @@ def test_a_bad_checkpoint_is_refused():
     (
         (lambda: Routed(expert=lambda: Adapter(dropout=0.2)), "its experts are not"),
         (lambda: Routed(aux="entropy"), "its auxiliary loss is neither"),
+        (Weighted, "its get_aux_loss takes arguments"),
     ),
 )
 def test_what_is_not_known_is_left_alone(projector, why):

@@ -128,6 +128,13 @@ def test_compiled_as_one_graph(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_shapes_on_the_meta_device(name):
+    p, (x, modality, mask) = projector("DEDR", **FORMS[name]).to("meta"), inputs("DEDR")
+    out = p(x.to("meta"), modality.to("meta"), mask.to("meta"))
+    assert out.hidden_states.shape == (B, N, O) and out.router_logits.shape == (B, N, E)
+
+
 def test_jitter_is_for_training_and_within_its_bounds():
     p = projector(router_jitter=0.1)
     x, _, mask = inputs("JEJR")
