@@ -46,7 +46,7 @@ ROWS = (  # the longest first
     Row("planted-faults", "", "planted_faults"),
     Row("gpu-tests", "", GPU_TESTS),
     Row("numbers-exact", "--exact --mode late --strict", "numbers"),
-    Row("streams-late", "--streams late", "streams graphs training"),
+    Row("streams-late", "--streams late", "streams graphs training forms"),
     Row("streams-eager", "--streams eager", "streams graphs training"),
     Row("compiled", "", "compiled"),
     Row("two-devices", "--devices 2", "two_devices gpu_ranks"),

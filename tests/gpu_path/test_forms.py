@@ -7,6 +7,7 @@ from tests.gpu_path.problems import Expected, batch, projector, step
 
 pytestmark = pytest.mark.gpu
 
+# No "rms" here: smopcuda has no backward of PyTorch's fused RMSNorm.
 FORMS = {
     "shared": {"shared_experts": 1, "balance": "mse", "activation": "gelu", "layer_norm": False},
     "gated": {"gated": True, "activation": "silu", "normalize_weights": False, "weight_scale": 2.5},
