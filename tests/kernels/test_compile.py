@@ -22,9 +22,9 @@ A_REGISTER_OR_TWO = 8  # bytes: ptxas may keep them in local memory to reach the
 GEMMS = ("grouped_gemm_kernel", "grouped_wgrad_kernel")
 
 
-def launches(arch: int, dtype: torch.dtype, tokens: tuple[int, ...]) -> list[Launch]:
+def launches(arch: int, dtype: torch.dtype, tokens: tuple[int, ...], activation: str = "relu") -> list[Launch]:
     """The distinct launches of the default sizes, 1024 → 2048 → 2048, E 4, K 2, with dx."""
-    model = Model(1024, 2048, 2048, E=4, K=2, sharing="JEJR", dtype=dtype)
+    model = Model(1024, 2048, 2048, E=4, K=2, sharing="JEJR", dtype=dtype, activation=activation)
     distinct = {}
     for T in tokens:
         with torch.device("meta"):
@@ -44,18 +44,20 @@ def describe(launch: Launch) -> str:
     c = launch.constexprs
     if launch.name in GEMMS:
         tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c.get('BLOCK_K', c.get('BLOCK_R'))}"
-        flags = [f for f in ("GATHER", "GRADIENT") if c.get(f)]
+        flags = [f for f in ("GATHER", "GRADIENT", "GATED") if c.get(f)]
         return " ".join(
             [launch.name.removesuffix("_kernel"), tile, f"stages {launch.num_stages}", *map(str.lower, flags)]
         )
     return launch.name.removesuffix("_kernel")
 
 
-def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: tuple[str, ...] = ()) -> None:
+def check(
+    arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: tuple[str, ...] = (), activation: str = "relu"
+) -> None:
     """Compile each distinct launch (of `kernels` alone, if any are named), print what it takes and assert on it."""
     dtype = DTYPES[dtype_name]
     rows, faults = [], []
-    for launch in launches(arch, dtype, tokens):
+    for launch in launches(arch, dtype, tokens, activation):
         if kernels and launch.name not in kernels:
             continue
         with compiling_for(arch):
@@ -90,6 +92,13 @@ def check(arch: int, dtype_name: str, tokens: tuple[int, ...], capsys, kernels: 
 )
 def test_tiles(arch, dtype, tokens, capsys):
     check(arch, dtype, (tokens,), capsys, kernels=() if tokens == 4096 else GEMMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tiles_of_gated_experts(arch, capsys):
+    """Few rows and many: two pre-activations, or the gradients of both, in one tile's epilogue."""
+    check(arch, "bf16", (64, 16384), capsys, GEMMS[:1], "swiglu")
 
 
 @pytest.mark.parametrize("arch", [80])
