@@ -4,12 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from llama_smop.cli import main
 from llama_smop.reports.ablation.page import page, table, write_page
 from llama_smop.reports.ablation.plots import pictures
 from llama_smop.reports.ablation.results import Setting, differences, paired
+
+
+@pytest.fixture(autouse=True)
+def closed_pictures():
+    yield
+    plt.close("all")
 
 
 def cell(sharing, seed, wer, experts=4, top_k=2, snrs=(None, 0), noises=("babble",)):
