@@ -48,7 +48,7 @@ def told(monkeypatch):
     """What the model is given: (modality, seconds of sound, frames) of each piece; it answers with a number each."""
     given = []
 
-    def answer(model, processor, *, num_beams, audio=None, video=None):
+    def answer(model, processor, *, num_beams, rate, audio=None, video=None):
         first = len(given)
         for k in range(len(audio or video)):
             samples, frames = (None if s is None else len(s[k]) for s in (audio, video))
@@ -138,7 +138,9 @@ def test_a_prepared_clip_is_one_clip_with_its_sound(tmp_path, pair, told):
 def test_of_a_prepared_clip_the_model_gets_what_evaluation_gives_it(tmp_path, pair, monkeypatch, modality):
     record(tmp_path / "v.mp4", numbered(40), sound=loud((1.3, 1e-4), (0.4, 0.1)))
     given = []
-    monkeypatch.setattr(module, "recognise_batch", lambda *a, num_beams, **clips: given.append(clips) or (["w"], None))
+    monkeypatch.setattr(
+        module, "recognise_batch", lambda *a, num_beams, rate, **clips: given.append(clips) or (["w"], None)
+    )
     pieces(tmp_path / "v.mp4", pair, Options(modality=modality))
     expected = ClipTransform.testing()(*load_clip(tmp_path / "v.mp4", modality))
     wanted = {name: stream for name, stream in zip(("audio", "video"), expected, strict=True) if stream is not None}
