@@ -21,6 +21,7 @@ def serve(
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="A public address through gradio's relay.")] = False,
     max_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a file, at most.")] = 200,
+    max_disk_mb: Annotated[int, typer.Option(min=2, help="Megabytes of all visitors' files, at most.")] = 5000,
     max_minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of a recording, at most.")] = 30,
     babble: Annotated[
         Path | None, typer.Option(help="Clips (a folder) or noise (a file) for the babble; default: its own sound.")
@@ -40,6 +41,7 @@ def serve(
         auth=auth,
         share=share,
         most_mb=max_mb,
+        disk_mb=max_disk_mb,
         longest_s=60 * max_minutes,
         babble=babble,
         word_times=word_times or aligner is not None,

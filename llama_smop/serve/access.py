@@ -6,8 +6,11 @@ import secrets
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
+from llama_smop.serve.limits import Guesses
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROOM = 1 << 20  # bytes of a request beside its file
+NOT_FETCHED = "this server fetches no addresses; send the file itself"
 # A browser asks nobody else for anything, whatever the page's libraries would like: fonts, scripts, programs.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
@@ -16,7 +19,7 @@ POLICY = (
 
 
 class Access:
-    """The password of `--auth`, USER:PASSWORD or a token alone; None lets everybody in.
+    """The password of `--auth`, USER:PASSWORD or a token alone; None lets everybody in. Who guesses has to wait.
 
     Raises:
         ValueError: an empty user or password.
@@ -27,13 +30,14 @@ class Access:
         self.user: str | None = user if colon else None
         self._password = password if colon else user
         self.needed = auth is not None
+        self.guesses = Guesses()
         if self.needed and not (self._password and (user or not colon)):
             raise ValueError("--auth takes USER:PASSWORD or a token, neither part empty")
 
     def login(self, user: str, password: str) -> bool:
         """Whether the page lets these in; with a token alone the user's name does not matter."""
         right = _same(password, self._password)
-        return not self.needed or (right and (self.user is None or _same(user, self.user)))
+        return not self.needed or self.guesses.judge(right and (self.user is None or _same(user, self.user)))
 
     def header(self, authorization: str | None) -> bool:
         """Whether an `Authorization` header does: `Bearer PASSWORD`, or `Basic` with user and password."""
@@ -41,7 +45,7 @@ class Access:
             return True
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() == "bearer":
-            return _same(given.strip(), self._password)
+            return self.guesses.judge(_same(given.strip(), self._password))
         if scheme.lower() == "basic":
             try:
                 user, _, password = base64.b64decode(given, validate=True).decode().partition(":")
@@ -70,16 +74,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        reason = self._refused(scope["method"], headers)
+        reason = self._refused(scope["method"], scope["path"], headers)
         if reason is not None:
             await self._refusal(scope["path"], *reason)(scope, receive, send)
             return
         await self._app(scope, _limited(receive, self._most), _confined(send))
 
-    def _refused(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refused(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host = urlsplit(f"//{headers.get('host', '')}").hostname
         if self._hosts is not None and host not in self._hosts:
             return 421, "this server answers to other names only"
+        if "file=http" in path.lower():  # gradio would fetch it, and pass it on
+            return 403, NOT_FETCHED
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None and urlsplit(origin).hostname != host:
             return 403, "requests from other sites' pages are refused"

@@ -7,6 +7,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from llama_smop.serve import page
 from llama_smop.serve.access import ROOM, Access, Guard
 from llama_smop.serve.endpoint import error, router
+from llama_smop.serve.limits import Patience, Room
 from llama_smop.serve.service import Service
 from llama_smop.serve.shelf import Shelf
 
@@ -50,6 +51,9 @@ def build(service: Service, shelf: Shelf, access: Access, most: int, hosts: tupl
         mcp_server=False,
         **page.look(),
     )
+    app.add_middleware(Room, shelf=shelf, most=most + ROOM, refusal=_refusal)
+    if access.needed:
+        app.add_middleware(Patience, guesses=access.guesses, refusal=_refusal)
     app.add_middleware(Guard, hosts=hosts, most=most + ROOM, refusal=_refusal)
     return app
 

@@ -11,6 +11,7 @@ import gradio as gr
 from llama_smop.data.media import MediaError
 from llama_smop.serve import html
 from llama_smop.serve.about import caution, described
+from llama_smop.serve.access import NOT_FETCHED
 from llama_smop.serve.pictures import experts_over_time
 from llama_smop.serve.players import write_clip, write_crops
 from llama_smop.serve.service import Outcome, Refused, Service, Switches
@@ -64,6 +65,8 @@ def build(service: Service, shelf: Shelf) -> gr.Blocks:
                 go = gr.Button("Transcribe", variant="primary", elem_id="go")
             with gr.Column(scale=3, min_width=320):
                 result = gr.HTML(html.notice("The transcript appears here.", "hint"), elem_id="result")
+        for component in (video, sound):
+            _take_files_only(component)
         seen.select(lambda: "video", None, source, api_visibility="private")
         heard.select(lambda: "sound", None, source, api_visibility="private")
 
@@ -131,6 +134,18 @@ def show(outcome: Outcome, service: Service, recording: Path, folder: Path) -> s
         outcome.transcript.warnings.append(f"the clip cannot be played here: {error.reason}")
     experts = experts_over_time(outcome.experts, outcome.transcript.seconds)
     return html.result(outcome, f"{RESULTS}/{escape(folder.name)}", clip, crop, experts)
+
+
+def _take_files_only(component: gr.components.Component) -> None:
+    """Refuse the address that a client names in place of a file: gradio would have this machine fetch it."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def kept(place: str | Path | None) -> str | None:
+        if isinstance(place, str) and "://" in place:
+            raise gr.Error(NOT_FETCHED, print_exception=False)
+        return await keep(place)
+
+    component.async_move_resource_to_block_cache = kept
 
 
 def _link(given: str, place: Path) -> None:

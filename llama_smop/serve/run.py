@@ -30,6 +30,7 @@ def serve(
     auth: str | None = None,
     share: bool = False,
     most_mb: int = 200,
+    disk_mb: int = 5000,
     longest_s: float = 1800.0,
     babble: str | Path | None = None,
     word_times: bool = False,
@@ -40,15 +41,18 @@ def serve(
     Args:
         host, port: to listen on; port 0 = a free one.
         auth: USER:PASSWORD or a token. share: ask gradio's public relay for an address on the internet.
-        most_mb, longest_s: megabytes and seconds of a recording.
+        most_mb, longest_s: megabytes and seconds of a recording. disk_mb: megabytes of all visitors' files.
         babble: a folder of clips or a noise file; by default the recording's own sound is used.
         word_times, aligner: as in `Options`.
 
     Raises:
-        ValueError: no model there, no clip to make babble of, a wrong `auth`. OSError: the port is taken.
+        ValueError: no model there, no clip to make babble of, a wrong `auth`, no disk for one recording.
+        OSError: the port is taken.
     """
     access = Access(auth)
-    with _listener(host, port) as listener, closing(Shelf()) as shelf:
+    if disk_mb <= most_mb:
+        raise ValueError(f"--max-disk-mb {disk_mb} leaves no room for a file of {most_mb} MB (--max-mb)")
+    with _listener(host, port) as listener, closing(Shelf(most=disk_mb * MEGABYTE)) as shelf:
         port = listener.getsockname()[1]
         local = host in LOOPBACK
         # uvicorn ends well at SIGTERM, then hands the signal on, which by itself would leave visitors' files behind.
@@ -63,7 +67,9 @@ def serve(
             if not access.needed and (share or not local):
                 logger.warning("everybody who reaches this address can use the model; --auth USER:PASSWORD keeps it")
             # One line of its own; requests and their addresses are not logged.
-            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+            # Who asks is who is connected (`limits`): headers of proxies are not believed.
+            quiet = {"log_level": "warning", "access_log": False, "proxy_headers": False}
+            config = uvicorn.Config(app, timeout_graceful_shutdown=GRACE_S, **quiet)
             name = f"[{host}]" if ":" in host else host
             print(f"{service.name}: http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
             if share:
