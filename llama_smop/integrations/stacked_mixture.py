@@ -13,6 +13,11 @@ from llama_smop.ops.router_losses import aux_losses
 
 # transformers' Trainer spares from weight decay by these names what it spared as a bias or a LayerNorm before.
 NAMES = ("w1", "bias1", "w2", "bias2", "layernorm_weight", "layernorm_bias")  # in the order of smop's arguments
+# accelerate looks for a weight that is not there by the name of its parameter, and has it by that of each expert's.
+OFFLOADED = (
+    "the weights of experts that replace_experts replaced cannot be offloaded by accelerate; give the mixture a device "
+    "in device_map, or undo() the replacement first"
+)
 
 
 class Settings(NamedTuple):
@@ -74,6 +79,8 @@ class StackedMixture(nn.Module):
             front: Any = getattr(self, p.front)
             x = front(x.transpose(1, 2)).transpose(1, 2)
         experts: StackedExperts = getattr(self, p.experts)
+        if experts.w1.is_meta and not x.is_meta:
+            raise ValueError(OFFLOADED)
         x = _stacked_frames(x, experts.in_features, s.pads)
         if p.norm:
             norm: Any = getattr(self, p.norm)

@@ -1,10 +1,12 @@
 """`replace_experts` on the authors' kind of mixture: same numbers, same keys, and back again."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -313,3 +315,17 @@ def test_weight_decay_spares_what_it_spared_before(options, tmp_path):
     trainer = Trainer(Model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     matrices = 12 * 12 + 4 * 12 + 4 * (12 * 20 + 20 * 16)
     assert numbers_decayed(trainer.get_decay_parameter_names) == numbers_decayed(decayed_names) == matrices
+
+
+@pytest.mark.parametrize("place", ("cpu", "disk"))
+def test_weights_that_accelerate_offloads_are_refused_in_one_line(tmp_path, place):
+    model, x = Model().eval(), torch.randn(2, 5, 12)
+    report = replace_experts(model)
+    expected = model(x)[0]
+    offload = {"cpu": cpu_offload, "disk": partial(disk_offload, offload_dir=tmp_path)}[place]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"replace_experts replaced cannot be offloaded.*device_map"):
+        offload(deepcopy(model), execution_device=torch.device("cpu"))(x)
+    placed = dispatch_model(deepcopy(model), {"encoder": "disk", "projector": "cpu"}, "cpu", offload_dir=tmp_path)
+    torch.testing.assert_close(placed(x)[0], expected)
+    report.undo()
+    torch.testing.assert_close(offload(model, execution_device=torch.device("cpu"))(x)[0], expected)
