@@ -52,11 +52,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # The wheel in an environment with the lowest versions that pyproject.toml allows, and in one with the newest on the
-# index, away from the checkout. Each takes some 6 GB and minutes to install.
+# index, away from the checkout. Each takes some 6 GB while it is tested. The counts go into docs/integrations.md.
 test-versions: $(READY)
-	rm -rf build/versions/dist build/versions/tests
-	LLAMA_SMOP_BUILD_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/versions/dist . > build/versions.log 2>&1
-	for resolution in lowest-direct highest; do PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/versions.sh $$resolution || exit 1; done
+	$(BIN)/python -m tests.versions --write
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks cpu

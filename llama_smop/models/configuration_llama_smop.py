@@ -186,7 +186,7 @@ class LlamaSmopConfig(PreTrainedConfig):
 
     # Outputs that the Trainer leaves out of its predictions, which are the logits alone.
     keys_to_ignore_at_inference = [  # noqa: RUF012 - a list by transformers' protocol
-        *("past_key_values", "lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss"),
+        *("cache", "past_key_values", "lm_loss", "load_balancing_loss", "router_z_loss", "ctc_loss"),
         *("expert_counts", "router_entropy", "router_logits"),
     ]
 

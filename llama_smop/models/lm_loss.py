@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
+from llama_smop.models.outputs import CACHE
 from llama_smop.models.units import IGNORED_LABEL
 from llama_smop.ops.operator import autocast_dtype
 
@@ -131,9 +132,9 @@ def forward_without_logits(
     total = (_liger if kind == "liger" else linear_cross_entropy)(rows, head.weight, targets)
     return CausalLMOutputWithPast(
         loss=total / (len(positions) if num_items_in_batch is None else num_items_in_batch),
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
+        **{CACHE: outputs.get(CACHE)},
     )
 
 

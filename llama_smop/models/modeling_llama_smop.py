@@ -28,7 +28,7 @@ from llama_smop.models.ctc import ctc_head, ctc_loss
 from llama_smop.models.generation import SPEECH_INPUTS, SpeechGenerationMixin
 from llama_smop.models.lm_loss import forward_without_logits, without_logits
 from llama_smop.models.lora import inject_lora
-from llama_smop.models.outputs import LlamaSmopOutput, SpeechFeatures, router_entropy
+from llama_smop.models.outputs import CACHE, LlamaSmopOutput, SpeechFeatures, router_entropy
 from llama_smop.models.placement import SpeechPlacementMixin
 from llama_smop.models.pretrained import CheckpointMixin
 from llama_smop.models.rates import Rate, RateProjectors
@@ -46,7 +46,7 @@ class LlamaSmopPreTrainedModel(CheckpointMixin, VocabularyMixin, PreTrainedModel
     supports_gradient_checkpointing = True
     # transformers adds those of the parts.
     _no_split_modules = ("WhisperEncoderLayer", "SMoPProjector", "DenseProjector")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
     # LoRA's factors are trained, so they are not quantised.
     _keep_in_fp32_modules = ("lora_A.default", "lora_B.default")
     _supports_sdpa = True
@@ -227,13 +227,14 @@ class LlamaSmopForConditionalGeneration(SpeechPlacementMixin, LlamaSmopPreTraine
         video_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         target_positions: Tensor | None = None,
         skip_logits: bool | None = None,
         rate: Rate | str | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> LlamaSmopOutput:
         """Logits, and with `labels` (B, L; -100 is ignored) the losses.
@@ -241,6 +242,7 @@ class LlamaSmopForConditionalGeneration(SpeechPlacementMixin, LlamaSmopPreTraine
         `input_ids` and `attention_mask` (B, L) come from `LlamaSmopProcessor`, padded on either side; the speech
         arguments are those of `get_speech_features`. Without speech arguments the language model runs alone.
 
+        cache: keys and values of what came before; `past_key_values` is its former name.
         skip_logits: compute the loss without making all logits, and return None for them; None = in training mode
             with labels, where `fused_loss` and the language model allow it. `logits_to_keep` is then ignored.
         rate: as in `get_speech_features`; that at which the processor made the batch.
@@ -266,7 +268,7 @@ class LlamaSmopForConditionalGeneration(SpeechPlacementMixin, LlamaSmopPreTraine
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: past_key_values if cache is None else cache,
             "use_cache": (labels is None) if use_cache is None else use_cache,
             "return_dict": True,
         }
@@ -282,9 +284,9 @@ class LlamaSmopForConditionalGeneration(SpeechPlacementMixin, LlamaSmopPreTraine
             loss=outputs.loss,
             logits=outputs.logits,
             lm_loss=outputs.loss,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
         if speech is not None:
             self._add_speech_losses(result, speech, labels, kwargs.get("num_items_in_batch"))

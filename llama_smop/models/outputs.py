@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from llama_smop.functional import SMoPOutput
 from llama_smop.models.rates import Rate
+
+# The keys and values of a language model are its `cache`; up to transformers 5.18 at least, `past_key_values`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -52,7 +55,10 @@ class LlamaSmopOutput(ModelOutput):
     expert_counts: Tensor | None = None
     router_entropy: Tensor | None = None
     router_logits: Tensor | None = None
-    past_key_values: object | None = None
+    if CACHE == "cache":
+        cache: object | None = None
+    else:
+        past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 

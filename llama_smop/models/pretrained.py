@@ -108,6 +108,11 @@ class CheckpointMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: model.safetensors is truncated or damaged ({error}); copy it again"
             ) from None
+        # A model is saved as it was loaded, but for names of ours that have changed.
+        kept = [
+            c for c in model._weight_conversions or () if KEY_MAPPING.keys().isdisjoint(c._original_source_patterns)
+        ]
+        model._weight_conversions = kept
         fetch_left_out_parts(model, info, source)
         model.freeze()
         return (model, info) if output_loading_info else model

@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llama_smop.extras import remedy
 
 # Expressions for names of modules. The head is often tied to the embeddings, which are not quantised.
-KEPT = ("audio_tower", "video_tower", "multi_modal_projector", "ctc_heads", ".*lm_head", r".*\.lora_")
+KEPT = ("audio_tower", "video_tower", "multi_modal_projector", "ctc_heads", ".*lm_head", r".*\.lora_\w+")
 GROUP = 32  # neighbouring weights with one scale, in 4 bits with torchao
 
 

@@ -51,6 +51,7 @@ def test_a_folder_loads_and_is_saved_and_loads_again(saved, tmp_path):
     loaded, processor = model_folder.load(folder, "cpu")
     assert_same(model, loaded)
     again = model_folder.save(loaded, processor, tmp_path / "again")
+    assert load_file(again / "model.safetensors").keys() <= model.state_dict().keys(), "saved under former names"
     assert_same(model, model_folder.load(again, "cpu")[0])
     loaded.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert_same(model, LlamaSmopForConditionalGeneration.from_pretrained(tmp_path / "sharded"))
