@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from llama_smop.models.modeling_llama_smop import SPEECH_INPUTS
+from llama_smop.models.outputs import CACHE
 from tests.models.conftest import chosen, clip
 
 CLIPS = [clip(45, 1), clip(20, 2), clip(31, 3)]
@@ -25,9 +26,35 @@ def test_the_next_tokens_from_a_cache_are_those_without_one(model, prompt, speec
     mask = torch.cat([prompt["attention_mask"], torch.ones_like(new)], 1)
     ids = torch.cat([prompt["input_ids"], new], 1)
     expected = model(**prompt | {"input_ids": ids, "attention_mask": mask}).logits[:, -2:]
-    cache = model(**prompt, use_cache=True).past_key_values
-    found = model(input_ids=new, attention_mask=mask, past_key_values=cache).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for name in ("cache", "past_key_values"):  # what transformers calls it depends on its version
+        cache = getattr(model(**prompt, use_cache=True), CACHE)
+        found = model(input_ids=new, attention_mask=mask, **{name: cache}).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+def test_no_cache_and_a_static_one_give_the_same_tokens(model, prompt, beams):
+    settings = {"num_beams": beams, "min_new_tokens": 8, "max_new_tokens": 8}
+    expected = model.generate(**prompt, **settings)
+    assert torch.equal(model.generate(**prompt, **settings, use_cache=False), expected)
+    assert torch.equal(model.generate(**prompt, **settings, cache_implementation="static"), expected)
+
+
+def test_several_sequences_of_each_clip_stand_together(model, prompt):
+    """The best of three beams is what three beams give; samples are drawn for each clip's own speech."""
+    length = prompt["input_ids"].shape[1]
+    best = model.generate(**prompt, num_beams=3, max_new_tokens=6)
+    beams = model.generate(**prompt, num_beams=3, num_return_sequences=3, max_new_tokens=6)
+    assert torch.equal(beams[::3, : best.shape[1]], best)
+    sure = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "max_new_tokens": 6}
+    for several, count in ((beams, 3), (model.generate(**prompt, **sure), 2)):
+        assert torch.equal(several[:, :length], prompt["input_ids"].repeat_interleave(count, 0))
+    greedy = model.generate(**prompt, max_new_tokens=6)
+    assert torch.equal(model.generate(**prompt, **sure), greedy.repeat_interleave(2, 0))
+    torch.manual_seed(1)
+    one = model.generate(**prompt, do_sample=True, max_new_tokens=6)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**prompt, do_sample=True, max_new_tokens=6), one)
 
 
 @torch.no_grad()
