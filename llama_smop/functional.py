@@ -236,7 +236,7 @@ def smop(
         if mask.shape != lead:
             raise ValueError(f"mask must have x's leading shape {tuple(lead)}, got {tuple(mask.shape)}")
         mask = mask.reshape(-1)
-    flat, parameters = x.reshape(-1, x.shape[-1]), Experts(w1, b1, w2, b2, ln_weight, ln_bias)
+    flat, parameters = x if len(lead) == 1 else x.reshape(-1, x.shape[-1]), Experts(w1, b1, w2, b2, ln_weight, ln_bias)
     if gate_weight is not None:
         if gate_weight.dim() == 3 and gate_weight.shape[0] != routers:
             raise ValueError(f"gate_weight must hold {routers} router(s) for {sharing}, got {gate_weight.shape[0]}")
@@ -279,14 +279,18 @@ def smop(
         backend,
     )
     return SMoPOutput(
-        hidden_states=y.reshape(*lead, y.shape[-1]),
-        router_logits=r.logits.reshape(*lead, r.logits.shape[-1]),
-        expert_indices=r.experts.reshape(*lead, top_k),
-        expert_weights=r.weights.reshape(*lead, top_k),
+        hidden_states=_unflattened(y, lead),
+        router_logits=_unflattened(r.logits, lead),
+        expert_indices=_unflattened(r.experts, lead),
+        expert_weights=_unflattened(r.weights, lead),
         load_balancing_loss=r.load_balancing_loss,
         router_z_loss=r.router_z_loss,
         expert_counts=r.counts.reshape(-1) if total == r.counts.numel() else r.counts.sum(0, dtype=r.counts.dtype),
     )
+
+
+def _unflattened(rows: Tensor, lead: torch.Size) -> Tensor:
+    return rows if len(lead) == 1 else rows.reshape(*lead, rows.shape[-1])
 
 
 def merged_projection(

@@ -5,6 +5,7 @@ Building is apart from running, so that what a test compiles for another archite
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         for recorder in _recorders:
-            recorder.launches.append(self)
+            if recorder.thread in (None, get_ident()):
+                recorder.launches.append(self)
         if _held_back or 0 in self.grid:
             return
         if INTERPRETED or self.kernel.pre_run_hooks:
@@ -37,15 +39,27 @@ class Launch(NamedTuple):
             return
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        constants = *self.constexprs.values(), self.num_warps, self.num_stages, self.max_registers, self.dependent
-        key = id(self.kernel), device, constants, _specialization(self.args)
-        known = _compiled_for(active)
-        compiled = known.get(key)
+        _forget_other_drivers(active)
+        key = self._key(device)
+        compiled = _compiled.get(key)
         if compiled is None:
-            known[key] = self._run_by_name()
+            _compiled[key] = self._run_by_name()
         else:
-            grid = (*self.grid, 1, 1)[:3]
-            compiled[grid](*self.args, *self.constexprs.values(), stream=active.get_current_stream(device))
+            stream = active.get_current_stream(device)
+            compiled[self.whole_grid](*self.args, *self.constexprs.values(), stream=stream)
+
+    @property
+    def whole_grid(self) -> tuple[int, int, int]:
+        x, y, z = (*self.grid, 1, 1)[:3]
+        return x, y, z
+
+    def compiled(self) -> Any:
+        """The compiled kernel that `run` has launched on the current device; None where Triton chose it by itself."""
+        return _compiled.get(self._key(triton.runtime.driver.active.get_current_device()))
+
+    def _key(self, device: int) -> tuple:
+        constants = *self.constexprs.values(), self.num_warps, self.num_stages, self.max_registers, self.dependent
+        return id(self.kernel), device, constants, _specialization(self.args)
 
     def _run_by_name(self):
         return self.kernel[self.grid](*self.args, **self._keywords())
@@ -77,17 +91,23 @@ class Sequence:
 
 
 # Compiled kernels by what Triton specialises them on. Its own look-up binds and describes all arguments anew, at every
-# launch, and takes twice the time of this one, for which a step of few tokens waits. A new driver empties the table.
+# launch, and takes twice the time of this one, for which a step of few tokens waits. A new driver empties both tables.
 _compiled: dict[tuple, Any] = {}
+_plans: dict[tuple, Any] = {}  # of whole sequences: `replay`
 _driver: Any = None
 
 
-def _compiled_for(active: Any) -> dict[tuple, Any]:
+def _forget_other_drivers(active: Any) -> None:
     global _driver
     if active is not _driver:
         _compiled.clear()
+        _plans.clear()
         _driver = active
-    return _compiled
+
+
+def plans_for(active: Any) -> dict[tuple, Any]:
+    _forget_other_drivers(active)
+    return _plans
 
 
 def _specialization(args: tuple) -> tuple:
@@ -107,8 +127,8 @@ def _specialization(args: tuple) -> tuple:
 
 
 class Recorder:
-    def __init__(self, execute: bool):
-        self.execute = execute
+    def __init__(self, execute: bool, thread: int | None):
+        self.execute, self.thread = execute, thread
         self.launches: list[Launch] = []
 
     def names(self) -> list[str]:
@@ -119,11 +139,16 @@ _recorders: list[Recorder] = []
 _held_back = 0
 
 
+def watched() -> bool:
+    """Whether somebody looks at each launch, or Triton interprets them."""
+    return bool(INTERPRETED or _recorders)
+
+
 @contextmanager
-def recording(execute: bool = True) -> Iterator[Recorder]:
-    """Record every launch made inside; with `execute=False` none of them reaches the driver."""
+def recording(execute: bool = True, thread: int | None = None) -> Iterator[Recorder]:
+    """Record every launch made inside, or those of one thread; with `execute=False` none of them reaches the driver."""
     global _held_back
-    recorder = Recorder(execute)
+    recorder = Recorder(execute, thread)
     _recorders.append(recorder)
     _held_back += not execute
     try:

@@ -16,7 +16,7 @@
 
 With dx: grouped_gemm (dh·W1) and combine_fwd (the sum over a token's K rows) more; route_bwd writes its own dx in the
 launches it makes. A saved tensor that was dropped costs the launch that made it; with h dropped dW2 comes before dh.
-Nothing is read back on the host.
+Nothing is read back on the host; so the launches of a call serve the next call of the same shapes (`replay`).
 Every launch of an operator but its first may start while the one before it ends (`dependent_launch`).
 
 Gated experts, h = act(x·Wgᵀ) ⊙ x·Wuᵀ, take the same launches: W1 holds Wg and Wu, and dh is of both.
@@ -36,6 +36,7 @@ from .grouped_gemm import gemm_tile_rows, grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
 from .launch import Sequence
 from .partials import new_partials, sum_partials
+from .replay import replayed
 from .support import unsupported
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 
+@replayed
 def route_fwd(
     x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
 ) -> tuple[Tensor, ...]:
@@ -71,6 +73,7 @@ def route_fwd(
     return logits, weights, experts, counts, balance, z, order, inverse, offs
 
 
+@replayed
 def route_bwd(
     x: Tensor,
     gate_weight: Tensor,
@@ -108,6 +111,7 @@ def schedule(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return order, inverse, offs
 
 
+@replayed
 def expert_projection_fwd(
     x: Tensor,
     weights: Tensor,
@@ -129,6 +133,7 @@ def expert_projection_fwd(
     return y, h, pre, z, mean, rstd
 
 
+@replayed
 def expert_projection_bwd(
     dy: Tensor,
     x: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
-_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 
 
 class Operator:
@@ -69,10 +69,7 @@ class Operator:
     def __call__(self, *args) -> tuple:
         flat: list[Any] = []
         for arg in args:
-            if isinstance(arg, tuple):
-                flat.extend(arg)
-            else:
-                flat.append(arg)
+            flat += arg if isinstance(arg, tuple) else (arg,)
         if not is_plain(flat):
             refuse_forward_mode(self.op._qualname, flat)
             return self.op(*flat)
@@ -204,10 +201,7 @@ def is_plain(flat: Sequence) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for value in flat:
-        if type(value) not in _PLAIN:
-            return False
-    return not flat[0].is_meta
+    return _PLAIN.issuperset(map(type, flat)) and not flat[0].is_meta
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,17 +17,29 @@ PACKAGE = str(Path(llama_smop.__file__).parent)
 
 
 class CpuAsGpu(CompileOnly):
+    utils = SimpleNamespace(unload_module=lambda module: None)  # of another driver, forgotten here
+
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
 
-def calls_before_the_first_launch(function, *args) -> list[str]:
-    """Names of the package's functions that ran, in order; generators count once a value."""
-    calls, launched = [], []
+class Launched:
+    """A compiled kernel that does nothing."""
+
+    def __getitem__(self, grid):
+        return self.run
+
+    def run(self, *args, stream):
+        pass
+
+
+def calls_of_the_package(function, *args, until: tuple = ()) -> list[str]:
+    """Names of its functions that ran, in order, before one of `until` did; generators count once a value."""
+    calls, reached = [], []
 
     def watch(frame, event, _):
-        launched.extend([True] if frame.f_code is Launch.run.__code__ else [])
-        if event == "call" and not launched and frame.f_code.co_filename.startswith(PACKAGE):
+        reached.extend([True] if frame.f_code in until else [])
+        if event == "call" and not reached and frame.f_code.co_filename.startswith(PACKAGE):
             calls.append(f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}")
 
     sys.setprofile(watch)
@@ -34,7 +47,7 @@ def calls_before_the_first_launch(function, *args) -> list[str]:
         function(*args)
     finally:
         sys.setprofile(None)
-    assert launched, "nothing was launched"
+    assert reached or not until, "nothing was launched"
     return calls
 
 
@@ -48,6 +61,26 @@ def test_few_calls_before_the_first_launch(gradients, backend, monkeypatch, tmp_
     tokens = torch.randn(100, 48), torch.zeros(100, dtype=torch.int32), torch.ones(100, dtype=torch.bool)
     with driven_by(CpuAsGpu(90)), recording(execute=False), torch.set_grad_enabled(gradients):
         projector(*tokens)  # the first call also asks the driver
-        calls = calls_before_the_first_launch(projector.forward, *tokens)
+        calls = calls_of_the_package(projector.forward, *tokens, until=(Launch.run.__code__,))
     assert calls[0] == "projector.py: forward"
     assert len(calls) < 30, "\n".join(calls)
+
+
+def test_a_step_whose_shapes_came_before_works_nothing_out(monkeypatch):
+    """Forward and backward of the third step: launches, and what PyTorch asks of an operator."""
+    monkeypatch.setattr(Launch, "_run_by_name", lambda self: Launched())
+    projector = SMoPProjector(48, 64, 40, num_experts=4, top_k=2, sharing="DEDR", backend="triton")
+    tokens = torch.randn(100, 48), torch.zeros(100, dtype=torch.int32)
+
+    def step() -> None:
+        out = projector(*tokens)
+        results = out.hidden_states, out.load_balancing_loss, out.router_z_loss
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+
+    with driven_by(CpuAsGpu(90)):
+        for _ in range(2):
+            step()
+        calls = calls_of_the_package(step)
+    working_out = ("launch.py: run", "configs.py", "tiles.py", "grouped_gemm.py", "partials.py")
+    assert not [call for call in calls if call.startswith(working_out)]
+    assert len(calls) < 180, f"{len(calls)}:\n" + "\n".join(calls)

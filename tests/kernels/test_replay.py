@@ -1,0 +1,109 @@
+"""A call of shapes that came before replays their launches: with its own tensors, and where nothing else differs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama_smop.ops.self_check import Inputs, Model, make, through_backend
+from llama_smop.triton_kernels import launch, replay
+from llama_smop.triton_kernels.combine import combine_fwd_kernel
+from llama_smop.triton_kernels.launch import Launch
+from tests.kernels.runners import triton_params
+
+MODEL = Model(D=32, H=48, O=40, E=4, K=2, sharing="DEDR")
+FIRST, SECOND, REPLAYED = range(3)
+
+
+def launched_one_by_one(monkeypatch) -> list[str]:
+    """Names of the kernels whose launches were worked out, not replayed."""
+    names: list[str] = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: names.append(self.name) or run(self))
+    return names
+
+
+def results(runner, inputs: Inputs, **options) -> dict[str, torch.Tensor]:
+    return through_backend(runner.module, MODEL, inputs.to(runner.device), **options)
+
+
+def worked_out_afresh(runner, inputs: Inputs, **options) -> dict[str, torch.Tensor]:
+    with launch.recording():
+        return results(runner, inputs, **options)
+
+
+def same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), f"{name} differs when its launches are replayed"
+
+
+@pytest.mark.parametrize(("runner", "need_dx"), triton_params((False, 90), (True, 80)))
+def test_the_third_call_of_a_shape_is_replayed(runner, need_dx, monkeypatch):
+    names = launched_one_by_one(monkeypatch)
+    with runner.running():
+        for call in (FIRST, SECOND, REPLAYED, REPLAYED):
+            inputs = make(MODEL, 50, seed=call, masked=0.2)  # other values, other routing, other memory
+            wanted = worked_out_afresh(runner, inputs, need_dx=need_dx)
+            names.clear()
+            got = results(runner, inputs, need_dx=need_dx)
+            assert bool(names) == (call != REPLAYED), f"worked out: {names}"
+            same(got, wanted)
+
+
+@pytest.mark.parametrize(("runner", "recompute"), triton_params(("", 90)))
+def test_a_call_that_differs_is_not(runner, recompute):
+    """In a size, alignment, an option, in what is recomputed."""
+    inputs = make(MODEL, 50, seed=1)
+    shifted = torch.empty(inputs.x.numel() + 1, dtype=inputs.x.dtype)[1:].view_as(inputs.x).copy_(inputs.x)
+    others = (
+        (make(MODEL, 51, seed=2), {}),
+        (replace(inputs, x=shifted), {}),
+        (inputs, {"need_dx": False}),
+        (inputs, {"recompute": "hz"}),
+    )
+    with runner.running():
+        for _ in range(3):
+            results(runner, inputs)
+        for other, options in others:
+            same(results(runner, other, **options), worked_out_afresh(runner, other, **options))
+
+
+@pytest.mark.parametrize(("runner", "times"), triton_params((4, 90)))
+def test_tensors_that_are_one_and_the_same(runner, times):
+    """Both losses often have the same gradient; the next call's may be two tensors."""
+    inputs = make(MODEL, 50, seed=1)
+    one = torch.tensor(0.5)
+    with runner.running():
+        for call in range(times):
+            same_tensor = call < times - 1
+            given = replace(inputs, dbalance=one, dz=one if same_tensor else torch.tensor(-0.25))
+            i = given.to(runner.device)
+            if same_tensor:
+                i.dz = i.dbalance
+            same(through_backend(runner.module, MODEL, i), worked_out_afresh(runner, given))
+
+
+@pytest.mark.parametrize(("runner", "most"), triton_params((6, 90)))
+def test_the_oldest_shapes_make_room(runner, most, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_PLANS", most)
+    with runner.running():
+        for tokens in (20, 20, 20, 21, 22, 20, 20, 20):
+            inputs = make(MODEL, tokens, seed=tokens)
+            same(results(runner, inputs), worked_out_afresh(runner, inputs))
+            assert len(launch._plans) <= most
+
+
+@pytest.mark.parametrize(("runner", "arch"), triton_params((90, 90)))
+def test_hooks_of_a_kernel_see_every_launch(runner, arch):
+    seen: list[bool] = []
+    inputs = make(MODEL, 50, seed=1)
+    with runner.running():
+        for _ in range(3):
+            results(runner, inputs)
+        combine_fwd_kernel.add_pre_run_hook(lambda *args, **options: seen.append(True))
+        try:
+            results(runner, inputs)
+        finally:
+            combine_fwd_kernel.pre_run_hooks.clear()
+    assert seen

@@ -1,0 +1,134 @@
+"""Calls of the same shapes launch the same kernels: from the third call on, the launches of the second are replayed.
+
+Tiles, grids, sizes of results and the choice of compiled kernels follow from shapes, dtypes, alignments and options,
+never from values. Working them out takes the host longer than the launches take a GPU that has few tokens.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from itertools import compress
+from operator import attrgetter, itemgetter, not_
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+
+MOST_PLANS = 1024  # the oldest makes room
+_DTYPE_AND_SHAPE, _ALIGNMENT = attrgetter("dtype", "shape"), (15).__and__  # for `map`, which costs no Python a tensor
+
+
+class Plan(NamedTuple):
+    """What a call does. Launches and results pick from: its arguments, the tensors it makes, constants."""
+
+    made: tuple[tuple[int | None, torch.Size, torch.dtype], ...]  # (a tensor before it that is alike, ...)
+    constants: tuple
+    launches: tuple[tuple[Callable, itemgetter], ...]  # a compiled kernel with its grid, and its arguments
+    results: itemgetter
+    hooks: tuple[list, ...]  # of the kernels: functions that Triton is to call before a launch
+
+    def run(self, flat: list, stream: int) -> tuple:
+        values, new, new_like = [*flat], flat[0].new_empty, torch.empty_like
+        for like, size, dtype in self.made:  # to be told less is quicker
+            values.append(new(size, dtype=dtype) if like is None else new_like(values[like]))
+        values += self.constants
+        for compiled, arguments in self.launches:
+            compiled(*arguments(values), stream=stream)
+        return self.results(values)
+
+
+def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
+    """For a function that launches kernels and reads no value: a tensor is its first argument, a tuple its result."""
+
+    @wraps(sequence)
+    def call(*args) -> tuple:
+        if launch.watched():
+            return sequence(*args)
+        flat: list[Any] = []
+        for arg in args:
+            flat += arg if isinstance(arg, tuple) else (arg,)
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        plans = launch.plans_for(active)
+        key = (sequence, device, *_described(flat))
+        plan = plans.get(key)
+        if plan is not None and not any(plan.hooks):
+            return plan.run(flat, active.get_current_stream(device))
+        with launch.recording(thread=get_ident()) as recorder:  # each GPU has a thread for its backward passes
+            results = sequence(*args)
+        if key in plans:
+            plans[key] = plan or _plan(flat, recorder.launches, results)
+        else:  # its kernels may just have been compiled, and most shapes of a training run come once
+            if len(plans) == MOST_PLANS:
+                plans.pop(next(iter(plans)), None)
+            plans[key] = None
+        return results
+
+    return call
+
+
+def _described(flat: list) -> list:
+    """All that a call's launches depend on, and which of its tensors are one and the same."""
+    kinds = tuple(map(type, flat))
+    pick_tensors, pick_others = _by_kind(kinds)
+    tensors = pick_tensors(flat)
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    found = [launch.dot_precision(tensors[0].dtype), kinds, pick_others(flat)]
+    found += map(_DTYPE_AND_SHAPE, tensors)
+    found += map(Tensor.stride, tensors)
+    found += map(_ALIGNMENT, addresses)
+    if len(set(addresses)) < len(addresses):
+        found += map(addresses.index, addresses)
+    return found
+
+
+@cache
+def _by_kind(kinds: tuple[type, ...]) -> tuple[itemgetter, itemgetter]:
+    """What picks the tensors, and the other arguments, from arguments of these types."""
+    is_tensor = [issubclass(kind, Tensor) for kind in kinds]
+    places = range(len(kinds))
+    return itemgetter(*compress(places, is_tensor)), itemgetter(*compress(places, map(not_, is_tensor)))
+
+
+def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | None:
+    launches = [one for one in launches if 0 not in one.grid]
+    compiled = [one.compiled() for one in launches]
+    if None in compiled:  # launched by Triton's own means: somebody looks on
+        return None
+    tensors, constants = list(flat), []
+
+    def place(value: Any) -> int:
+        if not isinstance(value, Tensor):
+            constants.append(value)
+            return -len(constants)  # they are counted from the end
+        for i, other in enumerate(tensors):
+            if value is other or (isinstance(other, Tensor) and 0 != value.data_ptr() == other.data_ptr()):
+                return i  # itself, or a view of it: kernels are given shapes and strides as numbers
+        assert value.storage_offset() == 0, "a kernel was given part of a tensor"
+        tensors.append(value)
+        return len(tensors) - 1
+
+    picked = itemgetter(*map(place, results))  # first: a kernel may have been given another view of one
+    picks = [itemgetter(*map(place, (*one.args, *one.constexprs.values()))) for one in launches]
+    made = []
+    for i, tensor in enumerate(tensors[len(flat) :], len(flat)):
+        like = next((j for j, other in enumerate(tensors[:i]) if _alike(tensor, other)), None)
+        made.append((like, tensor.shape, tensor.dtype))
+    return Plan(
+        tuple(made),
+        tuple(reversed(constants)),
+        tuple((kernel[one.whole_grid], pick) for kernel, one, pick in zip(compiled, launches, picks, strict=True)),
+        picked,
+        tuple(one.kernel.pre_run_hooks for one in launches),
+    )
+
+
+def _alike(tensor: Tensor, other: Any) -> bool:
+    return (
+        isinstance(other, Tensor)
+        and (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
+        and other.is_contiguous()
+    )
