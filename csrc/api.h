@@ -123,7 +123,7 @@ int smop_route_bwd(const SmopRouteBwd* args, uint64_t stream);
 
 // y[t] = Σ_k weights[t,k] · (LayerNorm(z[r]) · ln_weight[e] + ln_bias[e]); LayerNorm absent when ln_weight is null.
 typedef struct {
-  int dtype, ln_dtype, tokens, top_k, dim;
+  int dtype, ln_dtype, tokens, top_k, experts, dim;
   const void* z;           // (M, O)
   const float* weights;    // (T, K)
   const int32_t* chosen;   // (T, K)

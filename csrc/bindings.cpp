@@ -105,11 +105,11 @@ void schedule(int tokens, int experts, int top_k, Address chosen, Address order,
   check(smop_schedule(&p, stream), "schedule");
 }
 
-void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int dim, Address z, Address weights, Address chosen,
-                 Address inverse, Address ln_weight, Address ln_bias, float eps, Address y, Address mean, Address rstd,
-                 bool dependent, uint64_t stream) {
+void combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address z, Address weights,
+                 Address chosen, Address inverse, Address ln_weight, Address ln_bias, float eps, Address y,
+                 Address mean, Address rstd, bool dependent, uint64_t stream) {
   SmopCombine p{};
-  p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.dim = dim;
+  p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
   p.z = at<void>(z), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen), p.inverse = at<int32_t>(inverse);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.eps = eps;
   p.y = at<void>(y), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
@@ -203,8 +203,8 @@ PYBIND11_MODULE(_C, m) {
         "dweights"_a, "dbalance"_a, "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a, "dx"_a, "stream"_a);
   m.def("schedule", &schedule, py::kw_only(), "tokens"_a, "experts"_a, "top_k"_a, "chosen"_a, "order"_a, "inverse"_a,
         "offs"_a, "block_counts"_a, "stream"_a);
-  m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "dim"_a, "z"_a,
-        "weights"_a, "chosen"_a, "inverse"_a, "ln_weight"_a, "ln_bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a,
+  m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,
+        "dim"_a, "z"_a, "weights"_a, "chosen"_a, "inverse"_a, "ln_weight"_a, "ln_bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a,
         "dependent"_a, "stream"_a);
   m.def("combine_bwd", &combine_bwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,
         "dim"_a, "dy"_a, "z"_a, "weights"_a, "order"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a, "rstd"_a,

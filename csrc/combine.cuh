@@ -10,6 +10,12 @@ __device__ __forceinline__ const T* row_of(const void* base, int64_t row, int di
   return static_cast<const T*>(base) + row * dim;
 }
 
+// The row of choice `slot`, -1 for none.
+template <class Args>
+__device__ __forceinline__ int row_of_choice(const Args& p, int64_t slot) {
+  return min(p.inverse[slot], p.tokens * p.top_k - 1);
+}
+
 // As by_dtype, with the type of the LayerNorm parameters: that of the activations, or float32.
 template <class F>
 cudaError_t by_dtypes(int dtype, int ln_dtype, F&& f) {

@@ -25,7 +25,7 @@ struct Row {
 };
 
 __device__ __forceinline__ Row row_info(const SmopCombineBwd& p, int row, bool norm) {
-  const int slot = p.order[row];
+  const int slot = existing(p.order[row], static_cast<int64_t>(p.tokens) * p.top_k);
   return {slot, p.weights[slot], norm ? p.mean[row] : 0.f, norm ? p.rstd[row] : 1.f};
 }
 

@@ -22,7 +22,7 @@ __global__ __launch_bounds__(kThreads, 14 / kSteps) void combine_fwd(const SmopC
     int row[kPair];
     Packed8<T> z[kPair][kSteps] = {};
 #pragma unroll
-    for (int i = 0; i < kPair; ++i) row[i] = k + i < p.top_k ? p.inverse[first_slot + k + i] : -1;
+    for (int i = 0; i < kPair; ++i) row[i] = k + i < p.top_k ? row_of_choice(p, first_slot + k + i) : -1;
 #pragma unroll
     for (int i = 0; i < kPair; ++i)
 #pragma unroll
@@ -66,7 +66,7 @@ __global__ __launch_bounds__(kThreads, 14 / kSteps) void combine_fwd(const SmopC
     for (int i = 0; i < kPair; ++i) {
       if (row[i] < 0) continue;  // the same for the whole block
       const float w = p.weights[first_slot + k + i];
-      const int expert = kNorm ? p.chosen[first_slot + k + i] : 0;
+      const int expert = kNorm ? existing(p.chosen[first_slot + k + i], p.experts) : 0;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         const int col = s * kStep + threadIdx.x * 8;
@@ -105,7 +105,7 @@ __global__ __launch_bounds__(kThreads) void combine_fwd_any(const SmopCombine p)
   const int my_col = threadIdx.x * 8;
   if (p.ln_weight) {
     for (int k = 0; k < p.top_k; ++k) {
-      const int r = p.inverse[first_slot + k];
+      const int r = row_of_choice(p, first_slot + k);
       if (r < 0) continue;
       const T* z = row_of<T>(p.z, r, p.dim);
       float v[8], mean[1] = {}, square[1] = {};
@@ -135,12 +135,12 @@ __global__ __launch_bounds__(kThreads) void combine_fwd_any(const SmopCombine p)
   for (int d = my_col; d < p.dim; d += kStep) {
     float sum[8] = {}, v[8], gamma[8], beta[8];
     for (int k = 0; k < p.top_k; ++k) {
-      const int r = p.inverse[first_slot + k];
+      const int r = row_of_choice(p, first_slot + k);
       if (r < 0) continue;
       const float w = p.weights[first_slot + k];
       load8(row_of<T>(p.z, r, p.dim) + d, p.dim - d, v);
       if (p.ln_weight) {
-        const int e = p.chosen[first_slot + k];
+        const int e = existing(p.chosen[first_slot + k], p.experts);
         load8(row_of<P>(p.ln_weight, e, p.dim) + d, p.dim - d, gamma);
         load8(row_of<P>(p.ln_bias, e, p.dim) + d, p.dim - d, beta);
 #pragma unroll

@@ -201,7 +201,10 @@ struct SameRow {
 struct TokenRow {
   const int32_t* order;
   int top_k, first;
-  __device__ int operator()(int row) const { return order ? order[first + row] / top_k : first + row; }
+  int64_t rows;  // of x
+  __device__ int operator()(int row) const {
+    return order ? existing(order[first + row] / top_k, rows) : first + row;
+  }
 };
 
 template <class T, bool kBTransposed>
@@ -216,7 +219,7 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
   const int n0 = tile.col_tile * kBlockN;
   const T* b = static_cast<const T*>(p.b) + tile.expert * p.stride_b;
   float acc[4][16] = {};
-  RowsLoader<T> a_loader(static_cast<const T*>(p.a), p.lda, tile.rows, p.k, TokenRow{p.order, p.top_k, tile.row});
+  RowsLoader<T> a_loader(static_cast<const T*>(p.a), p.lda, tile.rows, p.k, TokenRow{p.order, p.top_k, tile.row, p.a_rows});
   const int k_tiles = static_cast<int>(ceil_div(p.k, kBlockK));
   if constexpr (kBTransposed) {
     ColsLoader<T, SameRow> b_loader(b, p.ldb, n0, p.n, p.k, SameRow{});
@@ -240,8 +243,9 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgra
   const int m0 = tile.row_tile * kBlockM, n0 = tile.col_tile * kBlockN;
 
   float acc[4][16] = {};
-  ColsLoader<T, TokenRow> a_loader(static_cast<const T*>(p.a), p.lda, m0, p.m, rows, TokenRow{nullptr, 1, own.begin});
-  ColsLoader<T, TokenRow> b_loader(static_cast<const T*>(p.b), p.ldb, n0, p.n, rows, TokenRow{p.order, p.top_k, own.begin});
+  ColsLoader<T, TokenRow> a_loader(static_cast<const T*>(p.a), p.lda, m0, p.m, rows, TokenRow{nullptr, 1, own.begin, p.a_rows});
+  ColsLoader<T, TokenRow> b_loader(static_cast<const T*>(p.b), p.ldb, n0, p.n, rows,
+                                   TokenRow{p.order, p.top_k, own.begin, p.b_rows});
   mainloop<T>(acc, ring, a_loader, b_loader, static_cast<int>(ceil_div(rows, kBlockK)));
   store_tile(wgrad_epilogue<T>(p, tile.expert, m0, kBlockM), acc, ring, n0);
 }

@@ -69,7 +69,8 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
     for (int i = 0; i < kRows; ++i) {
       const int row = first + i * (kGroup / 8);
       const bool inside = row < tile.rows;
-      from[i] = static_cast<const T*>(p.a) + chunk * 8 + (inside ? p.order[tile.row + row] / p.top_k : 0) * lda;
+      const int token = inside ? existing(p.order[tile.row + row] / p.top_k, p.a_rows) : 0;
+      from[i] = static_cast<const T*>(p.a) + chunk * 8 + token * lda;
       exists |= inside << i;
     }
     for (int k = 0; k < p.k; k += kBlockK) {
@@ -142,8 +143,9 @@ __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const
     const char* columns = reinterpret_cast<const char*>(static_cast<const T*>(p.b) + col);
     // Lane l knows the gathered rows l and l + 32 of the stage; they are fetched one stage ahead. Past the segment row
     // 0 stands in, whose values are cleared with the rest.
-    const auto gathered = [&](int row) {
-      return row < own.end ? static_cast<uint32_t>(p.order[row]) / static_cast<uint32_t>(p.top_k) : 0;
+    const auto gathered = [&](int row) -> uint32_t {
+      const uint32_t choice = row < own.end ? p.order[row] : 0;
+      return existing(choice / static_cast<uint32_t>(p.top_k), p.b_rows);
     };
     uint32_t low = gathered(own.begin + lane), high = gathered(own.begin + lane + kWarp);
     for (int k = own.begin; k < own.end; k += kBlockK) {

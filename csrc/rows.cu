@@ -15,7 +15,7 @@ __global__ __launch_bounds__(kThreads) void gather_sum(const SmopGatherSum p) {
     float sum[8] = {}, v[8];
 #pragma unroll 2
     for (int k = 0; k < p.top_k; ++k) {
-      const int r = p.inverse[first_slot + k];
+      const int r = row_of_choice(p, first_slot + k);
       if (r < 0) continue;
       load8<kAligned>(row_of<T>(p.rows, r, p.dim) + d, p.dim - d, v);
 #pragma unroll

@@ -22,7 +22,14 @@ constexpr int64_t kMostTiles = INT32_MAX - (1 << 20);
 // The end of an expert's rows, which start at `begin`: what `offs` says, as far as it rises and such rows exist. A
 // caller's `offs` can be anything, and the host does not read it.
 SMOP_HOST_DEVICE int rows_end(int begin, int said, int rows) {
-  return said <= begin ? begin : said < rows ? said : rows;
+  const int existing = said < rows ? said : rows;
+  return existing > begin ? existing : begin;
+}
+
+// What a caller's `order` names, or an expert's id, of `count` that exist: like `offs` they can be anything.
+SMOP_HOST_DEVICE int existing(int index, int64_t count) {
+  const auto last = static_cast<unsigned>(count - 1);
+  return static_cast<int>(static_cast<unsigned>(index) < last ? static_cast<unsigned>(index) : last);
 }
 
 struct ExpertRows {

@@ -13,10 +13,10 @@ from torch import Tensor
 from .configs import COMBINE_ELEMENTS, combine_bwd_warps, combine_fwd_warps, combine_rows
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
-from .segments import block_of, ceil_div, max_tiles, tile_segment
+from .segments import block_of, ceil_div, existing, max_tiles, tile_segment
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["rows", "num_experts", "eps"])
 def combine_fwd_kernel(
     z_ptr,  # (rows, O)
     weights_ptr,  # (T, TOP_K) float32, or None: plain sum
@@ -27,6 +27,8 @@ def combine_fwd_kernel(
     y_ptr,  # (T, O)
     mean_ptr,  # (rows,) float32 or None
     rstd_ptr,  # (rows,) float32 or None
+    rows,
+    num_experts,
     O,
     eps,
     TOP_K: tl.constexpr,
@@ -41,12 +43,12 @@ def combine_fwd_kernel(
     for k0 in range(0, TOP_K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         choice = token.to(tl.int64) * TOP_K + k
-        row = tl.load(inverse_ptr + choice, mask=k < TOP_K, other=-1)
+        row = tl.minimum(tl.load(inverse_ptr + choice, mask=k < TOP_K, other=-1), rows - 1)
         routed = row >= 0
         mask = routed[:, None] & o_mask[None, :]
         z = tl.load(z_ptr + row.to(tl.int64)[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
         if gamma_ptr is not None:
-            expert = tl.load(experts_ptr + choice, mask=routed, other=0)
+            expert = existing(tl.load(experts_ptr + choice, mask=routed, other=0), num_experts - 1)
             parameter = expert.to(tl.int64)[:, None] * O + o[None, :]
             gamma = tl.load(gamma_ptr + parameter, mask=mask, other=0.0)
             beta = tl.load(beta_ptr + parameter, mask=mask, other=0.0)
@@ -116,12 +118,13 @@ def combine_bwd_kernel(
     dgamma = tl.zeros([BLOCK_O], tl.float32)
     dbeta = tl.zeros([BLOCK_O], tl.float32)
     db2 = tl.zeros([BLOCK_O], tl.float32)
-    choice = tl.load(order_ptr + first)
+    choice = existing(tl.load(order_ptr + first), choices - 1)
     rows = tl.minimum(end - first, ROWS)
     for i in tl.range(rows, num_stages=STAGES):
         row = first + i
         own_choice = choice
-        choice = tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0)  # a row ahead: dy's address waits for it
+        # A row ahead: dy's address waits for it.
+        choice = existing(tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0), choices - 1)
         weight = tl.load(weights_ptr + own_choice)
         z_offset = row.to(tl.int64) * O + o
         dy_offset = (own_choice // TOP_K).to(tl.int64) * O + o
@@ -168,12 +171,13 @@ def combine_fwd(
     `weights` None: the plain sum over the rows a token was routed to.
     """
     (T, K), O = inverse.shape, y.shape[1]
+    X = 0 if gamma is None else gamma.shape[0]
     block = block_of(O)
     at_once = max(1, min(block_of(K, least=1), COMBINE_ELEMENTS // block))
     return Launch(
         combine_fwd_kernel,
         (T,),
-        (z, weights, experts, inverse, gamma, beta, y, mean, rstd, O, eps),
+        (z, weights, experts, inverse, gamma, beta, y, mean, rstd, z.shape[0], X, O, eps),
         {"TOP_K": K, "BLOCK_K": at_once, "BLOCK_O": block},
         combine_fwd_warps(at_once * block),
     )

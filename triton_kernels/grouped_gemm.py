@@ -17,11 +17,11 @@ from .activations import GATED, activate, activation_gradient
 from .configs import gemm_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
-from .segments import block_of, ceil_div, max_tiles, tile_segment
+from .segments import block_of, ceil_div, existing, max_tiles, tile_segment
 from .tiles import TileConfig
 
 
-@triton.jit(do_not_specialize=["rows", "num_experts"])
+@triton.jit(do_not_specialize=["rows", "a_rows", "num_experts"])
 def grouped_gemm_kernel(
     a_ptr,  # (rows, K); gathered: (T, K)
     b_ptr,  # (X, K, N), any strides
@@ -32,6 +32,7 @@ def grouped_gemm_kernel(
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
     offs_ptr,  # (X,) int32
     rows,
+    a_rows,
     num_experts,
     N,
     K,
@@ -80,7 +81,7 @@ def grouped_gemm_kernel(
     # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
     row = tl.minimum(m, end - 1)
     if GATHER:
-        row = tl.load(order_ptr + row) // TOP_K
+        row = existing(tl.load(order_ptr + row) // TOP_K, a_rows - 1)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
@@ -260,7 +261,7 @@ def grouped_gemm(
     return Launch(
         grouped_gemm_kernel,
         (tiles_m * ceil_div(N, cfg.block_n),),
-        (a, b, bias, out, pre, sums, order, offs, rows, X, N, K, *a.stride(), *b.stride()),
+        (a, b, bias, out, pre, sums, order, offs, rows, a.shape[0], X, N, K, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,

@@ -11,11 +11,11 @@ from torch import Tensor
 from .configs import wgrad_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
-from .segments import ceil_div, expert_segment
+from .segments import ceil_div, existing, expert_segment
 from .tiles import TileConfig
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "b_rows"])
 def grouped_wgrad_kernel(
     a_ptr,  # (rows, M), any strides
     b_ptr,  # (rows, N), any strides; gathered: (T, N)
@@ -23,6 +23,7 @@ def grouped_wgrad_kernel(
     order_ptr,  # (rows,) int32 or None
     offs_ptr,  # (X,) int32
     rows,
+    b_rows,
     M,
     N,
     stride_ar,
@@ -56,7 +57,7 @@ def grouped_wgrad_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r = begin + tl.arange(0, BLOCK_R)
-    b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
+    b_row = source_row(r, end, b_rows, order_ptr, TOP_K, GATHER)
     r_mask = r < end
     for _ in range(begin, end, BLOCK_R):
         a_mask = r_mask[None, :] if EVEN else r_mask[None, :] & (m < M)[:, None]
@@ -66,7 +67,7 @@ def grouped_wgrad_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         r += BLOCK_R
         # One block ahead: were what a copy waits for loaded where it starts, copies would be pipelined half as deep.
-        b_row = source_row(r, end, order_ptr, TOP_K, GATHER)
+        b_row = source_row(r, end, b_rows, order_ptr, TOP_K, GATHER)
         r_mask = r < end
 
     out_offset = (expert.to(tl.int64) * M + m[:, None]) * N + n[None, :]
@@ -74,10 +75,10 @@ def grouped_wgrad_kernel(
 
 
 @triton.jit
-def source_row(r, end, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+def source_row(r, end, b_rows, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
     """The row of b that stands for row r: itself, or the token it is a choice of."""
     if GATHER:
-        r = tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K
+        r = existing(tl.load(order_ptr + r, mask=r < end, other=0) // TOP_K, b_rows - 1)
     return r
 
 
@@ -104,7 +105,7 @@ def grouped_wgrad(
     return Launch(
         grouped_wgrad_kernel,
         (X * ceil_div(M, cfg.block_m) * ceil_div(N, cfg.block_n),),
-        (a, b, out, order, offs, a.shape[0], M, N, *a.stride(), *b.stride()),
+        (a, b, out, order, offs, a.shape[0], b.shape[0], M, N, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,

@@ -24,9 +24,12 @@ def block_of(size: int, least: int = 16) -> int:
 
 
 @triton.jit
-def existing(end, rows):
-    """An entry of `offs` as it may be used: a caller's can be anything, and the host does not read it."""
-    return tl.minimum(tl.maximum(end, 0), rows)
+def existing(index, last):
+    """An entry of `offs`, `order` or `inverse` as it may be used, 0 to `last`.
+
+    A caller's can be anything, and the host does not read it.
+    """
+    return tl.minimum(tl.maximum(index, 0), last)
 
 
 @triton.jit

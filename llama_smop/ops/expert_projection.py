@@ -97,7 +97,7 @@ def check_schedule(experts: Tensor, num_experts: int, schedule: Schedule) -> Non
 def check_rows(schedule: Schedule) -> None:
     """Raise IndexError where a caller's schedule names rows that do not exist.
 
-    On a GPU only under LLAMA_SMOP_DEBUG=1: without it kernels take `offs` as clamped to the rows that exist.
+    On a GPU only under LLAMA_SMOP_DEBUG=1: without it kernels take each entry as clamped to what exists.
     """
     order, inverse, offs = schedule
     if not is_plain(schedule) or not checks.values_are_checked(offs.device):

@@ -1,4 +1,4 @@
-"""A caller's `offs` can be anything, and no kernel reads it on the host: it may give wrong numbers, but kernels stay
+"""A caller's schedule can be anything, and no kernel reads it on the host: it may give wrong numbers, but kernels stay
 inside their tensors. ptxrun, which knows each tensor's end, is the judge."""
 
 import torch
@@ -20,12 +20,17 @@ SENSELESS = (
 )
 
 
-def project(backend: Backend, model: Model, i: Inputs, offs: list[int]) -> dict[str, Tensor]:
-    """Forward and backward of the projection, over a schedule whose `offs` are replaced."""
-    _, weights, experts, *_, order, inverse, _ = backend.route_fwd(
+def project(backend: Backend, model: Model, i: Inputs, **replaced: list[int]) -> dict[str, Tensor]:
+    """Forward and backward of the projection, where parts of the routing are replaced; lists are repeated."""
+    _, weights, experts, *_, order, inverse, offs = backend.route_fwd(
         i.x, i.gate_weight, i.modality, None, model.K, model.X
     )
-    schedule = Schedule(order, inverse, torch.tensor(offs, dtype=torch.int32, device=i.x.device))
+    routing = {"experts": experts, "order": order, "inverse": inverse, "offs": offs}
+    for name, values in replaced.items():
+        size = routing[name].numel()
+        repeated = torch.tensor((values * size)[:size], dtype=torch.int32, device=i.x.device)
+        routing[name] = repeated.view_as(routing[name])
+    experts, schedule = routing.pop("experts"), Schedule(**routing)
     options = Experts(*i.parameters()), model.activation, 1e-5
     y, *kept = backend.expert_projection_fwd(i.x, weights, experts, schedule, *options)
     saved = Saved(*(y.new_empty(0) if t is None else t for t in kept))
@@ -52,7 +57,7 @@ def assert_clamped(runner: Runner) -> None:
     with runner.running():
         for offs in BEYOND:
             clamped = [min(end, 40) for end in offs]
-            got, wanted = (project(runner.module, MODEL, inputs, ends) for ends in (offs, clamped))
+            got, wanted = (project(runner.module, MODEL, inputs, offs=ends) for ends in (offs, clamped))
             for result in wanted:
                 assert torch.equal(got[result], wanted[result]), f"{result} for offs {offs}"
             both = (products(runner.module, ends, runner.device, MODEL.dtype) for ends in (offs, clamped))
@@ -65,5 +70,15 @@ def assert_inside(runner: Runner) -> None:
     inputs = make(MODEL, 20, seed=2).to(runner.device)
     with runner.running():
         for offs in SENSELESS:
-            project(runner.module, MODEL, inputs, offs)
+            project(runner.module, MODEL, inputs, offs=offs)
             products(runner.module, offs, runner.device, MODEL.dtype)
+
+
+def assert_inside_for_any_order(runner: Runner) -> None:
+    """`order`, `inverse` and expert ids that name what does not exist, each alone and all together."""
+    inputs = make(MODEL, 20, seed=3).to(runner.device)
+    senseless = [0, -1, 40, LARGEST, -LARGEST - 1, 7, 1_000]
+    parts = ("order", "inverse", "experts")
+    with runner.running():
+        for names in (*((name,) for name in parts), parts):
+            project(runner.module, MODEL, inputs, **dict.fromkeys(names, senseless))

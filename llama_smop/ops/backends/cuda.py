@@ -284,7 +284,7 @@ def expert_projection_bwd(
             z = gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
         dz = z if own_z else torch.empty_like(z)
         ext.combine_bwd(
-            **sizes, experts=X, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
+            **sizes, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
             ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd), dz=_ptr(dz),
             dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead), next_bytes=2 * w2.numel(),
             dependent=False, stream=stream,
@@ -337,7 +337,7 @@ def _check_projection(tokens: int, top_k: int, parameters: Experts) -> None:
 
 
 def _combine_sizes(ext, x: Tensor, weights: Tensor, w2: Tensor, ln_weight: Tensor | None) -> dict:
-    (T, K), O = weights.shape, w2.shape[1]
+    (T, K), (X, O, _) = weights.shape, w2.shape
     dtype = ext.DTYPES[DTYPES[x.dtype]]
     ln_dtype = dtype if ln_weight is None else ext.DTYPES[LN_DTYPES[ln_weight.dtype]]
-    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "dim": O}
+    return {"dtype": dtype, "ln_dtype": ln_dtype, "tokens": T, "top_k": K, "experts": X, "dim": O}
