@@ -3,8 +3,11 @@
 Building is apart from running, so that what a test compiles for another architecture is what an operator launches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Values
 from contextlib import contextmanager
+from functools import cache, lru_cache
+from operator import attrgetter, itemgetter
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -110,20 +113,36 @@ def plans_for(active: Any) -> dict[tuple, Any]:
     return _plans
 
 
-def _specialization(args: tuple) -> tuple:
-    """At least what Triton tells arguments apart by.
+# For `map`, which costs no Python for each tensor.
+dtype_and_shape, misalignment = attrgetter("dtype", "shape"), (15).__and__
+_dtype = attrgetter("dtype")
 
-    A tensor's dtype and alignment to 16 bytes; whether an integer is 1, a multiple of 16, wider than 32 bits.
-    """
-    found: list[Any] = []
-    for arg in args:
-        if type(arg) is int:
-            found.append(1 if arg == 1 else (arg % 16 == 0, arg.bit_length() > 31))
-        elif isinstance(arg, torch.Tensor):
-            found.append((arg.dtype, arg.data_ptr() % 16 == 0))
-        else:
-            found.append(type(arg))
-    return tuple(found)
+
+def _specialization(args: tuple) -> tuple:
+    """At least what Triton tells arguments apart by: types, tensors' dtypes and alignment to 16 bytes, integers."""
+    kinds = tuple(map(type, args))
+    pick_tensors, pick_others = by_kind(kinds)
+    tensors = pick_tensors(args)
+    alignments = map(misalignment, map(torch.Tensor.data_ptr, tensors))
+    return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args))
+
+
+@cache
+def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable]:
+    """What picks the tensors, and the other arguments, from arguments of these types."""
+    tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
+    return picker(tensors), picker([i for i in range(len(kinds)) if i not in tensors])
+
+
+def picker(places: Values[int]) -> Callable[[Values], tuple]:
+    """As itemgetter, which gives no tuple of one."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: tuple([values[i] for i in places])
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _integer(value: Any) -> tuple[bool, bool, bool] | None:
+    """Whether an integer is 1, a multiple of 16, wider than 32 bits."""
+    return (value == 1, value % 16 == 0, value.bit_length() > 31) if type(value) is int else None
 
 
 class Recorder:

@@ -5,9 +5,7 @@ never from values. Working them out takes the host longer than the launches take
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
-from itertools import compress
-from operator import attrgetter, itemgetter, not_
+from functools import wraps
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from torch import Tensor
 from . import launch
 
 MOST_PLANS = 1024  # the oldest makes room
-_DTYPE_AND_SHAPE, _ALIGNMENT = attrgetter("dtype", "shape"), (15).__and__  # for `map`, which costs no Python a tensor
 
 
 class Plan(NamedTuple):
@@ -26,8 +23,8 @@ class Plan(NamedTuple):
 
     made: tuple[tuple[int | None, torch.Size, torch.dtype], ...]  # (a tensor before it that is alike, ...)
     constants: tuple
-    launches: tuple[tuple[Callable, itemgetter], ...]  # a compiled kernel with its grid, and its arguments
-    results: itemgetter
+    launches: tuple[tuple[Callable, Callable], ...]  # a compiled kernel with its grid, and its arguments
+    results: Callable
     hooks: tuple[list, ...]  # of the kernels: functions that Triton is to call before a launch
 
     def run(self, flat: list, stream: int) -> tuple:
@@ -49,7 +46,7 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
             return sequence(*args)
         flat: list[Any] = []
         for arg in args:
-            flat += arg if isinstance(arg, tuple) else (arg,)
+            flat += arg if isinstance(arg, (tuple, list)) else (arg,)
         active = triton.runtime.driver.active
         device = active.get_current_device()
         plans = launch.plans_for(active)
@@ -57,14 +54,14 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
         plan = plans.get(key)
         if plan is not None and not any(plan.hooks):
             return plan.run(flat, active.get_current_stream(device))
+        if plan is not None or key not in plans:  # most shapes of a training run come once
+            if len(plans) >= MOST_PLANS:
+                plans.pop(next(iter(plans)), None)
+            plans[key] = plan
+            return sequence(*args)
         with launch.recording(thread=get_ident()) as recorder:  # each GPU has a thread for its backward passes
             results = sequence(*args)
-        if key in plans:
-            plans[key] = plan or _plan(flat, recorder.launches, results)
-        else:  # its kernels may just have been compiled, and most shapes of a training run come once
-            if len(plans) == MOST_PLANS:
-                plans.pop(next(iter(plans)), None)
-            plans[key] = None
+        plans[key] = _plan(flat, recorder.launches, results)
         return results
 
     return call
@@ -73,24 +70,16 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
 def _described(flat: list) -> list:
     """All that a call's launches depend on, and which of its tensors are one and the same."""
     kinds = tuple(map(type, flat))
-    pick_tensors, pick_others = _by_kind(kinds)
+    pick_tensors, pick_others = launch.by_kind(kinds)
     tensors = pick_tensors(flat)
     addresses = [*map(Tensor.data_ptr, tensors)]
     found = [launch.dot_precision(tensors[0].dtype), kinds, pick_others(flat)]
-    found += map(_DTYPE_AND_SHAPE, tensors)
+    found += map(launch.dtype_and_shape, tensors)
     found += map(Tensor.stride, tensors)
-    found += map(_ALIGNMENT, addresses)
+    found += map(launch.misalignment, addresses)
     if len(set(addresses)) < len(addresses):
         found += map(addresses.index, addresses)
     return found
-
-
-@cache
-def _by_kind(kinds: tuple[type, ...]) -> tuple[itemgetter, itemgetter]:
-    """What picks the tensors, and the other arguments, from arguments of these types."""
-    is_tensor = [issubclass(kind, Tensor) for kind in kinds]
-    places = range(len(kinds))
-    return itemgetter(*compress(places, is_tensor)), itemgetter(*compress(places, map(not_, is_tensor)))
 
 
 def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | None:
@@ -111,8 +100,8 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
         tensors.append(value)
         return len(tensors) - 1
 
-    picked = itemgetter(*map(place, results))  # first: a kernel may have been given another view of one
-    picks = [itemgetter(*map(place, (*one.args, *one.constexprs.values()))) for one in launches]
+    picked = launch.picker([*map(place, results)])  # first: a kernel may have been given another view of one
+    picks = [launch.picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]
     made = []
     for i, tensor in enumerate(tensors[len(flat) :], len(flat)):
         like = next((j for j, other in enumerate(tensors[:i]) if _alike(tensor, other)), None)
