@@ -118,13 +118,12 @@ def combine_bwd_kernel(
     dgamma = tl.zeros([BLOCK_O], tl.float32)
     dbeta = tl.zeros([BLOCK_O], tl.float32)
     db2 = tl.zeros([BLOCK_O], tl.float32)
-    choice = existing(tl.load(order_ptr + first), choices - 1)
+    choice = tl.load(order_ptr + first)
     rows = tl.minimum(end - first, ROWS)
     for i in tl.range(rows, num_stages=STAGES):
         row = first + i
-        own_choice = choice
-        # A row ahead: dy's address waits for it.
-        choice = existing(tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0), choices - 1)
+        own_choice = existing(choice, choices - 1)
+        choice = tl.load(order_ptr + row + 1, mask=i + 1 < rows, other=0)  # a row ahead: dy's address waits for it
         weight = tl.load(weights_ptr + own_choice)
         z_offset = row.to(tl.int64) * O + o
         dy_offset = (own_choice // TOP_K).to(tl.int64) * O + o
