@@ -38,7 +38,10 @@ class Plan(NamedTuple):
 
 
 def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
-    """For a function that launches kernels and reads no value: a tensor is its first argument, a tuple its result."""
+    """For a function that does nothing but make empty tensors and launch kernels on them, and reads no value.
+
+    A tensor is its first argument, a tuple its result.
+    """
 
     @wraps(sequence)
     def call(*args) -> tuple:
@@ -102,8 +105,11 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
 
     picked = launch.picker([*map(place, results)])  # first: a kernel may have been given another view of one
     picks = [launch.picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]
+    launched = {arg.data_ptr() for one in launches for arg in one.args if isinstance(arg, Tensor)}
     made = []
     for i, tensor in enumerate(tensors[len(flat) :], len(flat)):
+        if tensor.numel() and tensor.data_ptr() not in launched:
+            return None  # no kernel was given it: something else has filled it
         like = next((j for j, other in enumerate(tensors[:i]) if _alike(tensor, other)), None)
         made.append((like, tensor.shape, tensor.dtype))
     return Plan(

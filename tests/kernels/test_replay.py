@@ -107,3 +107,17 @@ def test_hooks_of_a_kernel_see_every_launch(runner, arch):
         finally:
             combine_fwd_kernel.pre_run_hooks.clear()
     assert seen
+
+
+@pytest.mark.parametrize(("runner", "arch"), triton_params((90, 90)))
+def test_what_no_kernel_has_written_is_made_anew_each_time(runner, arch):
+    """A sequence that fills a tensor by other means is never replayed: replaying knows empty tensors alone."""
+
+    @replay.replayed
+    def filled(tensor: torch.Tensor, times: int) -> tuple[torch.Tensor, int]:
+        return torch.full_like(tensor, times), times
+
+    with runner.running():
+        for _ in range(4):
+            found, _ = filled(torch.empty(3, device=runner.device), 7)
+            assert found.tolist() == [7.0] * 3
