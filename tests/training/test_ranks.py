@@ -101,9 +101,16 @@ def assert_same_curves(ours: Path, theirs: Path, names=LOSSES, exactly: bool = F
 
 
 def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Of two strategies with two ranks: the sum of two gradients has no order, only their norm's sum has one."""
+    """Of two strategies with two ranks: the sum of two gradients has no order, only their norm's sum has one.
+
+    A key's bias adds as much to all scores of a query, which the softmax takes out again: its gradient is rounding
+    alone, and AdamW scales it up to as much as a whole step.
+    """
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
+        if name.endswith("k_proj.bias"):
+            assert (ours[name] - value).abs().max() <= 2 * LEARNING_RATE * STEPS, name
+            continue
         assert_same_sums(ours[name], value, ADDITIONS, name, scale=LEARNING_RATE)  # which bounds a weight's step
 
 
