@@ -366,7 +366,7 @@ def _with_other_losses(
     if form.balance == "switch" and not self.global_aux_losses:
         return out
     if form.balance is None and not self.global_aux_losses and not form.merge:  # the z-loss is there
-        return out._replace(load_balancing_loss=torch.zeros_like(out.load_balancing_loss))
+        return _with_losses(out, torch.zeros_like(out.load_balancing_loss), out.router_z_loss)
     assert out.router_logits is not None
     balance, z_loss = aux_losses(
         out.router_logits.flatten(0, -2),
@@ -377,4 +377,9 @@ def _with_other_losses(
         balance=form.balance,
         joint=self.global_aux_losses,
     )
-    return out._replace(load_balancing_loss=balance, router_z_loss=z_loss)
+    return _with_losses(out, balance, z_loss)
+
+
+def _with_losses(out: SMoPOutput, balance: Tensor, z_loss: Tensor) -> SMoPOutput:
+    """`out._replace`, which torch 2.11 does not compile."""
+    return SMoPOutput(*out[:4], balance, z_loss, out.expert_counts)

@@ -216,6 +216,7 @@ def gated_gradient(
     offset = m.to(tl.int64)[:, None] * (2 * H) + n[None, :]
     gate = tl.load(pre_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + offset + H, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # out may be pre, and a thread may load what another one stores
     dgate, dup = activation_gradient(grad * up, gate, ACTIVATION), grad * activate(gate, ACTIVATION)
     tl.store(out_ptr + offset, dgate, mask=mask)
     tl.store(out_ptr + offset + H, dup, mask=mask)

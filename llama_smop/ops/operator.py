@@ -68,8 +68,11 @@ class Operator:
 
     def __call__(self, *args) -> tuple:
         flat: list[Any] = []
-        for arg in args:
-            flat += arg if isinstance(arg, tuple) else (arg,)
+        for arg in args:  # by methods: torch 2.11's compiler adds no NamedTuple to a list
+            if isinstance(arg, tuple):
+                flat.extend(arg)
+            else:
+                flat.append(arg)
         if not is_plain(flat):
             refuse_forward_mode(self.op._qualname, flat)
             return self.op(*flat)

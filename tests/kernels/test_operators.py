@@ -41,7 +41,7 @@ def step(module, inputs: dict) -> dict[str, torch.Tensor]:
 FORMS = {
     "the paper's": {},
     "gated, shared": {
-        "gated": True, "activation": "silu", "shared_experts": 1, "input_norm": "rms", "normalize_weights": False,
+        "gated": True, "activation": "silu", "shared_experts": 1, "input_norm": "layer", "normalize_weights": False,
         "weight_scale": 2.5, "layer_norm": False,
     },
     "merged": {"merge": "utterance", "balance": "mse", "router": "mlp", "router_hidden": 16, "router_bias": True},
