@@ -30,7 +30,7 @@ MAY_SKIP = (
     "no compute-sanitizer",
     "launches are counted under ptxrun",
     "needs 2 CUDA devices",
-    "slow; run with -m slow",
+    "slow; run by make test-slow",
     "is not for this runner",
 )  # fmt: skip
 
