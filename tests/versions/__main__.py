@@ -80,18 +80,9 @@ def run_tests(resolution: str, python: Path) -> dict[str, Counter]:
     paths = sorted({path for paths in AREAS.values() for path in paths})
     paths = [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]
     with open(BUILD / f"{resolution}.log", "w") as log:
-        command = (
-            python,
-            "-m",
-            "pytest",
-            "-n2",
-            "--dist",
-            "loadgroup",
-            "-o",
-            "junit_family=xunit1",
-            f"--junitxml={report}",
-        )
-        call(*command, *paths, cwd=away, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=False)
+        pytest = ["-m", "pytest", "-n2", "--dist", "loadgroup", "-o", "junit_family=xunit1"]
+        command = (python, *pytest, f"--junitxml={report}", *paths)
+        call(*command, cwd=away, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=False)
     if not report.exists():
         raise SystemExit(f"the tests did not run; see {BUILD / f'{resolution}.log'}")
     counts: dict[str, Counter] = {area: Counter() for area in AREAS}
@@ -119,19 +110,8 @@ def main() -> int:
         print(f"{resolution}: installing", flush=True)
         python = BUILD / resolution / "bin" / "python"
         if arguments.keep and python.exists():
-            call(
-                sys.executable,
-                "-m",
-                "uv",
-                "pip",
-                "install",
-                "-q",
-                "--reinstall",
-                "--no-deps",
-                "--python",
-                python,
-                wheel,
-            )
+            install = ("-m", "uv", "pip", "install", "-q", "--reinstall", "--no-deps", "--python")
+            call(sys.executable, *install, python, wheel)
         else:
             python = make_environment(resolution, wheel)
         found = versions(python)
