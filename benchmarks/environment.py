@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama_smop.provenance import commit, cores, cpu_name, versions
+from llama_smop.system.provenance import commit, cores, cpu_name, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "numpy", "scattermoe", "grouped_gemm", "liger-kernel", "sonicmoe")

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import build, results, say
 from benchmarks.gpu_stages import Stage, stages
 from benchmarks.rivals import BY_NAME
-from llama_smop import files
+from llama_smop.system import files
 
 MODES = ("eager", "graph", "compiled")
 MAX_ATTEMPTS = 3  # of a case, each in a new child

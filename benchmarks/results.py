@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.workloads import Workload
-from llama_smop import files
+from llama_smop.system import files
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import CudaClock
 from benchmarks.workloads import Workload, headline, make
-from llama_smop import files
+from llama_smop.system import files
 from llama_smop.triton_kernels import configs, projection, tables
 from llama_smop.triton_kernels.grouped_gemm import grouped_gemm
 from llama_smop.triton_kernels.grouped_wgrad import grouped_wgrad

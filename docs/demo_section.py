@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report.performance import update  # noqa: E402
-from llama_smop import files  # noqa: E402
 from llama_smop.data.media import audio_path, read_audio, read_video  # noqa: E402
 from llama_smop.demo import STAGES  # noqa: E402
 from llama_smop.reports import plots  # noqa: E402
+from llama_smop.system import files  # noqa: E402
 
 KEPT = ROOT / "docs" / "demo"
 RESULTS = ("demo.json", "evaluation.json", "metrics.json", "projectors.json", "transcripts.json", "output.txt")

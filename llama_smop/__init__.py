@@ -1,7 +1,7 @@
 """Llama-SMoP: speech recognition that listens and reads lips, with a fast sparse mixture of projectors.
 
 The projector and the operators need only torch and numpy. The model, which needs transformers, is imported lazily;
-transformers' Auto classes and pipelines know it as soon as both are imported (auto_classes.py).
+transformers' Auto classes and pipelines know it as soon as both are imported (models/auto_classes.py).
 """
 
 import sys
@@ -25,8 +25,9 @@ def _find_kernels() -> None:
 
 _find_kernels()
 
-from llama_smop import auto_classes, functional  # noqa: E402
+from llama_smop import functional  # noqa: E402
 from llama_smop.functional import SMoPOutput  # noqa: E402
+from llama_smop.models import auto_classes  # noqa: E402
 from llama_smop.projector import DenseProjector, SMoPProjector  # noqa: E402
 
 __version__ = "0.1.0"
@@ -45,7 +46,7 @@ def __getattr__(name: str):
         try:
             return getattr(import_module(f"llama_smop.models.{_MODELS[name]}"), name)
         except ModuleNotFoundError as error:
-            from llama_smop.extras import remedy
+            from llama_smop.system.extras import remedy
 
             raise ImportError(f"{name}: {remedy(error.name or '')}", name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_smop import files
 from llama_smop.data.degrade import Degradation
 from llama_smop.data.lrs3 import Clip, Lrs3Dataset
 from llama_smop.data.noise import Noise
@@ -26,14 +25,15 @@ from llama_smop.data.transforms import CROP
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import Row, evaluate, records, table, transcribe_dataset, transcribe_items
 from llama_smop.evaluation.wer import guess_per_slot, snr_label, word_errors
-from llama_smop.extras import remedy
-from llama_smop.lock import LOCK, folder_lock
 from llama_smop.models import model_folder, seal
 from llama_smop.models.card import rewrite_card
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
 from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME
 from llama_smop.reports import projector_cost
 from llama_smop.reports.demo import write_report
+from llama_smop.system import files
+from llama_smop.system.extras import remedy
+from llama_smop.system.lock import LOCK, folder_lock
 from llama_smop.training.config import TrainConfig, read_config
 from llama_smop.training.run import train
 from llama_smop.transcription.run import transcripts

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llama_smop import files
 from llama_smop.models import seal
+from llama_smop.system import files
 
 
 def a_model(folder: Path, text: str = "new") -> Path:

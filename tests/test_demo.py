@@ -7,12 +7,12 @@ from importlib.util import find_spec
 
 import pytest
 
-from llama_smop import files
 from llama_smop.data.synthetic.grammar import GRID
 from llama_smop.demo import demo
 from llama_smop.evaluation.wer import guess_per_slot
 from llama_smop.reports import plots, projector_cost
 from llama_smop.reports.demo import write_report
+from llama_smop.system import files
 
 pytestmark = pytest.mark.xdist_group("demo")
 CLIPS, STEPS = 16, 4

@@ -9,13 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "llama_smop"
 # From the ground up. What stands further down may import what stands above it in this list, never the reverse.
 LAYERS = (
-    "auto_classes",
-    "files",
-    "processes",
-    "lock",
-    "provenance",
-    "extras",
-    "read_yaml",
+    "system",
     "triton_kernels",
     "ops",
     "functional",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import results, say
 from benchmarks.environment import ROOT
-from llama_smop import files
+from llama_smop.system import files
 
 
 def run(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.report import readings, tables
 from benchmarks.report.tables import Table
-from llama_smop.files import write_text
+from llama_smop.system.files import write_text
 
 STYLE = """
 :root { color-scheme: light; }

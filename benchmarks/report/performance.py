@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from benchmarks.report import readings, tables
-from llama_smop.files import write_text
+from llama_smop.system.files import write_text
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from llama_smop import files
 from llama_smop.ablation.grid import ScoreSection
 from llama_smop.data.lrs3 import Lrs3Dataset
 from llama_smop.evaluation.expert_use import expert_activation
 from llama_smop.evaluation.run import evaluate, supported
 from llama_smop.models import model_folder
-from llama_smop.processes import exit_with_parent
+from llama_smop.system import files
+from llama_smop.system.processes import exit_with_parent
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
 

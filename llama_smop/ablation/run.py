@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama_smop import files
 from llama_smop.ablation.grid import Cell, GridConfig, ScoreSection, cells, read_grid
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import read_audio
 from llama_smop.data.synthetic.corpus import GRID, make_corpus
 from llama_smop.evaluation.wer import guess_per_slot
-from llama_smop.lock import folder_lock
 from llama_smop.reports.ablation.page import check_page, write_page
+from llama_smop.system import files
+from llama_smop.system.lock import folder_lock
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.signals import stopped_by_signals
 

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 
-from llama_smop.extras import remedy
+from llama_smop.system.extras import remedy
 
 try:
     import typer

@@ -42,10 +42,10 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
-    from llama_smop import files
     from llama_smop.data.degrade import Degradation
     from llama_smop.evaluation import run as module
     from llama_smop.models import model_folder
+    from llama_smop.system import files
 
     unknown = set(modality or ()) - set(module.MODALITIES)
     if unknown:

@@ -22,9 +22,9 @@ def doctor(
     json: Annotated[Path | None, typer.Option(help="Write everything here too.", callback=utf8)] = None,
 ) -> None:
     """Check the backends against the float64 definition and time them, in under a minute; status 1 if one is wrong."""
-    from llama_smop import files
     from llama_smop.doctor import run
     from llama_smop.doctor.environment import text
+    from llama_smop.system import files
 
     if json is not None:
         files.check_file(json)

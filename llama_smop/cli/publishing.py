@@ -28,9 +28,9 @@ def card(
     name: Annotated[str | None, typer.Option(help="The model's name.", callback=utf8)] = None,
 ) -> None:
     """Write a model's card (README.md) again, with results and what you say here. An edited card is not replaced."""
-    from llama_smop import files
     from llama_smop.models.card import rewrite_card
     from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+    from llama_smop.system import files
 
     given = {"name": name, "license": license, "datasets": dataset, "languages": language, "base_models": base_model}
     found = [(path, files.read_json(path)) for path in results or ()]

@@ -73,9 +73,9 @@ def crop(
     face: Face = "auto",
 ) -> None:
     """Cut the mouth out of a video, 96×96 and with its sound, as the models are trained on."""
-    from llama_smop import files
     from llama_smop.data.faces.export import crop_video
     from llama_smop.data.media import files_of
+    from llama_smop.system import files
 
     which = face_choice(face)
     places = [files.check_file(target, files_of(video)) for target in (out, sheet) if target is not None]

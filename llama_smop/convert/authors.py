@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.initialization import no_init_weights
 
-from llama_smop import files
 from llama_smop.convert.avhubert import ACCOUNT
 from llama_smop.models import seal
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig, ProjectorConfig
@@ -23,6 +22,7 @@ from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGenerat
 from llama_smop.models.processing_llama_smop import LlamaSmopProcessor
 from llama_smop.models.tokenizer import add_special_tokens, token_ids
 from llama_smop.models.units import STREAMS
+from llama_smop.system import files
 
 PROJECTOR = "multi_modal_projector"
 _LORA = r"llm\.(model\.layers\.\d+\.self_attn)\.lora_"

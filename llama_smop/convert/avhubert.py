@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.formats.fairseq import load_avhubert
 from llama_smop.models.formats.key_map import KeyReport
+from llama_smop.system import files
 
 ACCOUNT = "conversion.json"
 

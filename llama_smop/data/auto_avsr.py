@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llama_smop import files
 from llama_smop.data.lrs3 import LabelError, parse_place, read_text
 from llama_smop.models.units import VIDEO_RATE
+from llama_smop.system import files
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_smop import files
+from llama_smop.system import files
 
 NOTE = "settings.json"
 

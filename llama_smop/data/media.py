@@ -18,7 +18,6 @@ import numpy as np
 import soundfile
 from av.video.reformatter import VideoReformatter
 
-from llama_smop import files
 from llama_smop.data import timeline
 from llama_smop.data.container import (
     MediaError,
@@ -34,6 +33,7 @@ from llama_smop.data.container import (
 )
 from llama_smop.data.video_writer import write_frames
 from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
+from llama_smop.system import files
 
 VIDEO_SIZE = 96
 SOUND_RATES = (1_000, 768_000)  # Hz; a header that declares another is damaged

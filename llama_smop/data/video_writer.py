@@ -16,9 +16,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from llama_smop import files
 from llama_smop.data.container import MediaError
 from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
+from llama_smop.system import files
 
 
 def write_frames(

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from llama_smop import provenance
 from llama_smop.ops import dispatch, trust
 from llama_smop.ops.backends import cuda_extension
+from llama_smop.system import provenance
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

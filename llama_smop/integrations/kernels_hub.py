@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 import llama_smop
-from llama_smop import files
+from llama_smop.system import files
 
 NAME, VERSION = "llama-smop", 1  # VERSION is the interface's, as the hub counts: whole numbers
 PACKAGE = NAME.replace("-", "_")

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.checkpoint_checks import refuse_non_finite
 from llama_smop.models.lora import inject_lora, lora_settings, peft_config
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.system import files
 
 PARTS = ("language_model", "video_tower")
 ADAPTER_PREFIX = "base_model.model."  # before the names of the base model's modules

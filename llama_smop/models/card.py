@@ -14,12 +14,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import initialization as init
 from yaml import YAMLError
 
-from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.card_records import CONVERSION, EVALUATION, add_results, read_note, read_results, read_training
 from llama_smop.models.configuration_llama_smop import LlamaSmopConfig
 from llama_smop.models.hub import is_hub_name
 from llama_smop.models.rates import rate_text
+from llama_smop.system import files
 
 PAPER = "2505.14336"
 TASKS = {"audio": "automatic-speech-recognition", "video": "video-text-to-text"}  # the hub has none for lips

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.rates import rate_parsed, rate_text
 from llama_smop.models.units import MODALITIES
+from llama_smop.system import files
 
 TRAINING, EVALUATION, CONVERSION = "training.json", "evaluation.json", "conversion.json"
 ROWS = "rows of `llama-smop evaluate --json`"

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llama_smop import files
 from llama_smop.models import card, hub, seal
 from llama_smop.models.checkpoint_checks import absent, check_folder, refuse_disagreement, refuse_non_finite
 from llama_smop.models.former_names import KEY_MAPPING
 from llama_smop.models.hub import Source
 from llama_smop.models.part_weights import load_part, part_weights
+from llama_smop.system import files
 
 SPECIAL_TOKENS_FILE = "special_tokens.safetensors"
 

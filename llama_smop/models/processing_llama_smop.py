@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 from transformers.processing_utils import Unpack
 
-from llama_smop import files
 from llama_smop.models import config_checks as check
 from llama_smop.models.call_settings import CallSettings, LlamaSmopProcessorKwargs, call_settings
 from llama_smop.models.chat import AUDIO_CLIP, VIDEO_CLIP, default_template, with_clips_read
@@ -33,6 +32,7 @@ from llama_smop.models.units import (
     VIDEO_END,
     WHISPER_RATE,
 )
+from llama_smop.system import files
 
 MIN_AUDIO_FRAMES = 25
 # Beside a saved processor: without this package transformers then says that it is missing.

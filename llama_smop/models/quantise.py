@@ -6,7 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llama_smop.extras import remedy
+from llama_smop.system.extras import remedy
 
 # Expressions for names of modules. The head is often tied to the embeddings, which are not quantised.
 KEPT = ("audio_tower", "video_tower", "multi_modal_projector", "ctc_heads", ".*lm_head", r".*\.lora_\w+")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llama_smop import files
+from llama_smop.system import files
 
 logger = logging.getLogger(__name__)
 

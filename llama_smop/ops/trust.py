@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from llama_smop import files, provenance
 from llama_smop.ops import self_check
 from llama_smop.ops.backend import Backend
 from llama_smop.ops.backends import torch as torch_backend
+from llama_smop.system import files, provenance
 
 # Every launch of forward and backward, two routers, a mask. The seed draws no near ties between experts, which rounding
 # could tip.

@@ -3,12 +3,12 @@
 import html
 from pathlib import Path
 
-from llama_smop import files
 from llama_smop.data.media import audio_path, read_audio, read_video
 from llama_smop.reports import plots
 from llama_smop.reports.html import facts as fact_table
 from llama_smop.reports.html import percent, picture, png, shown, wer_table, write_page
 from llama_smop.reports.training import REPORT, is_run, write_run_report
+from llama_smop.system import files
 
 LATER = ("pictures", "raw_video")  # results that demos of earlier versions lack
 LABELS = {"test": "unseen sentences", "test_unseen_voice": "unseen sentences, unseen voice"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from llama_smop import files
 from llama_smop.data.media import MediaError
 from llama_smop.evaluation.wer import per_cent, snr_label, snr_order
+from llama_smop.system import files
 
 STYLE = """
 :root { color-scheme: light; }

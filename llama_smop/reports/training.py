@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from llama_smop import files
 from llama_smop.models.rates import rate_text
 from llama_smop.projector_forms import SMoPForm
 from llama_smop.reports import plots
 from llama_smop.reports.html import facts, picture, shown, wer_table, write_page
+from llama_smop.system import files
 
 REPORT = "report.html"
 

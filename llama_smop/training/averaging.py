@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from llama_smop import files
 from llama_smop.models import model_folder, seal
 from llama_smop.models.former_names import present_name
 from llama_smop.models.modeling_llama_smop import LlamaSmopForConditionalGeneration
+from llama_smop.system import files
 from llama_smop.training import checkpoints
 from llama_smop.training.summary import training_facts
 

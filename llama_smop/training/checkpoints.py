@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from llama_smop import files
 from llama_smop.models.model_folder import quietly
 from llama_smop.models.seal import SEAL, is_whole, seal
+from llama_smop.system import files
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from llama_smop.read_yaml import parse_yaml, read_yaml
+from llama_smop.system.read_yaml import parse_yaml, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 INCLUDE = "include"

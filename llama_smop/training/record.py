@@ -15,10 +15,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import is_wandb_available
 
-from llama_smop import files, provenance
-from llama_smop.lock import LOCK
 from llama_smop.models.seal import SEAL
 from llama_smop.reports.training import write_run_report
+from llama_smop.system import files, provenance
+from llama_smop.system.lock import LOCK
 from llama_smop.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)

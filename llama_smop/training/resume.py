@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
-from llama_smop import files
+from llama_smop.system import files
 from llama_smop.training import checkpoints
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.record import last_start

@@ -12,11 +12,11 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
-from llama_smop.lock import folder_lock
 from llama_smop.models import model_folder
 from llama_smop.models.lm_loss import check_fused_loss
 from llama_smop.models.pretrained import put_special_token_rows
 from llama_smop.models.seal import check_target
+from llama_smop.system.lock import folder_lock
 from llama_smop.training import build, checkpoints, fsdp
 from llama_smop.training.averaging import average, newest
 from llama_smop.training.config import TrainConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from llama_smop import files
 from llama_smop.data.media import MediaError
 from llama_smop.data.training_plan import Draw, DrawnClips
+from llama_smop.system import files
 
 logger = logging.getLogger(__name__)
 

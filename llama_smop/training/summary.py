@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_smop import files
+from llama_smop.system import files
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.record import last_start
 

@@ -13,9 +13,9 @@ import numpy as np
 from llama_smop.data.faces.speaker import choose, sound_envelope
 from llama_smop.data.media import VIDEO_SIZE, MediaError, audio_path, stream_audio, stream_video, streams
 from llama_smop.data.transforms import ClipTransform
-from llama_smop.extras import remedy
 from llama_smop.models.rates import Rate
 from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
+from llama_smop.system.extras import remedy
 from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of
 from llama_smop.transcription.pieces import Clip, Piece
 from llama_smop.transcription.voice_activity import JOIN_S, Span, speech_pieces, speech_probabilities

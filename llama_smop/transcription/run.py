@@ -4,10 +4,10 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from llama_smop import files
 from llama_smop.data.media import MediaError, files_of
 from llama_smop.models import model_folder
 from llama_smop.models.rates import Rate
+from llama_smop.system import files
 from llama_smop.transcription import subtitles
 from llama_smop.transcription.attempts import Transcript, attempts
 from llama_smop.transcription.ranks import Ranks

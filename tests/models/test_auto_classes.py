@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_smop import auto_classes
+from llama_smop.models import auto_classes
 from tests.models.conftest import chosen, clip
 
 ROOT = Path(__file__).resolve().parents[2]

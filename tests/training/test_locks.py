@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_smop.lock import LOCK, folder_lock
+from llama_smop.system.lock import LOCK, folder_lock
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.run import train
 from tests.training import children

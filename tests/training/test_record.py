@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama_smop import files, provenance
 from llama_smop.reports.demo import write_report
+from llama_smop.system import files, provenance
 from llama_smop.training import record
 from llama_smop.training.config import TrainConfig
 from llama_smop.training.record import RunFolder

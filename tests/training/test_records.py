@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from llama_smop import files
 from llama_smop.ablation.cell import ResourceUse
 from llama_smop.models import model_folder, seal
+from llama_smop.system import files
 from llama_smop.training import checkpoints
 from llama_smop.training.record import STARTS, last_start, read_starts
 from llama_smop.training.setbacks import Setbacks

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.report.performance import update
-from llama_smop import files
+from llama_smop.system import files
 from tests.versions.areas import (
     AREAS,
     DOCUMENT,

@@ -13,7 +13,7 @@ EXTRAS = ("gpu", "model", "train", "shards", "quantise")
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.110", "kernels>=0.17")
 SHOWN = ("torch", "triton", "transformers", "accelerate", "peft", "torchao", "numpy", "kernels")
 AREAS = {
-    "Projector and operators; what needs no extra": ("tests/ops", "tests/test_extras.py"),
+    "Projector and operators; what needs no extra": ("tests/ops", "tests/system/test_extras.py"),
     "`replace_experts`, transformers' experts, the examples": (
         "tests/integrations/test_replace_experts.py",
         "tests/integrations/test_transformers_experts.py",

@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from llama_smop import files
 from llama_smop.data.faces.crop import Selection, frames_beside_sound, stream_crops, warnings
 from llama_smop.data.faces.detector import FaceDetector
 from llama_smop.data.faces.export import cut_blocks, sound_of
@@ -30,9 +29,10 @@ from llama_smop.data.lrs3 import LabelError
 from llama_smop.data.media import MediaError, stream_audio, streams, write_audio
 from llama_smop.data.raw_videos import RawVideo, find_videos
 from llama_smop.data.video_writer import write_frames
-from llama_smop.lock import LOCK, folder_lock
 from llama_smop.models.units import VIDEO_RATE
-from llama_smop.processes import WorkerLost, cores, unordered
+from llama_smop.system import files
+from llama_smop.system.lock import LOCK, folder_lock
+from llama_smop.system.processes import WorkerLost, cores, unordered
 
 JOURNAL, REPORT = "clips.jsonl", "report.json"
 WORK = ".in-work-"  # files that name what each process works at

@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from llama_smop import files
 from llama_smop.data.faces.crop import Faces, Selection, crop_mouths, frames_beside_sound
+from llama_smop.system import files
 
 COLUMNS = 8
 WIDTH = 192  # pixels of a column

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import IO
 
-from llama_smop.extras import remedy
+from llama_smop.system.extras import remedy
 
 INDEX = "index.json"
 FORMAT = 2

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llama_smop import files
 from llama_smop.data.claim import claim_folder
 from llama_smop.data.container import naming, read_whole
 from llama_smop.data.lrs3 import read_labels
 from llama_smop.data.media import write_bytes
 from llama_smop.data.shards.index import FORMAT, INDEX, Shard, ShardError, webdataset
+from llama_smop.system import files
 
 
 def write_shards(

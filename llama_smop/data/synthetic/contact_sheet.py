@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_smop import files
 from llama_smop.data.lrs3 import Clip, LabelError, load_clip, read_labels
 from llama_smop.data.media import write_bytes
 from llama_smop.data.synthetic.journal import read_journal
 from llama_smop.models.units import AUDIO_RATE, VIDEO_RATE
+from llama_smop.system import files
 
 _FRAMES = 16  # columns of the strip
 

@@ -26,7 +26,6 @@ import numpy as np
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from llama_smop import files
 from llama_smop.data.claim import claim_folder
 from llama_smop.data.media import write_audio, write_video
 from llama_smop.data.synthetic.articulation import articulation
@@ -36,7 +35,8 @@ from llama_smop.data.synthetic.journal import JOURNAL, read_journal
 from llama_smop.data.synthetic.mouth import render
 from llama_smop.data.synthetic.speech import speak
 from llama_smop.models.units import AUDIO_RATE, SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
-from llama_smop.processes import WorkerLost, cores, unordered
+from llama_smop.system import files
+from llama_smop.system.processes import WorkerLost, cores, unordered
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from llama_smop.read_yaml import read_yaml
+from llama_smop.system.read_yaml import read_yaml
 
 
 class CorpusError(ValueError):

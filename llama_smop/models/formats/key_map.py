@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_smop.read_yaml import read_yaml
+from llama_smop.system.read_yaml import read_yaml
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
 
-from llama_smop import files
 from llama_smop.evaluation.wer import snr_label
 from llama_smop.models.units import MODALITIES
 from llama_smop.reports.ablation.plots import pictures
@@ -23,6 +22,7 @@ from llama_smop.reports.ablation.results import (
 )
 from llama_smop.reports.html import shown
 from llama_smop.reports.plots import NAMES
+from llama_smop.system import files
 
 NAMED = 12  # the most differences that a sentence names
 ALL_LISTED = 40  # comparisons; of more, only those that exceed the spread are listed

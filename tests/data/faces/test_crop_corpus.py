@@ -16,7 +16,7 @@ from llama_smop.cli import main
 from llama_smop.data.faces import corpus as module
 from llama_smop.data.lrs3 import LabelError, Lrs3Dataset
 from llama_smop.data.media import read_audio, write_audio, write_video
-from llama_smop.processes import WorkerLost
+from llama_smop.system.processes import WorkerLost
 from tests.data.faces.packages import needs_face_models
 from tests.data.faces.planted import track
 

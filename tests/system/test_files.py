@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from llama_smop import files
 from llama_smop.models import seal
 from llama_smop.models.pretrained import merging_into
+from llama_smop.system import files
 from tests.mounted_writes import a_model
 
 SHM = Path("/dev/shm")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

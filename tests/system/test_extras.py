@@ -5,9 +5,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from llama_smop.extras import DISTRIBUTIONS, remedy
+from llama_smop.system.extras import DISTRIBUTIONS, remedy
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
 # Every module that an extra brings, hidden from a fresh process.

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from llama_smop.processes import WorkerLost, unordered
+from llama_smop.system.processes import WorkerLost, unordered
 
 CHILD = (
-    "import sys, time; from llama_smop.processes import exit_with_parent; "
+    "import sys, time; from llama_smop.system.processes import exit_with_parent; "
     "exit_with_parent(int(sys.argv[1])); print('started', flush=True); time.sleep(60)"
 )
 PARENT = (
