@@ -20,7 +20,7 @@ NAME, VERSION = "llama-smop", 1  # VERSION is the interface's, as the hub counts
 PACKAGE = NAME.replace("-", "_")
 VARIANT = Path("build") / "torch-universal"
 FOLDERS = ("ops", "integrations", "triton_kernels")
-MODULES = ("files", "functional", "projector", "projector_forms", "provenance")
+MODULES = ("functional", "projector", "projector_forms", "system/__init__", "system/files", "system/provenance")
 
 INIT = '''"""The sparse mixture of projectors of llama-smop {version}, written by `llama-smop kernels`; see CARD.md."""
 
