@@ -58,13 +58,13 @@ def router(service: Service, access: Access, shelf: Shelf, most: int) -> APIRout
         folder = shelf.new()
         try:
             async with request.form(max_files=1, max_fields=32, max_part_size=1 << 16) as form:
-                wanted, switches = _asked(form, service)
+                wanted, words, switches = _asked(form, service)
                 path, name = await _stored(form, folder, most)
             async with turn:
                 if await request.is_disconnected():
                     return Response(status_code=499)
                 outcome = await anyio.to_thread.run_sync(lambda: service.run(path, name, switches))
-            return answer(outcome, wanted, service.name)
+            return answer(outcome, wanted, service.name, words)
         except Refused as refused:
             code = "model_not_found" if refused.field == "model" else None
             return error(404 if code else 400, str(refused), refused.field, code)
@@ -84,8 +84,8 @@ def router(service: Service, access: Access, shelf: Shelf, most: int) -> APIRout
     return routes
 
 
-def _asked(form: FormData, service: Service) -> tuple[str, Switches]:
-    """The response format and the switches of a form. Raises Refused."""
+def _asked(form: FormData, service: Service) -> tuple[str, bool, Switches]:
+    """The response format, whether words are to have times, and the switches of a form. Raises Refused."""
     fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
     for key in fields:
         if key not in KNOWN and key not in GRANULARITIES:
@@ -97,17 +97,23 @@ def _asked(form: FormData, service: Service) -> tuple[str, Switches]:
         raise Refused(f"this server has the model {service.name!r}, not {fields['model']!r}", "model")
     if fields.get("stream", "false").lower() not in ("false", "0", ""):
         raise Refused("streaming is not offered", "stream")
+    words = False
     for key in GRANULARITIES:
-        if "word" in form.getlist(key) and not service.times_words:
-            raise Refused("word times need a server that was started with --word-times", key)
-        if not {"segment", "word"}.issuperset(form.getlist(key)):
+        asked = form.getlist(key)
+        if not {"segment", "word"}.issuperset(asked):
             raise Refused(f"{key} takes segment and word", key)
-    return wanted, Switches(
+        if "word" in asked and wanted != "verbose_json":
+            raise Refused(f"word times are in response_format verbose_json, not in {wanted}", key)
+        if "word" in asked and not service.times_words:
+            raise Refused("word times need a server that was started with --word-times", key)
+        words |= "word" in asked
+    switches = Switches(
         modality=fields.get("modality"),
         snr=_number(fields, "snr"),
         blur=_number(fields, "blur") or 0.0,
         face=int(face) if (face := fields.get("face", "auto")).isdecimal() and len(face) < 9 else face,
     )
+    return wanted, words, switches
 
 
 def _number(fields: dict[str, str], name: str) -> float | None:
@@ -136,8 +142,8 @@ async def _stored(form: FormData, folder: Path, most: int) -> tuple[Path, str]:
     return path, Path(upload.filename or "recording").name
 
 
-def answer(outcome: Outcome, wanted: str, model: str) -> Response:
-    """An outcome in one of FORMATS."""
+def answer(outcome: Outcome, wanted: str, model: str, with_words: bool = False) -> Response:
+    """An outcome in one of FORMATS. with_words: verbose_json has "words", too."""
     transcript = outcome.transcript
     if wanted == "text":
         return PlainTextResponse(transcript.text + "\n")
@@ -159,7 +165,7 @@ def answer(outcome: Outcome, wanted: str, model: str) -> Response:
             "duration": transcript.seconds,
             "text": transcript.text,
             "segments": segments,
-            **({"words": words} if words else {}),
+            **({"words": words} if with_words else {}),
             "model": model,
             "warnings": transcript.warnings,
         }

@@ -17,7 +17,7 @@ from llama_smop.serve.babble import OwnVoice
 from llama_smop.serve.degraded import BLURS, SNRS, Degraded, Given
 from llama_smop.serve.experts import ExpertTimes, expert_times
 from llama_smop.transcription import subtitles
-from llama_smop.transcription.attempts import AT_ONCE, Transcript
+from llama_smop.transcription.attempts import AT_ONCE, Transcript, without_words
 from llama_smop.transcription.pieces import Joint, Piece, transcribe_clips
 from llama_smop.transcription.recording import Options, Recording
 from llama_smop.transcription.word_times import find_aligner
@@ -185,7 +185,8 @@ class Service:
             asked = alone or max(used, key=MODALITIES.index, default=switches.modality or self._heard(held))
             if asked in outcome.transcripts or (alone is not None and not pieces):
                 continue
-            outcome.transcripts[asked] = Transcript(Path(name), pieces, recording.seconds, list(recording.warnings))
+            warnings = [*recording.warnings, *(without_words(pieces) if self.times_words else ())]
+            outcome.transcripts[asked] = Transcript(Path(name), pieces, recording.seconds, warnings)
             if degraded.keep:
                 outcome.parts = list(zip(pieces, degraded.given, strict=True))
         for piece, given in outcome.parts:

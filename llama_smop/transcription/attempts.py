@@ -145,8 +145,9 @@ def attempts(
     def result(job: _Job) -> Transcript | MediaError:
         if job.error is not None:
             return job.error
-        if options.word_times and any(piece.text and piece.words is None for piece in job.transcript.pieces):
-            job.transcript.warnings.append(_why_without_words(aligner is not None or known == ("video",)))
+        if options.word_times:
+            could = aligner is not None or known == ("video",)
+            job.transcript.warnings += without_words(job.transcript.pieces, could)
         return job.transcript
 
     def finished() -> Iterator[Transcript | MediaError]:
@@ -187,13 +188,16 @@ def _is_short(path: Path) -> bool:
         return True  # nothing will come of it
 
 
-def _why_without_words(could: bool) -> str:
+def without_words(pieces: Sequence[Piece], could: bool = True) -> list[str]:
+    """The warning, if one is due, that words of pieces have no times. could: nothing is lacking that finds them."""
+    if not any(piece.text and piece.words is None for piece in pieces):
+        return []
     if could:
-        return "words have no times where only lips were read, or where more was written than Whisper's decoder takes"
-    return (
+        return ["words have no times where only lips were read, or where more was written than Whisper's decoder takes"]
+    return [
         "words have no times: the model does not record the Whisper that its audio tower is from; name one with "
         "--aligner"
-    )
+    ]
 
 
 class _Bar:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
 from llama_smop.cli import main
 from llama_smop.data.media import read_audio, write_audio
@@ -24,9 +23,9 @@ from llama_smop.transcription.attempts import attempts
 from llama_smop.transcription.pieces import Joint, Piece
 from llama_smop.transcription.recording import Options
 from llama_smop.transcription.word_times import WhisperAligner, Word, find_aligner
+from tests.transcription.tiny_whisper import save_whisper, write_whisper
 
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16, "max_seconds": 4.0}
-WORDS = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>", "bin", "blue", "now", "?"]
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +35,10 @@ def pair():
     return model.eval(), processor
 
 
-def save_whisper(folder: Path, whisper, tokenizer) -> Path:
-    whisper.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins, chunk_length=30).save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def whisper_folder(pair, tmp_path_factory) -> Path:
     """An untrained Whisper whose encoder is the model's audio tower."""
-    torch.manual_seed(1)
-    whisper = WhisperForConditionalGeneration(pair[0].config.audio_config)
-    whisper.model.encoder.load_state_dict(pair[0].audio_tower.state_dict())
-    tokenizer = Tokenizer(models.WordLevel(dict(zip(WORDS, range(len(WORDS)), strict=True)), unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
-    folder = save_whisper(tmp_path_factory.mktemp("whisper") / "whisper", whisper, fast)
-    (folder / "preprocessor_config.json").write_text(
-        (folder / "preprocessor_config.json").read_text().replace('"chunk_length": 30', '"chunk_length": 4')
-    )
-    return folder
+    return write_whisper(tmp_path_factory.mktemp("whisper") / "whisper", pair[0])
 
 
 @pytest.fixture
