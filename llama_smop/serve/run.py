@@ -6,7 +6,8 @@ import secrets
 import signal
 import socket
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -55,7 +56,7 @@ def serve(
     with _listener(host, port) as listener, closing(Shelf(most=disk_mb * MEGABYTE)) as shelf:
         port = listener.getsockname()[1]
         local = host in LOOPBACK
-        # uvicorn ends well at SIGTERM, then hands the signal on, which by itself would leave visitors' files behind.
+        # SIGTERM by itself would leave visitors' files behind.
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             os.environ["GRADIO_TEMP_DIR"] = str(shelf.uploads)  # gradio looks when it is imported, too
@@ -74,9 +75,35 @@ def serve(
             print(f"{service.name}: http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
             if share:
                 print(f"shared: {_shared(host, port)}", flush=True)
-            uvicorn.Server(config).run(sockets=[listener])
+            server = _Server(config)
+            server.run(sockets=[listener])
+            if server.told is not None:
+                signal.raise_signal(server.told)
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+class _Server(uvicorn.Server):
+    """Ends at SIGINT and SIGTERM. uvicorn would raise the signal again while its loop runs, which prints tracebacks.
+
+    told: the signal, None before one came.
+    """
+
+    told: int | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def told(number: int, frame) -> None:
+            self.told = number
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open pages are cut off, which is no fault
+            self.handle_exit(number, frame)
+
+        before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _listener(host: str, port: int) -> socket.socket:

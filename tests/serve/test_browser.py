@@ -34,6 +34,7 @@ def server(model_path, tmp_path_factory):
     command = [sys.executable, "-m", "llama_smop.cli", "serve", "--model", str(model_path), "--port", "0"]
     # Without a program named ffmpeg, which the page must not need.
     environment = os.environ | {"TMPDIR": str(folder), "PATH": os.path.dirname(sys.executable)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("torch"))  # torch makes it when it is imported
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             yield process.stdout.readline().split()[1], folder
