@@ -1,6 +1,7 @@
 """What `python -m build` makes: a source distribution and wheels that work away from the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def run(code: str, installed: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=installed.parent, capture_output=True, text=True)
 
 
+def env(installed: Path) -> list[str]:
+    """What `llama-smop env` prints."""
+    done = run("from llama_smop.cli import main; main(['env'])", installed)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def on_cpu(lines: list[str], backend: str) -> str:
+    """What `env` says of a backend on the CPU."""
+    below = lines[next(i for i, line in enumerate(lines) if line.startswith("cpu: ")) + 1 :]
+    return next(line for line in below if line.split()[0] == backend).split(None, 1)[1]
+
+
 def test_a_source_distribution_and_a_pure_wheel(tmp_path):
     source, wheel = sorted(build(tmp_path, cuda="0"), key=lambda path: path.suffix)
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -70,8 +84,14 @@ def test_a_source_distribution_and_a_pure_wheel(tmp_path):
     with tarfile.open(source) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/api.h", "triton_kernels/projection.py", "NOTICE"} <= inside, "the extension is built from these"
-    done = run(BASE, install(wheel, tmp_path / "installed"))
+    installed = install(wheel, tmp_path / "installed")
+    done = run(BASE, installed)
     assert done.returncode == 0, done.stderr
+    said = env(installed)
+    assert not [line for line in said if line.startswith("CUDA extension")]
+    assert on_cpu(said, "torch") == "serves"
+    why = "cannot serve: the CUDA extension cannot be imported .*LLAMA_SMOP_BUILD_CUDA=1"
+    assert re.match(why, on_cpu(said, "cuda"))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -80,8 +100,13 @@ def test_a_wheel_with_the_extension_is_for_one_python_and_platform(tmp_path):
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-{python}-{python}-{platform}.whl")
-    done = run(
-        BASE + "from llama_smop.ops.backends.cuda_extension import extension\nextension()\n",
-        install(wheel, tmp_path / "installed"),
-    )
+    installed = install(wheel, tmp_path / "installed")
+    done = run(BASE + "from llama_smop.ops.backends.cuda_extension import extension\nextension()\n", installed)
     assert done.returncode == 0, done.stderr
+    said = env(installed)
+    (built,) = (line for line in said if line.startswith("CUDA extension: "))
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release ([\d.]+)", nvcc)[1]
+    architectures = os.environ.get("LLAMA_SMOP_CUDA_ARCHS") or "80;90a"
+    assert f"architectures {architectures}, nvcc {version}" in built, built
+    assert on_cpu(said, "cuda") == "cannot serve: the CUDA extension needs a CUDA device, got cpu"
