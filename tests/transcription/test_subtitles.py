@@ -2,6 +2,7 @@
 
 import re
 
+import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,19 @@ def test_vtt_is_read_back_with_its_header_and_escapes():
     shown = read(body, VTT_TIME, numbered=False)
     assert_readable(shown[:-1], [text for _, _, text in PIECES[:3]])
     assert shown[-1] == (3700.25, 3701.0, ["a &lt;b&gt; &amp; c"])
+
+
+@pytest.mark.parametrize(("kind", "write"), [("srt", srt), ("vtt", vtt)])
+def test_ffmpeg_reads_the_same_cues(tmp_path, kind, write):
+    path = tmp_path / f"a.{kind}"
+    path.write_text(write(cues(PIECES)), encoding="utf-8")
+    with av.open(str(path)) as file:
+        packets = [packet for packet in file.demux(file.streams.subtitles[0]) if packet.size]
+        times = [tuple(int(x * p.time_base * 1000) for x in (p.pts, p.pts + p.duration)) for p in packets]
+        texts = [subtitle.ass.decode().split(",", 8)[8] for packet in packets for subtitle in packet.decode()]
+    assert times == [(round(cue.start * 1000), round(cue.end * 1000)) for cue in cues(PIECES)]
+    assert texts[:-1] == ["\\N".join(cue.lines) for cue in cues(PIECES)[:-1]]
+    assert kind == "srt" or texts[-1] == "a <b> & c", "in SRT some readers take this for a tag"
 
 
 def test_other_peoples_readers_agree():
