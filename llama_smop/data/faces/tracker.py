@@ -166,7 +166,7 @@ class _OpenTrack:
 
 
 def track_faces(frames: Iterable[np.ndarray]) -> list[Track]:
-    """The faces of a video; memory grows by the landmarks alone, about 6 kB a face and second."""
+    """The faces of a video; memory grows by the landmarks alone, about 11 kB a face and second."""
     tracker = Tracker()
     for frame in frames:
         tracker.step(frame)
