@@ -8,6 +8,7 @@ from llama_smop.data.media import write_audio, write_video
 from llama_smop.models import model_folder
 from llama_smop.models.tiny import build_tiny
 from llama_smop.transcription.voice_activity import SileroVoiceActivity
+from tests.transcription.tiny_whisper import write_whisper
 
 SIZES = {"width": 16, "audio_layers": 1, "video_layers": 1, "text_layers": 1, "hidden_features": 16, "max_seconds": 4.0}
 FRAMES = 30
@@ -41,6 +42,12 @@ def model_path(tmp_path_factory):
     torch.manual_seed(0)
     model, processor = build_tiny(["bin", "blue", "now"], **SIZES)
     return model_folder.save(model.eval(), processor, tmp_path_factory.mktemp("served") / "tiny-model")
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(model_path, tmp_path_factory):
+    """The Whisper whose encoder is the model's audio tower, for word times."""
+    return write_whisper(tmp_path_factory.mktemp("whisper") / "whisper", model_folder.load(model_path)[0])
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,11 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def server(model_path, tmp_path_factory):
+def server(model_path, whisper_folder, tmp_path_factory):
     """The address, and the folder below which all its files lie."""
     folder = tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "llama_smop.cli", "serve", "--model", str(model_path), "--port", "0"]
+    command += ["--aligner", str(whisper_folder)]
     # Without a program named ffmpeg, which the page must not need.
     environment = os.environ | {"TMPDIR": str(folder), "PATH": os.path.dirname(sys.executable)}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("torch"))  # torch makes it when it is imported
@@ -101,6 +102,12 @@ def test_a_file_gives_text_subtitles_pictures_and_downloads(page, files, server)
     cues = page.evaluate("[...document.querySelector('.clip').textTracks[0].cues].map(cue => cue.text)")
     text = page.locator(".senses td").first.inner_text()
     assert " ".join(cues).split() == text.split()
+    words = page.locator(".pieces .word")
+    assert words.all_inner_texts() == text.split()
+    page.evaluate("document.querySelector('.clip').pause()")
+    words.last.click()
+    began = float(words.last.get_attribute("data-seek"))
+    page.wait_for_function(f"document.querySelector('.clip').currentTime >= {began}")
     assert page.locator(".experts svg").count() == 1
     got = {}
     for kind in ("SRT", "JSON"):
@@ -108,7 +115,9 @@ def test_a_file_gives_text_subtitles_pictures_and_downloads(page, files, server)
             page.locator(".downloads a", has_text=kind).click()
         got[kind] = download.value.path().read_text()
     assert got["SRT"].startswith("1\n00:00:00,000 --> ")
-    assert json.loads(got["JSON"])["text"] == text
+    content = json.loads(got["JSON"])
+    assert content["text"] == text
+    assert [word["word"] for piece in content["pieces"] for word in piece["words"]] == text.split()
     page.close()
     assert wait_until(lambda: not [p for p in server[1].rglob("*") if p.is_file()]), (
         "left behind after the page is closed"

@@ -14,16 +14,10 @@ from llama_smop.models import model_folder
 from llama_smop.serve.access import LOOPBACK, Access
 from llama_smop.serve.service import Service, Switches
 from tests.serve.conftest import site, together
-from tests.transcription.tiny_whisper import write_whisper
 
 pytestmark = together
 URL = "/v1/audio/transcriptions"
 SAID = "bin blue now blue"
-
-
-@pytest.fixture(scope="module")
-def whisper_folder(model_path, tmp_path_factory):
-    return write_whisper(tmp_path_factory.mktemp("whisper") / "whisper", model_folder.load(model_path)[0])
 
 
 @pytest.fixture(scope="module")
