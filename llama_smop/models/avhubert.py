@@ -18,16 +18,16 @@ FRONT_BLOCKS = ("ResidualBlock", "HubertPositionalConvEmbedding")
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's basic block with a PReLU slope for each channel."""
+    """ResNet's basic block, by default with a PReLU slope for each channel."""
 
     def __init__(self, config: AvHubertVideoConfig, inner: int, outer: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
         self.norm1 = _norm(config, outer)
-        self.act1 = nn.PReLU(outer)
+        self.act1 = _activation(config, outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.norm2 = _norm(config, outer)
-        self.act2 = nn.PReLU(outer)
+        self.act2 = _activation(config, outer)
         self.shortcut = nn.Identity()
         if stride != 1 or inner != outer:
             self.shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), _norm(config, outer))
@@ -45,7 +45,7 @@ class LipFrontend(nn.Module):
         C, stride = config.frontend_channels, config.frontend_stride
         self.conv = nn.Conv3d(1, C, (5, 7, 7), (1, stride, stride), (2, 3, 3), bias=False)
         self.norm = _norm(config, C)
-        self.act = nn.PReLU(C)
+        self.act = _activation(config, C)
         self.pool = nn.MaxPool2d(3, 2, 1) if config.frontend_pool else nn.Identity()
         stages, inner = {}, C
         for stage, (outer, blocks) in enumerate(zip(config.trunk_channels, config.trunk_blocks, strict=True)):
@@ -151,6 +151,10 @@ class AvHubertVideoEncoder(PreTrainedModel):
 
 def _norm(config: AvHubertVideoConfig, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if config.norm == "batch" else nn.GroupNorm(config.norm_groups, channels)
+
+
+def _activation(config: AvHubertVideoConfig, channels: int) -> nn.Module:
+    return nn.PReLU(channels) if config.frontend_activation == "prelu" else nn.ReLU(inplace=True)
 
 
 def _hubert_config(config: AvHubertVideoConfig) -> HubertConfig:

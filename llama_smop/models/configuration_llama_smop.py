@@ -31,6 +31,7 @@ class AvHubertVideoConfig(PreTrainedConfig):
     The front-end is Conv3d (5, 7, 7) with `frontend_channels` and spatial stride `frontend_stride`, a max pool when
     `frontend_pool`, and a ResNet of `trunk_channels`/`trunk_blocks`. `norm` is "batch" (the published weights) or
     "group", which sees one frame at a time, so that training from scratch does not mix a clip with its batch.
+    `frontend_activation` is "prelu" (the published weights) or "relu", as fairseq's `resnet_relu_type`.
     """
 
     model_type = "avhubert_video"
@@ -39,6 +40,7 @@ class AvHubertVideoConfig(PreTrainedConfig):
     frontend_channels: int = 64
     frontend_stride: int = 2
     frontend_pool: bool = True
+    frontend_activation: str = "prelu"
     trunk_channels: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     trunk_blocks: list[int] | tuple[int, ...] = (2, 2, 2, 2)
     norm: str = "batch"
@@ -69,7 +71,7 @@ class AvHubertVideoConfig(PreTrainedConfig):
         names = ("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
         check.number(self, part, **dict.fromkeys(names, share), layer_norm_eps=share, initializer_range=(0, 10))
         check.flag(self, part, "frontend_pool", "layer_norm_first")
-        check.choice(self, part, norm=("batch", "group"), hidden_act=ACT2FN)
+        check.choice(self, part, norm=("batch", "group"), hidden_act=ACT2FN, frontend_activation=("prelu", "relu"))
         check.finite_with_dtype(self, part)
         self.trunk_channels, self.trunk_blocks = list(self.trunk_channels), list(self.trunk_blocks)
         if len(self.trunk_channels) != len(self.trunk_blocks):

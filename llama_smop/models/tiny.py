@@ -25,6 +25,7 @@ def build_tiny(
     video_layers: int = 2,
     video_stride: int = 4,
     video_channels: int = 8,
+    video_activation: str = "prelu",
     text_layers: int = 3,
     max_seconds: float = 3.0,
     modalities: Sequence[str] = STREAMS,
@@ -39,7 +40,7 @@ def build_tiny(
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
 
     video_stride, video_channels: of the first convolution on the lips' picture; below a stride of 8 a pool halves the
-    picture once more. settings: further fields of `ProjectorConfig` (its activation, norm and form) and of
+    picture once more. video_activation: "prelu", AV-HuBERT's, or "relu", which is quicker. settings: further fields of `ProjectorConfig` (its activation, norm and form) and of
     `LlamaSmopConfig`.
 
     The initial scales (Whisper 0.12, Llama 0.08) matter: at the usual 0.02 such a model stays near chance for minutes.
@@ -80,6 +81,7 @@ def build_tiny(
             frontend_channels=video_channels,
             frontend_stride=video_stride,
             frontend_pool=video_stride < 8,
+            frontend_activation=video_activation,
             trunk_channels=(16, 32, 64),
             trunk_blocks=(1, 1, 1),
             norm="group",

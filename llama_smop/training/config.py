@@ -53,6 +53,7 @@ class TinySection(Section):
     audio_layers: int = Field(2, ge=1, le=100)
     video_layers: int = Field(2, ge=1, le=100)
     video_stride: int = Field(4, ge=1, le=16)  # of the first convolution on the lips; below 8 a pool follows
+    video_activation: Literal["prelu", "relu"] = "prelu"  # of the ResNet on the lips; relu is quicker
     video_channels: int = Field(8, ge=4, le=1024, multiple_of=4)  # four groups of a norm
     text_layers: int = Field(3, ge=1, le=100)
     max_seconds: float = Field(3.0, ge=0.1, le=30)  # the longest clip; Whisper's window is 30 s

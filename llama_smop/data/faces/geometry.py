@@ -41,16 +41,20 @@ def smooth(points: np.ndarray) -> np.ndarray:
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The rotation, scale and shift that brings points (P, 2) closest to others in the least-squares sense, as (2, 3).
+    """The rotation, scale and shift that brings points (…, P, 2) closest to others (P, 2) in the least-squares sense,
+    as (…, 2, 3).
 
     With points as complex numbers z → a·z + b: a = Σ conj(z − z̄)(w − w̄) / Σ |z − z̄|².
     """
     z, w = source @ (1, 1j), target @ (1, 1j)
-    centred = z - z.mean()
-    spread = (abs(centred) ** 2).sum()
-    a = (centred.conj() * (w - w.mean())).sum() / spread if spread > 0 else 1.0 + 0j
-    b = w.mean() - a * z.mean()
-    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+    middle = z.mean(axis=-1)
+    centred = z - middle[..., None]
+    spread = (abs(centred) ** 2).sum(axis=-1)
+    turn = (centred.conj() * (w - w.mean())).sum(axis=-1)
+    a = np.where(spread > 0, turn / np.where(spread > 0, spread, 1), 1.0 + 0j)
+    b = w.mean() - a * middle
+    rows = (a.real, -a.imag, b.real), (a.imag, a.real, b.imag)
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
 def crop_matrices(points: np.ndarray) -> np.ndarray:
@@ -59,11 +63,10 @@ def crop_matrices(points: np.ndarray) -> np.ndarray:
     Args:
         points: (T, len(KEPT), 2), in pixels.
     """
-    matrices = np.empty((len(points), 2, 3))
-    for matrix, frame in zip(matrices, smooth(points), strict=True):
-        matrix[:] = similarity(frame[_STABLE], _TARGETS)
-        mouth = frame[_MOUTH].mean(axis=0)
-        matrix[:, 2] += CROP / 2 - (matrix[:, :2] @ mouth + matrix[:, 2])
+    steady = smooth(points)
+    matrices = similarity(steady[:, _STABLE], _TARGETS)
+    mouth = steady[:, _MOUTH].mean(axis=1)
+    matrices[:, :, 2] += CROP / 2 - ((matrices[:, :, :2] @ mouth[..., None])[..., 0] + matrices[:, :, 2])
     return matrices
 
 

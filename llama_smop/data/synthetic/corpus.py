@@ -16,17 +16,17 @@ import os
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 
 import numpy as np
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 from tqdm import tqdm
 
-from llama_smop.data.claim import claim_folder
+from llama_smop.data.claim import NOTE, claim_folder
 from llama_smop.data.media import write_audio, write_video
 from llama_smop.data.synthetic.articulation import articulation
 from llama_smop.data.synthetic.face import Face, draw_face
@@ -40,6 +40,8 @@ from llama_smop.system.processes import WorkerLost, cores, unordered
 
 DATASET = "generated"
 SPLITS = ("train", "val", "test", "test_unseen_voice")
+DRAWING = 2  # raised when clips of the same settings come out differently; 1: corpora that do not say it
+_UP, _DOWN = 320, 441  # espeak-ng's 22 050 Hz to 16 000
 SHARES = (0.80, 0.05, 0.10, 0.05)
 
 
@@ -78,6 +80,7 @@ class Settings:
     voices: tuple[Voice, ...] = VOICES
     unseen_voices: tuple[Voice, ...] = UNSEEN_VOICES
     shares: tuple[float, ...] = SHARES
+    drawing: int = DRAWING
 
     def __post_init__(self):
         if self.clips < 8:
@@ -91,7 +94,10 @@ class Settings:
             raise CorpusError(f"the grammar has {self.grammar.size} sentences, too few for four splits")
 
     def as_json(self) -> dict:
-        return json.loads(json.dumps(asdict(self)))
+        content = json.loads(json.dumps(asdict(self)))
+        if self.drawing == 1:
+            del content["drawing"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,12 @@ def _plan(settings: Settings) -> list[_Task]:
     return tasks
 
 
+@cache
+def _low_pass() -> np.ndarray:
+    """`resample_poly`'s own filter, which it would design for every clip."""
+    return firwin(20 * _DOWN + 1, 1 / _DOWN, window=("kaiser", 5.0))
+
+
 def make_clip(
     words: tuple[str, ...], voice: Voice, grammar: Grammar, seed: int, index: int
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
@@ -144,7 +156,7 @@ def make_clip(
         range=int(rng.integers(35, 65)),
     )
     lead, tail = rng.uniform(0.08, 0.20, 2)
-    voiced = resample_poly(speech.samples.astype(np.float64) / 32768, 320, 441)  # 22 050 Hz to 16 000
+    voiced = resample_poly(speech.samples.astype(np.float64) / 32768, _UP, _DOWN, window=_low_pass())
     n_frames = ceil((lead + len(voiced) / AUDIO_RATE + tail) * VIDEO_RATE)
     samples = rng.normal(0, 10 ** (-58 / 20), n_frames * SAMPLES_PER_VIDEO_FRAME)  # the noise floor of a room
     start = round(lead * AUDIO_RATE)
@@ -223,6 +235,14 @@ def _finished(root: Path, tasks: list[_Task]) -> dict[int, dict]:
     return kept
 
 
+def _drawing(root: Path) -> int:
+    """The version of the drawings in a corpus; in a new one, this version's."""
+    note = root / NOTE
+    content = files.read_json(note) if note.exists() else {"drawing": DRAWING}
+    drawing = content.get("drawing", 1) if isinstance(content, dict) else 1
+    return drawing if isinstance(drawing, int) else 1
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -244,18 +264,24 @@ def make_corpus(
     """Writes a corpus into the folder `out` and returns it; run again after an interruption, it resumes.
 
     workers: processes, by default one a core; the bytes do not depend on it. Raises CorpusError where the folder holds
-    something else or the extra `[corpus]` is not installed.
+    something else, or an unfinished corpus of clips that this version would draw differently, and where the extra
+    `[corpus]` is not installed.
     """
     if missing := [name for name in ("espeakng_loader", "cv2") if find_spec(name) is None]:
         raise CorpusError(f"{' and '.join(missing)} not installed: pip install 'llama-smop[corpus]'")
     root = Path(out)
-    settings = Settings(clips, seed, grammar, tuple(voices), tuple(unseen_voices), tuple(shares))
+    settings = Settings(clips, seed, grammar, tuple(voices), tuple(unseen_voices), tuple(shares), _drawing(root))
     claim_folder(root, settings.as_json(), "generated corpus", CorpusError)
     for leftover in root.glob(f"{DATASET}/*/.*.writing-*"):
         leftover.unlink()
     tasks = _plan(settings)
     records = _finished(root, tasks)
     todo = [task for task in tasks if task.index not in records]
+    if todo and settings.drawing != DRAWING:
+        raise CorpusError(
+            f"{root} is unfinished, and this version draws clips differently: delete it, or finish it with the version "
+            "that began it"
+        )
     if workers is None:
         workers = min(cores(), ceil(len(todo) / 24))  # a process takes seconds to start, a clip 0.1 s
 

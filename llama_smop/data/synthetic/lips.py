@@ -154,7 +154,6 @@ class Mouth:
         self._roof = self._place(inner_top[:, middle : middle + 1])[:, 0, 1] / (1 << _SHIFT)
 
     def _paint_inside(self, image: np.ndarray, t: int) -> None:
-
         opening, palette, tongue = self._opening[t], self._palette, self._pose["tongue"][t]
         (x0, y0), (x1, y1) = (opening.min(axis=0) >> _SHIFT) - 2, (opening.max(axis=0) >> _SHIFT) + 3
         x0, y0 = max(x0, 0), max(y0, 0)

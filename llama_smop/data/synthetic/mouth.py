@@ -25,30 +25,30 @@ def render(parameters: np.ndarray, face: Face, seed: int = 0) -> np.ndarray:
     contours = lip_contours(parameters.astype(np.float64), face)
     maps = placements(contours, rng)
     mouth = Mouth(contours, parameters, face, maps)
+    across, down = _skin_lines(maps)
     frames = np.empty((len(parameters), CROP, CROP, 3), dtype=np.uint8)
-    for t, pose in enumerate(parameters):
-        x, y = _skin_places(maps[t], float(pose[_JAW]))
+    for t, jaw in enumerate(parameters[:, _JAW].tolist()):
+        x, y = (down[t, axis][:, None] + across[t, axis] for axis in range(2))
+        if jaw > 0:
+            _drop_chin(x[_CHIN], y[_CHIN], jaw)
         frames[t] = cv2.remap(texture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         mouth.paint(frames[t], t)
     return frames
 
 
-def _skin_places(placement: np.ndarray, jaw: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the skin's picture each pixel of a crop comes from, x and y float32 (96, 96): what is below the mouth
-    falls with the jaw."""
-    inverse = np.linalg.inv(placement[:, :2])
-    offset = inverse @ placement[:, 2]
+def _skin_lines(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays float32 (T, 2, 96): pixel (row, column) of a crop comes from the place down[row] + across[column], x
+    and y, in the skin's picture."""
+    inverse = np.linalg.inv(maps[:, :, :2]) * SCALE
+    offset = inverse @ maps[:, :, 2:]
     pixels = np.arange(CROP)
-    x, y = (
-        np.add.outer(
-            (inverse[i, 1] * pixels - offset[i]).astype(np.float32), (inverse[i, 0] * pixels).astype(np.float32)
-        )
-        for i in range(2)
-    )
-    if jaw > 0:
-        below = np.clip((y[_CHIN] - np.float32(CENTRE_Y + 4)) / 30, 0, 1)
-        aside = (x[_CHIN] - np.float32(CENTRE_X)) / 48
-        y[_CHIN] -= below * below * (3 - 2 * below) * (jaw * _FALL - (jaw * _FALL / 2) * aside * aside)
-    x *= SCALE
-    y *= SCALE
-    return x, y
+    across, down = inverse[:, :, :1] * pixels, inverse[:, :, 1:] * pixels - offset
+    return across.astype(np.float32), down.astype(np.float32)
+
+
+def _drop_chin(x: np.ndarray, y: np.ndarray, jaw: float) -> None:
+    """Change the places of `_skin_lines`, in place: what is below the mouth falls with the jaw."""
+    below = np.clip((y - np.float32(SCALE * (CENTRE_Y + 4))) * np.float32(1 / (30 * SCALE)), 0, 1)
+    aside = (x - np.float32(SCALE * CENTRE_X)) * np.float32(1 / (48 * SCALE))
+    fall = np.float32(SCALE * jaw * _FALL)
+    y -= below * below * (3 - 2 * below) * (fall - (fall / 2) * aside * aside)

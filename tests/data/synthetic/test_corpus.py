@@ -161,6 +161,32 @@ def test_a_damaged_clip_is_made_again(small_corpus, corpus_copy):
     assert_same_tree(corpus_copy, small_corpus)
 
 
+def of_an_older_version(corpus):
+    """Settings as they were noted before the corpus said which version drew its clips."""
+    note = json.loads((corpus / "settings.json").read_text())
+    del note["drawing"]
+    (corpus / "settings.json").write_text(json.dumps(note))
+    return corpus
+
+
+def test_an_unfinished_corpus_of_other_drawings_is_not_continued(corpus_copy):
+    of_an_older_version(corpus_copy)
+    next(corpus_copy.glob("generated/*/*.mp4")).unlink()
+    before = tree(corpus_copy)
+    with pytest.raises(CorpusError, match="is unfinished, and this version draws clips differently: delete it"):
+        make_corpus(corpus_copy, clips=12, seed=3, progress=False, workers=1)
+    assert tree(corpus_copy) == before
+
+
+def test_a_finished_corpus_of_other_drawings_stays_usable(corpus_copy):
+    of_an_older_version(corpus_copy)
+    before = tree(corpus_copy / "generated")
+    make_corpus(corpus_copy, clips=12, seed=3, progress=False, workers=1)
+    assert tree(corpus_copy / "generated") == before, "clips were drawn again"
+    manifest = json.loads((corpus_copy / "manifest.json").read_text())
+    assert "drawing" not in manifest["settings"], "the manifest says that this version drew the clips"
+
+
 @pytest.mark.parametrize(
     "line", (b"5", b"{}", b'{"index": [], "path": 3}', b"\xff\xfe", b"[" * 100_000), ids=lambda line: repr(line[:12])
 )
