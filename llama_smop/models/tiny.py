@@ -40,8 +40,8 @@ def build_tiny(
     """An untrained model, all of it trainable, and its processor, over a vocabulary of `words`.
 
     video_stride, video_channels: of the first convolution on the lips' picture; below a stride of 8 a pool halves the
-    picture once more. video_activation: "prelu", AV-HuBERT's, or "relu", which is quicker. settings: further fields of `ProjectorConfig` (its activation, norm and form) and of
-    `LlamaSmopConfig`.
+    picture once more. video_activation: "prelu", AV-HuBERT's, or "relu", which is quicker. settings: further fields of
+    `ProjectorConfig` (its activation, norm and form) and of `LlamaSmopConfig`.
 
     The initial scales (Whisper 0.12, Llama 0.08) matter: at the usual 0.02 such a model stays near chance for minutes.
     Parameters are drawn from torch's generator: seed it for the same model twice.

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers.initialization import no_init_weights
 
 from llama_smop.models.avhubert import AvHubertVideoEncoder
+from llama_smop.models.configuration_llama_smop import AvHubertVideoConfig
 from llama_smop.models.formats.fairseq import AVHUBERT_RULES, avhubert_config, load_avhubert
 from llama_smop.models.formats.key_map import rename
 from llama_smop.models.lora import inject_lora
@@ -53,6 +55,20 @@ def test_a_padded_clip_is_as_alone_and_unmasked_as_the_authors_have_it(tower):
     ours = tower(noisy, mask).last_hidden_state
     assert_same_sums(ours[:1], data["out"][:1], TINY_MODEL)
     assert_same_sums(ours[1:, : lengths[1]], data["out_short_clip_alone"], TINY_MODEL)
+
+
+def test_relu_is_prelu_of_slope_zero(tower):
+    for module in tower.modules():
+        if isinstance(module, nn.PReLU):
+            module.weight.zero_()
+    settings = tower.config.to_dict() | {"frontend_activation": "relu"}
+    other = AvHubertVideoEncoder(AvHubertVideoConfig.from_dict(settings))
+    slopes = tower.state_dict().keys() - other.state_dict().keys()
+    assert slopes and all(".act" in name for name in slopes), "relu has other parameters than prelu without its slopes"
+    other.load_state_dict({name: value for name, value in tower.state_dict().items() if name not in slopes})
+    video = golden("avhubert/single")[0]["video"]
+    found, expected = (t.eval()(video).last_hidden_state for t in (other, tower))
+    assert_same_sums(found, expected, TINY_MODEL)
 
 
 def test_lora_matches(tower):
