@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_smop.ops import dispatch
 from llama_smop.ops import expert_projection as _projection
 from llama_smop.ops import grouped_mm as _grouped_mm
+from llama_smop.ops import layer as _layer
 from llama_smop.ops import merge as _merge
 from llama_smop.ops import route as _route
 from llama_smop.ops import route_logits as _route_logits
@@ -259,33 +260,47 @@ def smop(
     backend = dispatch.resolve(
         backend, autocast_dtype(x), x.device, top_k + shared_experts, total + shared_experts, gated
     )
+    again = _projection.recomputed(recompute, flat, flat.shape[0] * (top_k + shared_experts), w1, w2, activation)
+    reweighted = not normalize_weights or weight_scale != 1
+    if gate_weight is not None and not (reweighted or shared_experts or torch.compiler.is_compiling()):
+        options = _layer.Options(modality, mask, top_k, total, activation, eps, again, backend)
+        projected = _layer.in_one_node(flat, gate_weight, parameters, options)
+        if projected is not None:
+            return _output(*projected, lead, total)
     if gate_weight is not None:
         r = Routing(*_route.route(flat, gate_weight, modality, mask, top_k, total, backend))
     else:
         r = _route_logits.route_logits(logits, modality, mask, top_k, total, backend)
-    if not normalize_weights or weight_scale != 1:
+    if reweighted:
         routing_weights(normalize_weights, weight_scale)
         r = _route_logits.reweighted(r, total, normalize_weights, weight_scale)
     chosen = _route_logits.with_shared_experts(r, total, shared_experts, backend) if shared_experts else r
+    schedule = Schedule(chosen.order, chosen.inverse, chosen.offs)
     y, *_ = _projection.expert_projection(
-        flat,
-        chosen.weights,
-        chosen.experts,
-        Schedule(chosen.order, chosen.inverse, chosen.offs),
-        parameters,
-        activation,
-        eps,
-        _projection.recomputed(recompute, flat, chosen.experts.numel(), w1, w2, activation),
-        backend,
+        flat, chosen.weights, chosen.experts, schedule, parameters, activation, eps, again, backend
     )
+    return _output(y, r.logits, r.weights, r.experts, r.counts, r.load_balancing_loss, r.router_z_loss, lead, total)
+
+
+def _output(
+    y: Tensor,
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    counts: Tensor,
+    balance: Tensor,
+    z_loss: Tensor,
+    lead: torch.Size,
+    num_experts: int,
+) -> SMoPOutput:
     return SMoPOutput(
         hidden_states=_unflattened(y, lead),
-        router_logits=_unflattened(r.logits, lead),
-        expert_indices=_unflattened(r.experts, lead),
-        expert_weights=_unflattened(r.weights, lead),
-        load_balancing_loss=r.load_balancing_loss,
-        router_z_loss=r.router_z_loss,
-        expert_counts=r.counts.reshape(-1) if total == r.counts.numel() else r.counts.sum(0, dtype=r.counts.dtype),
+        router_logits=_unflattened(logits, lead),
+        expert_indices=_unflattened(experts, lead),
+        expert_weights=_unflattened(weights, lead),
+        load_balancing_loss=balance,
+        router_z_loss=z_loss,
+        expert_counts=counts.reshape(-1) if num_experts == counts.numel() else counts.sum(0, dtype=counts.dtype),
     )
 
 

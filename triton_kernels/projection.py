@@ -43,6 +43,7 @@ __all__ = [
     "expert_projection_bwd",
     "expert_projection_fwd",
     "grouped_mm",
+    "replayed",
     "route_bwd",
     "route_fwd",
     "schedule",

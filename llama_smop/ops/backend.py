@@ -4,6 +4,7 @@
 given: operators check it, make tensors contiguous and make their device the current one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -118,6 +119,10 @@ class Backend(Protocol):
         need_dparams: bool,
     ) -> tuple[Tensor | None, ...]:
         """→ dx, dweights, then the gradients of `Experts`, None for those that were not asked for."""
+        ...
+
+    def replayed(self, sequence: Callable[..., tuple]) -> Callable[..., tuple]:
+        """The quickest form of a function that calls these and does nothing else: its first argument is a tensor."""
         ...
 
     def grouped_mm(

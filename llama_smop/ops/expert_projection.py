@@ -8,6 +8,7 @@ Gated experts are an activation of the first product's two halves: with "reglu",
 gate rows first, as in transformers' `gate_up_proj`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,18 +116,18 @@ def _check(x, weights, experts, schedule, parameters, activation, eps, recompute
     check_schedule(experts, parameters.w1.shape[0], schedule)
 
 
-def _check_dtypes(x: Tensor, parameters: Experts) -> None:
+def check_dtypes(x: Tensor, parameters: Experts) -> None:
     w1, b1, w2, b2, ln_weight, ln_bias = parameters
     checks.same_float("x", x, w1=w1, b1=b1, w2=w2, b2=b2)
     checks.floating(ln_weight=ln_weight, ln_bias=ln_bias)
 
 
-def _contiguous(tensors: tuple) -> list:
+def contiguous(tensors: Sequence) -> list:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _fake(x, weights, experts, schedule, parameters, activation, eps, recompute, backend) -> tuple[Tensor, ...]:
-    _check_dtypes(x, parameters)
+    check_dtypes(x, parameters)
     (T, K), (_, O, H) = weights.shape, parameters.w2.shape
     stats = x.new_empty(0 if parameters.ln_weight is None else T * K, dtype=acc_dtype(x.dtype))
     return (
@@ -139,16 +140,21 @@ def _fake(x, weights, experts, schedule, parameters, activation, eps, recompute,
     )
 
 
+def dropped(saved: Saved, recompute: str) -> Saved:
+    """`saved` without what backward computes again."""
+    if recompute == "none":
+        return saved
+    empty = saved.h.new_empty(0)
+    if "h" in recompute:
+        saved = saved._replace(h=empty, pre=empty)
+    return saved._replace(z=empty) if "z" in recompute else saved
+
+
 def _save(ctx, arguments, results) -> None:
     x, weights, experts, schedule, parameters, ctx.activation, ctx.eps, recompute, ctx.backend = arguments
     saved = Saved(*results[1:])
     ctx.mark_non_differentiable(*saved)
-    empty = saved.h.new_empty(0)
-    if "h" in recompute:
-        saved = saved._replace(h=empty, pre=empty)
-    if "z" in recompute:
-        saved = saved._replace(z=empty)
-    ctx.save_for_backward(x, weights, experts, *schedule, *parameters, *saved)
+    ctx.save_for_backward(x, weights, experts, *schedule, *parameters, *dropped(saved, recompute))
     ctx.set_materialize_grads(False)
 
 
@@ -187,9 +193,9 @@ def expert_projection(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ y, then the tensors of `Saved`; what has no use is empty."""
-    _check_dtypes(x, parameters)
-    x, weights, experts = _contiguous((x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
-    schedule, parameters = Schedule(*_contiguous(schedule)), Experts(*_contiguous(parameters))
+    check_dtypes(x, parameters)
+    x, weights, experts = contiguous((x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
+    schedule, parameters = Schedule(*contiguous(schedule)), Experts(*contiguous(parameters))
     y, h, pre, z, mean, rstd = dispatch.module(backend).expert_projection_fwd(
         x, weights, experts, schedule, parameters, activation, eps
     )
@@ -238,8 +244,8 @@ def expert_projection_bwd(
     backend: str,
 ) -> Gradients:
     """What was not asked for is empty."""
-    dy, x, weights, experts = _contiguous((dy, x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
-    schedule, parameters = Schedule(*_contiguous(schedule)), Experts(*_contiguous(parameters))
+    dy, x, weights, experts = contiguous((dy, x, weights.to(acc_dtype(x.dtype)), experts.to(torch.int32)))
+    schedule, parameters = Schedule(*contiguous(schedule)), Experts(*contiguous(parameters))
     grads = dispatch.module(backend).expert_projection_bwd(
         dy, x, weights, experts, schedule, parameters, saved, activation, eps, need_dx, need_dweights, need_dparams
     )

@@ -83,20 +83,15 @@ class Operator:
                     recorded = self._recorded
                     break
         device_type = flat[0].device.type
-        if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
-            with _without_autocast(device_type):
+        if autocast_is_on(device_type):
+            with without_autocast(device_type):
                 flat = self._lower(flat, device_type)
                 args = self._nested(flat)
                 return self.run(args) if recorded is None else recorded(*flat, args)
         return self.run(args) if recorded is None else recorded(*flat, args)
 
     def run(self, args) -> tuple:
-        """The function, on the device of its first tensor: launches go to the current one."""
-        device = args[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.function(*args)
-        return self.function(*args)
+        return on_its_device(self.function, *args)
 
     def _nested(self, flat: Sequence) -> tuple:
         args, i = [], 0
@@ -159,14 +154,14 @@ class Operator:
 
     def _autocast_rule(self, device_type: str) -> Callable:
         def rule(_, *flat):
-            with _without_autocast(device_type):
+            with without_autocast(device_type):
                 return self.op._opoverload(*self._lower(flat, device_type))
 
         return rule
 
     def _lower(self, flat, device_type: str) -> list:
         dtype = torch.get_autocast_dtype(device_type)
-        return [_lowered(value, dtype) if i in self.lowered else value for i, value in enumerate(flat)]
+        return [lowered(value, dtype) if i in self.lowered else value for i, value in enumerate(flat)]
 
 
 def operator(
@@ -207,6 +202,19 @@ def is_plain(flat: Sequence) -> bool:
     return _PLAIN.issuperset(map(type, flat)) and not flat[0].is_meta
 
 
+def on_its_device(function: Callable, tensor: Tensor, *args) -> tuple:
+    """`function(tensor, *args)`, on the device of the tensor: launches go to the current one."""
+    device = tensor.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return function(tensor, *args)
+    return function(tensor, *args)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which an operator computes `tensor`: autocast's where it is on, else the tensor's own."""
     device_type = tensor.device.type
@@ -215,12 +223,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _lowered(value: Any, dtype: torch.dtype) -> Any:
+def lowered(value: Any, dtype: torch.dtype) -> Any:
     eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if eligible else value
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type]))
 
 

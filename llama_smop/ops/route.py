@@ -44,6 +44,15 @@ def check(
     checks.token_ids(modality, mask)
 
 
+def prepared(
+    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As a backend takes them. One router needs no modality."""
+    modality = None if modality is None or gate_weight.shape[0] == 1 else modality.to(torch.int32).contiguous()
+    mask = None if mask is None else mask.contiguous()
+    return x.contiguous(), gate_weight.contiguous(), modality, mask
+
+
 def _fake(x, gate_weight, modality, mask, top_k, num_experts, backend) -> Routing:
     checks.same_float("x", x, gate_weight=gate_weight)
     T, (R, E, _) = x.shape[0], gate_weight.shape
@@ -89,15 +98,9 @@ def route(
     backend: str,
 ) -> Routing:
     checks.same_float("x", x, gate_weight=gate_weight)
-    if gate_weight.shape[0] == 1:
-        modality = None
-    if modality is not None:
+    if modality is not None and gate_weight.shape[0] == 2:
         checks.in_range("modality", modality, 0, 1)
-        modality = modality.to(torch.int32).contiguous()
-    mask = None if mask is None else mask.contiguous()
-    routed = dispatch.module(backend).route_fwd(
-        x.contiguous(), gate_weight.contiguous(), modality, mask, top_k, num_experts
-    )
+    routed = dispatch.module(backend).route_fwd(*prepared(x, gate_weight, modality, mask), top_k, num_experts)
     return Routing(*routed)
 
 
@@ -122,12 +125,10 @@ def route_bwd(
     need_dx: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    modality = None if modality is None or gate_weight.shape[0] == 1 else modality.to(torch.int32).contiguous()
-    mask = None if mask is None else mask.contiguous()
     dlogits = None if dlogits is None else dlogits.contiguous()
     dweights = None if dweights is None else dweights.contiguous()
     dx, dgate = dispatch.module(backend).route_bwd(
-        x.contiguous(), gate_weight.contiguous(), modality, mask, logits, weights, experts, counts,
+        *prepared(x, gate_weight, modality, mask), logits, weights, experts, counts,
         dlogits, dweights, dbalance, dz, need_dx,
     )  # fmt: skip
     return x.new_empty(0) if dx is None else dx, dgate

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_smop import DenseProjector, SMoPProjector, functional
-from llama_smop.ops import checks, dispatch, route, trust
+from llama_smop.ops import checks, dispatch, trust
 from llama_smop.ops.backends import torch as torch_backend
 
 T, D, H, O, E, K = 5, 6, 9, 7, 4, 2
@@ -198,8 +198,8 @@ def test_the_unchanged_arguments_are_served():
 
 
 def test_smop_checks_its_experts_before_it_routes(monkeypatch):
-    calls, run = [], route.route
-    monkeypatch.setattr(route, "route", lambda *args: calls.append(args) or run(*args))
+    calls, run = [], dispatch.module("torch").route_fwd
+    monkeypatch.setattr(dispatch.module("torch"), "route_fwd", lambda *args: calls.append(args) or run(*args))
     with pytest.raises(ValueError, match="w2 must have shape"):
         functional.smop(**smop_arguments(w2=torch.randn(E, O, H + 1)))
     assert not calls, "routed before all arguments were checked"
