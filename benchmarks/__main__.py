@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cpu, gpu, data, memory, layer-memory, kernels, tune, report.
+"""`python -m benchmarks`: cpu, gpu, data, memory, layer-memory, host-time, kernels, tune, report.
 
 It uses argparse, because a GPU machine may have only torch, triton, numpy and pytest.
 """
@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     )
     layer.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/layer_memory/")
 
+    host = commands.add_parser("host-time", help="host time of a step of few tokens, without the kernels; a minute")
+    host.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/host_time/")
+    host.add_argument("--against", nargs="+", default=(), metavar="REVISION", help="measure these of git too, by turns")
+    host.add_argument("--quick", action="store_true", help="few steps, a smoke test (needs --out)")
+
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
 
@@ -59,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             "data": _data,
             "memory": _memory,
             "layer-memory": _layer_memory,
+            "host-time": _host_time,
             "kernels": _kernels,
             "tune": _tune,
             "report": _report,
@@ -114,6 +120,14 @@ def _layer_memory(options, _) -> int:
     from benchmarks import layer_memory
 
     layer_memory.run(options.out or layer_memory.PATH)
+    return 0
+
+
+def _host_time(options, _) -> int:
+    from benchmarks import host_time
+
+    _keep_apart(options)
+    host_time.run(options.out, tuple(options.against), options.quick)
     return 0
 
 

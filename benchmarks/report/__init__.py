@@ -19,7 +19,7 @@ def run(
         FileNotFoundError: no results in `folder`. ValueError: a file of another schema.
     """
     from benchmarks import layer_memory, predictions
-    from benchmarks.report import page, performance, plots, predicted, tables, training_memory
+    from benchmarks.report import host_time, page, performance, plots, predicted, tables, training_memory
 
     folder = Path(folder)
     paths = sorted(folder.glob("*.json"))
@@ -37,6 +37,7 @@ def run(
             of_h100 = predictions.load()
             picture = predicted.draw(of_h100, predictions.PREDICTED.parent)
             predicted.update(document, of_h100, results.load(layer_memory.PATH), picture)
+        host_time.update(document, [results.load(path) for path in sorted(folder.glob("host_time/*.json"))])
         changed = performance.update(document, performance.section(drawn, document.parent))
         missing = f"{document.name} has no {performance.BEGIN} … {performance.END}: left alone"
         say(f"updated {document.name}" if changed else missing)

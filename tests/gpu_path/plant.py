@@ -77,10 +77,11 @@ def cuda_without_device_guard() -> None:
 
 
 def _run_operators_on_the_current_device() -> None:
-    from llama_smop.ops.operator import Operator
+    from llama_smop.ops import layer, operator
 
-    assert callable(Operator.run)
-    Operator.run = lambda self, args: self.function(*args)
+    for module in (operator, layer):
+        assert callable(module.on_its_device)
+        module.on_its_device = lambda function, *args: function(*args)
 
 
 def _wrap_extension(call) -> None:

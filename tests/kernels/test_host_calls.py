@@ -10,10 +10,12 @@ import torch
 import llama_smop
 from llama_smop.ops import dispatch, trust
 from llama_smop.projector import SMoPProjector
+from llama_smop.triton_kernels import launch
 from llama_smop.triton_kernels.launch import Launch, recording
 from tests.kernels.targets import CompileOnly, driven_by
 
 PACKAGE = str(Path(llama_smop.__file__).parent)
+KERNELS = str(Path(launch.__file__).parent)  # in a checkout a folder beside the package
 
 
 class CpuAsGpu(CompileOnly):
@@ -33,13 +35,13 @@ class Launched:
         pass
 
 
-def calls_of_the_package(function, *args, until: tuple = ()) -> list[str]:
-    """Names of its functions that ran, in order, before one of `until` did; generators count once a value."""
+def calls_of(folders: tuple[str, ...], function, *args, until: tuple = ()) -> list[str]:
+    """Names of their functions that ran, in order, before one of `until` did; generators count once a value."""
     calls, reached = [], []
 
     def watch(frame, event, _):
         reached.extend([True] if frame.f_code in until else [])
-        if event == "call" and not reached and frame.f_code.co_filename.startswith(PACKAGE):
+        if event == "call" and not reached and frame.f_code.co_filename.startswith(folders):
             calls.append(f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}")
 
     sys.setprofile(watch)
@@ -61,7 +63,7 @@ def test_few_calls_before_the_first_launch(gradients, backend, monkeypatch, tmp_
     tokens = torch.randn(100, 48), torch.zeros(100, dtype=torch.int32), torch.ones(100, dtype=torch.bool)
     with driven_by(CpuAsGpu(90)), recording(execute=False), torch.set_grad_enabled(gradients):
         projector(*tokens)  # the first call also asks the driver
-        calls = calls_of_the_package(projector.forward, *tokens, until=(Launch.run.__code__,))
+        calls = calls_of((PACKAGE,), projector.forward, *tokens, until=(Launch.run.__code__,))
     assert calls[0] == "projector.py: forward"
     assert len(calls) < 30, "\n".join(calls)
 
@@ -80,7 +82,8 @@ def test_a_step_whose_shapes_came_before_works_nothing_out(monkeypatch):
     with driven_by(CpuAsGpu(90)):
         for _ in range(2):
             step()
-        calls = calls_of_the_package(step)
-    working_out = ("launch.py: run", "configs.py", "tiles.py", "grouped_gemm.py", "partials.py")
+        calls = calls_of((PACKAGE, KERNELS), step)
+    working_out = ("launch.py: run", "configs.py", "tiles.py", "grouped_gemm.py", "partials.py", "projection.py")
     assert not [call for call in calls if call.startswith(working_out)]
-    assert len(calls) < 180, f"{len(calls)}:\n" + "\n".join(calls)
+    assert calls.count("replay.py: run") == 2, "forward and backward are one sequence each"
+    assert len(calls) < 70, f"{len(calls)}:\n" + "\n".join(calls)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama_smop.ops.self_check import Inputs, Model, make, through_backend
+from llama_smop.projector import SMoPProjector
 from llama_smop.triton_kernels import launch, replay
 from llama_smop.triton_kernels.combine import combine_fwd_kernel
 from llama_smop.triton_kernels.launch import Launch
@@ -47,6 +48,34 @@ def test_the_third_call_of_a_shape_is_replayed(runner, need_dx, monkeypatch):
             wanted = worked_out_afresh(runner, inputs, need_dx=need_dx)
             names.clear()
             got = results(runner, inputs, need_dx=need_dx)
+            assert bool(names) == (call != REPLAYED), f"worked out: {names}"
+            same(got, wanted)
+
+
+@pytest.mark.parametrize(("runner", "form"), triton_params(("DEDR", 90), ("JEJR", 80)))
+def test_a_third_step_of_the_projector_is_replayed(runner, form, monkeypatch):
+    """Forward and backward as one sequence each, on the step's own tokens, routing and gradients."""
+    names = launched_one_by_one(monkeypatch)
+    torch.manual_seed(0)
+    projector = SMoPProjector(32, 48, 40, sharing=form, backend="triton").to(runner.device)
+
+    def step(seed: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(50, 32, generator=g).to(runner.device).requires_grad_()
+        modality = torch.randint(0, 2, (50,), generator=g).to(runner.device)
+        mask = (torch.rand(50, generator=g) > 0.2).to(runner.device)
+        out = projector(x, modality, mask)
+        loss = (out.hidden_states.square().sum() + out.load_balancing_loss + out.router_z_loss) * seed
+        parameters = dict(projector.named_parameters())
+        gradients = torch.autograd.grad(loss, [x, *parameters.values()])
+        return out._asdict() | dict(zip(["x", *parameters], gradients, strict=True))
+
+    with runner.running():
+        for call in (FIRST, SECOND, REPLAYED, REPLAYED):
+            with launch.recording():
+                wanted = step(call + 1)
+            names.clear()
+            got = step(call + 1)
             assert bool(names) == (call != REPLAYED), f"worked out: {names}"
             same(got, wanted)
 
