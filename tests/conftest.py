@@ -21,6 +21,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 def pytest_collection_modifyitems(config, items):
     slow_asked_for = "slow" in (config.option.markexpr or "")
+    # The longest first, so that no process waits for another at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
