@@ -152,18 +152,27 @@ int device_arch() {
   return arch;
 }
 
-// What `blocks` persistent blocks compute: (block, expert, first row, rows, column tile, index) of every tile, in each
-// block's order.
-using Tile = std::tuple<int, int, int, int, int, int>;
-std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int64_t rows, int block_rows, int col_tiles, int blocks) {
+// What `blocks` persistent blocks compute, alone or in clusters: (block, expert, first row, rows, column tile, index,
+// shared) of every tile, in each block's order.
+using Tile = std::tuple<int, int, int, int, int, int, bool>;
+template <int kBlocks>
+std::vector<Tile> walk_row_tiles(const std::vector<int32_t>& offs, int64_t rows, int block_rows, int col_tiles,
+                                 int blocks) {
   std::vector<Tile> tiles;
   for (int block = 0; block < blocks; ++block) {
-    smop::RowTileScheduler scheduler(offs.data(), static_cast<int>(offs.size()), rows, block_rows, col_tiles);
+    smop::RowTileScheduler<kBlocks> scheduler(offs.data(), static_cast<int>(offs.size()), rows, block_rows, col_tiles);
     smop::RowTile t;
-    for (int number = block; scheduler.find(number, t); number += blocks)
-      tiles.emplace_back(block, t.expert, t.row, t.rows, t.col_tile, t.index);
+    for (int number = block / kBlocks; scheduler.find(number, t, block % kBlocks); number += blocks / kBlocks)
+      tiles.emplace_back(block, t.expert, t.row, t.rows, t.col_tile, t.index, t.shared);
   }
   return tiles;
+}
+
+std::vector<Tile> row_tiles(const std::vector<int32_t>& offs, int64_t rows, int block_rows, int col_tiles, int blocks,
+                            int cluster) {
+  if ((cluster != 1 && cluster != 2) || blocks % cluster) throw py::value_error("clusters of 1 or 2 of the blocks");
+  return cluster == 1 ? walk_row_tiles<1>(offs, rows, block_rows, col_tiles, blocks)
+                      : walk_row_tiles<2>(offs, rows, block_rows, col_tiles, blocks);
 }
 
 py::dict build_info() {
@@ -224,8 +233,9 @@ PYBIND11_MODULE(_C, m) {
             "Floats of combine_bwd's sums.");
   m.def("device_arch", &device_arch, "10 * major + minor of the current device.");
   m.def("max_row_tiles", &smop::max_row_tiles, "rows"_a, "experts"_a, "block_rows"_a);
-  m.def("row_tiles", &row_tiles, "offs"_a, "rows"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a,
-        "(block, expert, first row, rows, column tile, index) of every tile that `blocks` persistent blocks compute.");
+  m.def("row_tiles", &row_tiles, "offs"_a, "rows"_a, "block_rows"_a, "col_tiles"_a, "blocks"_a, "cluster"_a = 1,
+        "(block, expert, first row, rows, column tile, index, shared) of every tile that `blocks` persistent blocks "
+        "compute, alone or in clusters of two.");
   m.def(
       "weight_tile",
       [](int number, int row_tiles, int col_tiles) {

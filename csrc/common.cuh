@@ -179,6 +179,7 @@ struct Grid {
   size_t shared;  // dynamic, bytes
   uint64_t stream;
   bool dependent;  // may start before the launch ahead has ended; not for the first launch of an operator
+  int cluster = 1;  // blocks a cluster; the blocks are a multiple
 };
 
 // Queues a kernel, by programmatic dependent launch where that is asked for and the device has it.
@@ -193,16 +194,23 @@ cudaError_t launch(const Grid& grid, void (*kernel)(Parameters...), const Argume
     if (auto e = cudaGetDevice(&device)) return e;
     if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  int count = 0;
+  if (major >= 9) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = as_stream(grid.stream);
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

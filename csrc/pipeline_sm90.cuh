@@ -7,6 +7,10 @@
 //
 // The copy engine's writes are seen by wgmma as they are; cp.async's go through the generic proxy, so the producer
 // waits for them, fences and only then arrives, kLag stages behind what it issues.
+//
+// Two blocks in a cluster (kBlocks) run in step, stage by stage, on tiles that have an operand in common: each loads
+// half of it into the stages of both. A stage is then empty when the consumers of both blocks have read theirs, so they
+// arrive at both blocks' `empty`; `full` stays a block's own, for whoever loads, the bytes count where they land.
 #pragma once
 #include "gemm.cuh"
 #include "ptx.cuh"
@@ -54,7 +58,13 @@ struct Shared {
   }
 };
 
-template <int kBlockN>
+// This block's rank in its cluster.
+template <int kBlocks>
+__device__ __forceinline__ int cluster_rank() {
+  return kBlocks == 1 ? 0 : blockIdx.x % kBlocks;
+}
+
+template <int kBlockN, int kBlocks>
 struct Ring {
   const Shared& shared;
   int stage = 0;
@@ -67,23 +77,46 @@ struct Ring {
   __device__ void advance() {
     if (++stage == kStages<kBlockN>) stage = 0, phase ^= 1;
   }
+  // A consumer warp has read the stage with this `empty` barrier.
+  __device__ static void release(uint32_t barrier) {
+    const int lane = threadIdx.x % kWarp;
+    if constexpr (kBlocks == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(barrier);
+    } else {
+      if (lane < kBlocks) ptx::mbarrier_arrive_at(barrier, lane);
+    }
+  }
+  // The producer's last act in a cluster: until the consumers of the other block have arrived for the last time, these
+  // barriers, and so this block, must be there.
+  __device__ void outlast_cluster() {
+    if constexpr (kBlocks > 1) {
+#pragma unroll 1
+      for (int s = 0; s < kStages<kBlockN>; ++s) {
+        ptx::mbarrier_wait(empty(), phase ^ 1);
+        advance();
+      }
+    }
+  }
 };
 
-template <int kBlockN>
+// By all threads of a block; when it returns the barriers of the cluster's other block are ready too.
+template <int kBlockN, int kBlocks>
 __device__ __forceinline__ void init_barriers(const Shared& shared, int full_arrivals) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages<kBlockN>; ++s) {
       ptx::mbarrier_init(shared.full + s * 8, full_arrivals);
-      ptx::mbarrier_init(shared.empty + s * 8, kConsumerWarps);
+      ptx::mbarrier_init(shared.empty + s * 8, kBlocks * kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
   }
+  __syncthreads();
+  if constexpr (kBlocks > 1) ptx::cluster_barrier();
 }
 
 // Announces the stages a producer warp has filled by cp.async, kLag behind.
-template <int kBlockN>
+template <int kBlockN, int kBlocks>
 struct Announcer {
-  Ring<kBlockN> ring;
+  Ring<kBlockN, kBlocks> ring;
   int pending = 0;
 
   __device__ void issued() {
@@ -110,8 +143,8 @@ struct Announcer {
 
 // Clears the rows of a stage from `rows` on: in a weight gradient's last stage they are another expert's, and a product
 // with zero is no help where they hold an infinity. All consumers, together.
-template <int kBlockN>
-__device__ __forceinline__ void clear_rows(const Ring<kBlockN>& ring, int rows) {
+template <int kBlockN, int kBlocks>
+__device__ __forceinline__ void clear_rows(const Ring<kBlockN, kBlocks>& ring, int rows) {
   const int first = rows * ptx::kSwizzleRow + (threadIdx.x - kGroup) * 16;
 #pragma unroll 1
   for (uint32_t block = ring.a(); block < ring.a() + kABytes + kBBytes<kBlockN>; block += kBlockBytes)
@@ -122,8 +155,8 @@ __device__ __forceinline__ void clear_rows(const Ring<kBlockN>& ring, int rows) 
 
 // acc += A · B over a tile's k. One batch of wgmma stays in flight; a stage is handed back when the batch that read it
 // has finished. `last_rows`: how much of the last stage's k belongs to the sum, where k is rows (kTransA).
-template <class T, int kBlockN, bool kTransA, bool kTransB>
-__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN>& ring, int k_tiles,
+template <class T, bool kTransA, bool kTransB, int kBlockN, int kBlocks>
+__device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN, kBlocks>& ring, int k_tiles,
                                         int last_rows = kBlockK) {
   const int group = threadIdx.x / kGroup - 1;
   uint32_t previous = 0;
@@ -141,21 +174,21 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN>
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (k_tile > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+    if (k_tile > 0) ring.release(previous);
     previous = ring.empty();
     ring.advance();
   }
   ptx::wgmma_wait<0>();
-  if (k_tiles > 0 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(previous);
+  if (k_tiles > 0) ring.release(previous);
 }
 
 // As consume, for a consumer whose rows of the tile do not exist: it hands the stages back.
-template <int kBlockN>
-__device__ __forceinline__ void pass(Ring<kBlockN>& ring, int k_tiles) {
+template <int kBlockN, int kBlocks>
+__device__ __forceinline__ void pass(Ring<kBlockN, kBlocks>& ring, int k_tiles) {
 #pragma unroll 1
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
     ptx::mbarrier_wait(ring.full(), ring.phase);
-    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.empty());
+    ring.release(ring.empty());
     ring.advance();
   }
 }

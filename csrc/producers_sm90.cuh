@@ -4,6 +4,7 @@
 // - gathered rows: cp.async by all four producer warps.
 // - weight gradients: the same, 64 rows of both operands a stage. A foreign row would be summed, so the consumers clear
 //   the rows past the segment (clear_rows).
+// - in a cluster the operand that both blocks need: TMA, boxes of half the rows, each block one half for both.
 #pragma once
 #include <cuda.h>
 
@@ -11,32 +12,45 @@
 
 namespace smop::sm90 {
 
-// The TMA boxes of one stage of the weights.
-template <int kBlockN, bool kTransB>
-__device__ __forceinline__ void load_weights(const Ring<kBlockN>& ring, const CUtensorMap& map, int k, int n,
-                                             int expert) {
-  if constexpr (kTransB) {
+// The TMA boxes of one stage of the weights, of which a cluster's are half as high.
+template <bool kTransB, int kBlockN, int kBlocks>
+__device__ __forceinline__ void load_weights(const Ring<kBlockN, kBlocks>& ring, const CUtensorMap& map, int k,
+                                             const RowTile& tile) {
+  const int n = tile.col_tile * kBlockN;
 #pragma unroll
-    for (int i = 0; i < kBlockN / 64; ++i)
-      ptx::tma_load(ring.b() + i * kBlockBytes, &map, ring.full(), n + i * 64, k, expert);
-  } else {
-    ptx::tma_load(ring.b(), &map, ring.full(), k, n, expert);
+  for (int part = 0; part < kBlocks; ++part) {
+    const bool both = kBlocks > 1 && tile.shared;
+    if (both && part != cluster_rank<kBlocks>()) continue;
+    const auto load = [&](uint32_t dst, int c0, int c1) {
+      if (both)
+        ptx::tma_load_both(dst, &map, ring.full(), c0, c1, tile.expert);
+      else
+        ptx::tma_load(dst, &map, ring.full(), c0, c1, tile.expert);
+    };
+    if constexpr (kTransB) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / 64; ++i)
+        load(ring.b() + i * kBlockBytes + part * (kBlockBytes / kBlocks), n + i * 64, k + part * (kBlockK / kBlocks));
+    } else {
+      load(ring.b() + part * (kBBytes<kBlockN> / kBlocks), k, n + part * (kBlockN / kBlocks));
+    }
   }
 }
 
-template <class T, int kBlockN, bool kTransB>
+template <class T, int kBlockN, bool kTransB, int kBlocks>
 __device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensorMap& a_map, const CUtensorMap& b_map,
                                                const CUtensorMap& aux_map, const Shared& shared,
-                                               RowTileScheduler scheduler) {
+                                               RowTileScheduler<kBlocks> scheduler) {
   if (threadIdx.x != 0) return;
-  Ring<kBlockN> ring{shared};
+  Ring<kBlockN, kBlocks> ring{shared};
   RowTile tile;
-  for (int number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
+  for (int number = blockIdx.x / kBlocks; scheduler.find(number, tile, cluster_rank<kBlocks>());
+       number += gridDim.x / kBlocks) {
     for (int k = 0; k < p.k; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
       ptx::tma_load(ring.a(), &a_map, ring.full(), k, tile.row);
-      load_weights<kBlockN, kTransB>(ring, b_map, k, tile.col_tile * kBlockN, tile.expert);
+      load_weights<kTransB>(ring, b_map, k, tile);
       ring.advance();
     }
     if (!p.aux) continue;
@@ -50,18 +64,20 @@ __device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensor
       ring.advance();
     }
   }
+  ring.outlast_cluster();
 }
 
-template <class T, int kBlockN, bool kTransB>
+template <class T, int kBlockN, bool kTransB, int kBlocks>
 __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtensorMap& b_map, const Shared& shared,
-                                                 RowTileScheduler scheduler) {
+                                                 RowTileScheduler<kBlocks> scheduler) {
   constexpr int kRows = kBlockM / (kGroup / 8);  // 8 threads copy the 128 bytes of a row
   const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
   const int64_t lda = p.lda;
-  Ring<kBlockN> ring{shared};
-  Announcer<kBlockN> announcer{{shared}};
+  Ring<kBlockN, kBlocks> ring{shared};
+  Announcer<kBlockN, kBlocks> announcer{{shared}};
   RowTile tile;
-  for (int number = blockIdx.x; scheduler.find(number, tile); number += gridDim.x) {
+  for (int number = blockIdx.x / kBlocks; scheduler.find(number, tile, cluster_rank<kBlocks>());
+       number += gridDim.x / kBlocks) {
     // A row that does not exist has an address too, of which nothing is read.
     const T* from[kRows];
     uint32_t exists = 0;
@@ -77,7 +93,7 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(ring.full(), kBBytes<kBlockN>);
-        load_weights<kBlockN, kTransB>(ring, b_map, k, tile.col_tile * kBlockN, tile.expert);
+        load_weights<kTransB>(ring, b_map, k, tile);
       }
       const int bytes = max(0, min(16, 2 * (p.k - k - chunk * 8)));
 #pragma unroll
@@ -89,40 +105,56 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
     }
   }
   announcer.drain();
+  ring.outlast_cluster();
 }
 
 // The tiles of a weight gradient, counted on the host: as kernel arguments they cost the roles no registers.
 struct WgradGrid {
   int row_tiles, col_tiles, tiles;
+
+  // Blocks of a cluster share what comes by TMA: one column tile of B, or, where B is gathered, one row tile of A.
+  __device__ __forceinline__ WeightTile tile(int number, bool gathered) const {
+    if (!gathered) return weight_tile(number, row_tiles, col_tiles);
+    const WeightTile across = weight_tile(number, col_tiles, row_tiles);
+    return {across.expert, across.col_tile, across.row_tile};
+  }
 };
 
-// The TMA boxes of 64 rows × 64·kBlocks columns.
-template <int kBlocks>
+// The TMA boxes of 64 rows × 64·kBoxes columns; where kBlocks share them, this block's rows for both.
+template <int kBoxes, int kBlocks>
 __device__ __forceinline__ void load_rows(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int col, int row) {
+  const int part = cluster_rank<kBlocks>();
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) ptx::tma_load(dst + i * kBlockBytes, &map, barrier, col + i * 64, row);
+  for (int i = 0; i < kBoxes; ++i) {
+    if constexpr (kBlocks == 1)
+      ptx::tma_load(dst + i * kBlockBytes, &map, barrier, col + i * 64, row);
+    else
+      ptx::tma_load_both(dst + i * kBlockBytes + part * (kBlockBytes / kBlocks), &map, barrier, col + i * 64,
+                         row + part * (kBlockK / kBlocks));
+  }
 }
 
-template <class T, int kBlockN>
+template <class T, int kBlockN, int kBlocks>
 __device__ __forceinline__ void produce_wgrad_by_tma(const SmopWgrad& p, const WgradGrid& grid,
                                                      const CUtensorMap& a_map, const CUtensorMap& b_map,
                                                      const Shared& shared) {
   if (threadIdx.x != 0) return;
-  Ring<kBlockN> ring{shared};
+  Ring<kBlockN, kBlocks> ring{shared};
   for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
-    const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
+    const WeightTile tile = grid.tile(number, false);
     const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
     for (int k = own.begin; k < own.end; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(ring.full(), kABytes + kBBytes<kBlockN>);
-      load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
-      load_rows<kBlockN / 64>(ring.b(), b_map, ring.full(), tile.col_tile * kBlockN, k);
+      load_rows<kBlockM / 64, 1>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+      load_rows<kBlockN / 64, kBlocks>(ring.b(), b_map, ring.full(), tile.col_tile * kBlockN, k);
       ring.advance();
     }
   }
+  ring.outlast_cluster();
 }
 
-template <class T, int kBlockN>
+template <class T, int kBlockN, int kBlocks>
 __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const WgradGrid& grid,
                                                        const CUtensorMap& a_map, const Shared& shared) {
   constexpr int kRowChunks = kBlockN / 8, kStep = kGroup / kRowChunks;  // kRowChunks threads copy a row of the stage
@@ -133,10 +165,10 @@ __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const
 #pragma unroll
   for (int i = 0; i < kPeriod; ++i)
     offset[i] = chunk / 8 * kBlockBytes + ptx::swizzled(first + i * kStep, chunk % 8);
-  Ring<kBlockN> ring{shared};
-  Announcer<kBlockN> announcer{{shared}};
+  Ring<kBlockN, kBlocks> ring{shared};
+  Announcer<kBlockN, kBlocks> announcer{{shared}};
   for (int number = blockIdx.x; number < grid.tiles; number += gridDim.x) {
-    const WeightTile tile = weight_tile(number, grid.row_tiles, grid.col_tiles);
+    const WeightTile tile = grid.tile(number, true);
     const ExpertRows own = expert_rows(p.offs, tile.expert, p.a_rows);
     // Columns that do not exist are filled with the last ones: what becomes of them is not stored.
     const int col = min(tile.col_tile * kBlockN + chunk * 8, p.n - 8);
@@ -152,7 +184,7 @@ __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(ring.full(), kABytes);
-        load_rows<kBlockM / 64>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
+        load_rows<kBlockM / 64, kBlocks>(ring.a(), a_map, ring.full(), tile.row_tile * kBlockM, k);
       }
 #pragma unroll
       for (int i = 0; i < kBlockK / kStep; ++i) {
@@ -166,6 +198,7 @@ __device__ __forceinline__ void produce_wgrad_gathered(const SmopWgrad& p, const
     }
   }
   announcer.drain();
+  ring.outlast_cluster();
 }
 
 }  // namespace smop::sm90

@@ -69,6 +69,18 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// The same at the barrier that lies there in block `rank` of the cluster. It hands over shared memory that has been read,
+// not values that were written, so it needs no release over the cluster (a fence of the whole device).
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 // One arrival; the phase also waits for `bytes` of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -103,6 +115,23 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const void* map, uint32_t
       : "memory");
 }
 
+// The same to both blocks of a cluster: the box lands at `dst` in each, and counts towards each block's own barrier.
+__device__ __forceinline__ void tma_load_both(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4}], [%2], %5;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(uint16_t{3})
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_both(uint32_t dst, const void* map, uint32_t barrier, int c0, int c1,
+                                              int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4, %5}], [%2], %6;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(uint16_t{3})
+      : "memory");
+}
+
 // Starts bringing memory into the L2; address and size in multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -133,6 +162,11 @@ __device__ __forceinline__ void prefetch_tensormap(const void* map) {
 // A barrier of `threads` threads; the number is theirs (0 is __syncthreads()).
 __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// All threads of a cluster's blocks, a warp's together: mbarriers initialised before, with their fence, are there after.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Hand registers from the producers to the consumers; every warp of a warpgroup executes it.

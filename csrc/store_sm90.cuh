@@ -49,9 +49,9 @@ struct FromShared {
   }
 };
 
-template <class T, int kBlockN>
-__device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2], Ring<kBlockN>& ring,
-                                           int first_col, const float* bias = nullptr) {
+template <class T, int kBlockN, int kBlocks>
+__device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2],
+                                           Ring<kBlockN, kBlocks>& ring, int first_col, const float* bias = nullptr) {
   const int warp = threadIdx.x / kWarp - kProducerWarps;
   float* stages = ring.shared.stages;
   float sums[kBlockN / kStageCols];
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
                               FromShared<T>{bias + piece * kStageCols, ring.a() + box * kABytes});
     if (to.aux && ends) {
       __syncwarp();
-      if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(ring.empty());
+      ring.release(ring.empty());
       ring.advance();
     }
   }

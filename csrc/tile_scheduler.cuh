@@ -54,14 +54,22 @@ SMOP_HOST_DEVICE int64_t max_row_tiles(int64_t rows, int experts, int block) {
 struct RowTile {
   int expert;
   int row;       // the first row
-  int rows;      // how many of the tile's rows belong to the expert: 1 … block
+  int rows;      // how many of the tile's rows belong to the expert: 1 … block; 0: there is nothing to compute
   int col_tile;  // index of the column tile
   int index;     // number of row tiles before this one (its place in per-tile scratch)
+  bool shared;   // the cluster's other blocks have the same expert and columns
 };
 
 // Tiles of (rows of one expert) × (columns), in groups of kGroupRows row tiles and all columns, row tiles fastest:
 // blocks that run together share the weights' tiles, and what they read of both operands fits the L2.
+//
+// A cluster of two blocks takes two tiles at a time, one each by `rank`: two row tiles of the same columns, so that both
+// need the same weights. The last of an odd number of row tiles goes by two column tiles instead; where their number is
+// odd too, the second block of the last pair has columns that do not exist, and no rows.
+template <int kBlocks = 1>
 class RowTileScheduler {
+  static_assert(kBlocks == 1 || kBlocks == 2);
+
  public:
   SMOP_HOST_DEVICE RowTileScheduler(const int32_t* offs, int experts, int64_t rows, int block, int col_tiles)
       : offs_(offs),
@@ -71,22 +79,32 @@ class RowTileScheduler {
         col_tiles_(col_tiles),
         end_(experts > 0 ? rows_end(0, offs[0], rows_) : 0) {}
 
-  // The tile with this number, or false when there are fewer. Numbers must not fall from call to call.
-  SMOP_HOST_DEVICE bool find(int number, RowTile& tile) {
+  // The tile (of a cluster: the pair of tiles) with this number, or false when there are fewer. Numbers must not fall
+  // from call to call.
+  SMOP_HOST_DEVICE bool find(int number, RowTile& tile, int rank = 0) {
     while (expert_ < experts_) {
       const int left = row_tiles_of(row_, end_, block_);
       const int height = left < kGroupRows ? left : kGroupRows;  // row tiles of the group
+      const int runs = height / kBlocks, shared = runs * col_tiles_;
+      const int all = shared + height % kBlocks * (col_tiles_ + 1) / 2;
       const int inside = number - tiles_before_;
-      if (inside < height * col_tiles_) {
-        tile.col_tile = height == kGroupRows ? inside / kGroupRows : inside / height;
-        const int row_tile = inside - tile.col_tile * height;
+      if (inside < all) {
+        int row_tile = height - 1;
+        tile.shared = kBlocks > 1 && inside < shared;
+        if (inside < shared) {
+          tile.col_tile = height == kGroupRows ? inside / (kGroupRows / kBlocks) : inside / runs;
+          row_tile = (inside - tile.col_tile * runs) * kBlocks + rank;
+        } else {
+          tile.col_tile = (inside - shared) * kBlocks + rank;
+        }
         tile.expert = expert_;
         tile.row = row_ + row_tile * block_;
         tile.rows = end_ - tile.row < block_ ? end_ - tile.row : block_;
+        if (kBlocks > 1 && tile.col_tile >= col_tiles_) tile.rows = 0;
         tile.index = row_tiles_before_ + row_tile;
         return true;
       }
-      tiles_before_ += height * col_tiles_;
+      tiles_before_ += all;
       row_tiles_before_ += height;
       if (left > kGroupRows) {
         row_ += kGroupRows * block_;

@@ -102,7 +102,7 @@ def test_every_tile_width_round_the_ring(runner, n, k_major, width):
             if runner.device == "cpu":
                 product, _, wgrad = runners.launches.kernels
                 assert f", {width}, " in product
-                assert f", {128 if width <= 128 else 256}>" in wgrad
+                assert f", {128 if width <= 128 else 256}, " in wgrad
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second), "differs from run to run"
 
