@@ -107,6 +107,21 @@ def test_the_instructions_that_make_it_fast():
 
 
 @needs_nvcc
+def test_clusters_load_for_both_blocks_without_a_fence_of_the_device():
+    """Both products have kernels for clusters. Their arrival at the other block's barrier is not a release over the
+    cluster, which would wait for all memory."""
+    multicast = {"grouped_gemm_sm90": "UTMALDG.3D.MULTICAST", "grouped_wgrad_sm90": "UTMALDG.2D.MULTICAST"}
+    found = set()
+    for text in cuobjdump("-sass", "-arch", "sm_90a", file="grouped_gemm_sm90.cu.o").split("Function : ")[1:]:
+        kernel = text.split()[0]
+        assert ("MULTICAST" in text) == ("UCGABAR_WAIT" in text), f"{kernel}: a cluster starts together"
+        if multicast[kernel] in text:
+            found.add(kernel)
+        assert not re.search(r"MEMBAR\.\w+\.(GPU|SYS)", text), f"{kernel} waits for all memory"
+    assert found == set(multicast)
+
+
+@needs_nvcc
 def test_every_kernel_waits_for_the_launch_before_it():
     """With programmatic dependent launch a block may run before the data it reads are there, until it has waited."""
     kernels = 0

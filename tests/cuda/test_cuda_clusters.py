@@ -3,6 +3,8 @@
 From two rounds of tiles on: ptxrun shows the launchers few SMs, so that small products have as many.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,11 +124,12 @@ def test_the_chain(runner, skew):
 
 @pytest.mark.parametrize("runner", params(RACES))
 def test_the_order_of_blocks_warps_and_copies_does_not_show(runner):
-    inputs, results = make(LARGE, 400, seed=2, masked=0.05), []
+    model, results = replace(LARGE, E=2), []
+    inputs = make(model, 260, seed=2, masked=0.05)
     with runner.running(), poisoned_memory():
-        for seed in (0, 1, 2, 4):
+        for seed in (0, 1, 2):  # copies at once, as late as allowed, or either
             runner.vary(seed)
-            results.append(through_backend(runner.module, LARGE, inputs.to(runner.device)))
+            results.append(through_backend(runner.module, model, inputs.to(runner.device)))
             assert_in_clusters(runner)
     for result in results[1:]:
         for key, first in results[0].items():
