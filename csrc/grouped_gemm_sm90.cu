@@ -109,11 +109,11 @@ struct Cut {
   cudaError_t (*launch)(const Product& p, int sms, uint64_t stream, bool dependent);
 };
 
-// The cut with the least rounds × cost of a round. A tile costs its columns and, for loading A and its epilogue, about as
-// much as 80 more; 24 less where the cluster's other block loads half of B, which `paired` of the row tiles gain (all
-// predicted, not measured: the first from the machine code, the second from the bytes that L2 delivers). Wide tiles read
-// less; narrow ones leave fewer SMs idle in the last round, and with few tokens, when reading the weights is all, put
-// every SM to it. In a single round blocks that wait for each other gain nothing. Widths are multiples of `step`.
+// The cut with the least rounds × cost of a round. A tile costs its columns and, for loading A and its epilogue, about
+// as much as 80 more; 24 less where the cluster's other block loads half of B, which `paired` of the row tiles gain (all
+// predicted, not measured: the first from the machine code, the second from the bytes that L2 delivers). Wide tiles
+// read less; narrow ones leave fewer SMs idle in the last round, and with few tokens, when reading the weights is all,
+// put every SM to it. In a single round blocks that wait for each other gain nothing. Widths are multiples of `step`.
 template <class Product, int kCuts>
 const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int step, int64_t row_tiles, int64_t paired, int n,
                              int sms) {

@@ -69,8 +69,8 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// The same at the barrier that lies there in block `rank` of the cluster. It hands over shared memory that has been read,
-// not values that were written, so it needs no release over the cluster (a fence of the whole device).
+// The same at the barrier that lies there in block `rank` of the cluster. It hands over shared memory that has been
+// read, not values that were written, so it needs no release over the cluster (a fence of the whole device).
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, int rank) {
   asm volatile(
       "{\n"

@@ -63,9 +63,9 @@ struct RowTile {
 // Tiles of (rows of one expert) × (columns), in groups of kGroupRows row tiles and all columns, row tiles fastest:
 // blocks that run together share the weights' tiles, and what they read of both operands fits the L2.
 //
-// A cluster of two blocks takes two tiles at a time, one each by `rank`: two row tiles of the same columns, so that both
-// need the same weights. The last of an odd number of row tiles goes by two column tiles instead; where their number is
-// odd too, the second block of the last pair has columns that do not exist, and no rows.
+// A cluster of two blocks takes two tiles at a time, one each by `rank`: two row tiles of the same columns, so that
+// both need the same weights. The last of an odd number of row tiles goes by two column tiles instead; where their
+// number is odd too, the second block of the last pair has columns that do not exist, and no rows.
 template <int kBlocks = 1>
 class RowTileScheduler {
   static_assert(kBlocks == 1 || kBlocks == 2);

@@ -32,6 +32,15 @@ def test_a_pass_is_its_launches_a_gap_each_and_a_start():
         assert ordinary == ["router", "h = act(x·W1)", "combine, backward", "router, backward"], "an operator's first"
 
 
+def test_multicast_saves_time_where_there_are_clusters():
+    """Few tokens are one round of tiles, for blocks alone."""
+    for one in predictions.load()["passes"]:
+        if one["backend"] == "cuda":
+            for total, counted in one["copies_counted"].items():
+                few = one["workload"]["tokens"] <= 256
+                assert one[total] == counted if few else one[total] < counted
+
+
 def test_what_is_recomputed_lowers_the_peak_by_as_much_as_what_is_kept():
     for tokens in layer_memory.TOKENS:
         cases = {c["recompute"]: c for c in results.load(layer_memory.PATH)["cases"] if c["tokens"] == tokens}
