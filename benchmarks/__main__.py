@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: cpu, gpu, data, memory, layer-memory, host-time, kernels, tune, report.
+"""`python -m benchmarks`: cpu, gpu, data, memory, layer-memory, decoding, host-time, kernels, tune, report.
 
 It uses argparse, because a GPU machine may have only torch, triton, numpy and pytest.
 """
@@ -41,15 +41,22 @@ def parser() -> argparse.ArgumentParser:
     host.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/host_time/")
     host.add_argument("--against", nargs="+", default=(), metavar="REVISION", help="measure these of git too, by turns")
     host.add_argument("--quick", action="store_true", help="few steps, a smoke test (needs --out)")
+    decoding = commands.add_parser(
+        "decoding", help="tokens that generate writes on this CPU, compiled and not, minutes"
+    )
+    decoding.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/decoding/")
+    decoding.add_argument("--quick", action="store_true", help="few tokens, a smoke test (needs --out)")
 
     kernels = commands.add_parser("kernels", help="single operators (also: pytest benchmarks --benchmark-only)")
     kernels.add_argument("--out", type=Path, help="JSON file; by default only printed")
 
     commands.add_parser("tune", help="search Triton tile configurations on this GPU", add_help=False)
 
-    report = commands.add_parser("report", help="tables, pictures, one HTML page and docs/performance.md's section")
+    report = commands.add_parser(
+        "report", help="tables, pictures, one HTML page, the sections of docs/performance.md and docs/integrations.md"
+    )
     report.add_argument("--results", type=Path, help="folder of JSON files; by default benchmarks/results/")
-    report.add_argument("--no-readme", action="store_true", help="leave docs/performance.md alone")
+    report.add_argument("--no-readme", action="store_true", help="leave the documents alone")
     return top
 
 
@@ -65,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             "memory": _memory,
             "layer-memory": _layer_memory,
             "host-time": _host_time,
+            "decoding": _decoding,
             "kernels": _kernels,
             "tune": _tune,
             "report": _report,
@@ -128,6 +136,14 @@ def _host_time(options, _) -> int:
 
     _keep_apart(options)
     host_time.run(options.out, tuple(options.against), options.quick)
+    return 0
+
+
+def _decoding(options, _) -> int:
+    from benchmarks import decoding
+
+    _keep_apart(options)
+    decoding.run(options.out, options.quick)
     return 0
 
 

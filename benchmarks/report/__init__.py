@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables, pictures, one page and docs/performance.md's section, from the JSON files."""
+"""`python -m benchmarks report`: tables, pictures, one page and sections of two documents, from the JSON files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,14 @@ def run(
     document: Path | None = ROOT / "docs" / "performance.md",
     say: Callable[[str], None] = say,
 ) -> None:
-    """Write README.md, index.html and the pictures into `folder`, and the section between the markers of `document`.
+    """Write README.md, index.html and the pictures into `folder`, and what stands between the markers of `document`
+    and of integrations.md beside it.
 
     Raises:
         FileNotFoundError: no results in `folder`. ValueError: a file of another schema.
     """
     from benchmarks import layer_memory, predictions
-    from benchmarks.report import host_time, page, performance, plots, predicted, tables, training_memory
+    from benchmarks.report import decoding, host_time, page, performance, plots, predicted, tables, training_memory
 
     folder = Path(folder)
     paths = sorted(folder.glob("*.json"))
@@ -38,6 +39,7 @@ def run(
             picture = predicted.draw(of_h100, predictions.PREDICTED.parent)
             predicted.update(document, of_h100, results.load(layer_memory.PATH), picture)
         host_time.update(document, [results.load(path) for path in sorted(folder.glob("host_time/*.json"))])
+        decoding.update(document.with_name("integrations.md"), sorted(folder.glob("decoding/*.json")))
         changed = performance.update(document, performance.section(drawn, document.parent))
         missing = f"{document.name} has no {performance.BEGIN} … {performance.END}: left alone"
         say(f"updated {document.name}" if changed else missing)

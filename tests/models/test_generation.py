@@ -1,8 +1,11 @@
 """Cached and embedded inputs give what ids without a cache give; ways of decoding that lose the speech are refused."""
 
+import copy
+
 import pytest
 import torch
-from transformers import GenerationConfig
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig, GenerationConfig
 
 from llama_smop.models.modeling_llama_smop import SPEECH_INPUTS
 from llama_smop.models.outputs import CACHE
@@ -38,6 +41,38 @@ def test_no_cache_and_a_static_one_give_the_same_tokens(model, prompt, beams):
     expected = model.generate(**prompt, **settings)
     assert torch.equal(model.generate(**prompt, **settings, use_cache=False), expected)
     assert torch.equal(model.generate(**prompt, **settings, cache_implementation="static"), expected)
+
+
+STATIC = {"cache_implementation": "static", "max_cache_len": 128, "min_new_tokens": 6, "max_new_tokens": 6}
+
+
+def lengths(processor) -> list[dict]:
+    """Prompts of one clip each, all of different lengths."""
+    return [dict(processor(**chosen([one], "audiovisual"))) for one in CLIPS]
+
+
+def test_a_compiled_step_is_one_graph_for_prompts_of_all_lengths(model, processor):
+    """As `generate` compiles it on a GPU."""
+    settings = CompileConfig(fullgraph=True, mode="default", backend="eager")
+    settings._compile_all_devices = True
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    for prompt in lengths(processor):
+        expected = model.generate(**prompt, min_new_tokens=6, max_new_tokens=6)
+        assert torch.equal(model.generate(**prompt, **STATIC, compile_config=settings), expected)
+    assert counted["unique_graphs"] - before == 1
+
+
+def test_a_compiled_language_model_does_not_follow_every_length(model, processor):
+    """A graph for the first prompt, one for prompts of any length, one for the steps."""
+    compiled, counter = copy.deepcopy(model), CompileCounter()
+    torch._dynamo.reset()
+    compiled.language_model.compile(backend=counter, fullgraph=True)
+    for prompt in lengths(processor):
+        expected = model.generate(**prompt, min_new_tokens=6, max_new_tokens=6)
+        assert torch.equal(compiled.generate(**prompt, **STATIC), expected)
+    assert counter.frame_count == 3
 
 
 def test_several_sequences_of_each_clip_stand_together(model, prompt):
