@@ -31,9 +31,12 @@ def _said(monkeypatch):
     from llama_smop.transcription import pieces
 
     real = pieces.recognise_batch
-    monkeypatch.setattr(
-        pieces, "recognise_batch", lambda *a, **given: ([SAID] * len(real(*a, **given)[0]), real(*a, **given)[1])
-    )
+
+    def recognise(*arguments, **given):
+        texts, speech = real(*arguments, **given)
+        return [SAID] * len(texts), speech
+
+    monkeypatch.setattr(pieces, "recognise_batch", recognise)
 
 
 @pytest.fixture
