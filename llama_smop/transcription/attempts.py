@@ -1,5 +1,6 @@
 """Recordings to transcripts: read ahead by threads, transcribed in batches, each with its result or its error."""
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -84,8 +85,11 @@ def attempts(
         options, progress: as in `run.transcripts`.
 
     Raises:
-        ValueError: a modality or a rate that the model lacks, or no Whisper for word times.
+        TypeError: one path instead of several. ValueError: a modality or a rate that the model lacks, or no Whisper for
+            word times.
     """
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"expected a list of files, got one path; write [{os.fspath(paths)!r}]")
     options = options or Options()
     rate = model.config.rate(options.rate)
     known = supported(model)

@@ -59,6 +59,12 @@ def recordings(tmp_path_factory) -> list[Path]:
     return [where / name for name in ("a.mp4", "b.mp4", BAD, "d.m4a", "e.mp4", "f.m4a")]
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_path_in_place_of_a_list_is_named(pair, kind):
+    with pytest.raises(TypeError, match=r"a list of files, got one path; write \['talk\.mp4'\]"):
+        next(attempts(kind("talk.mp4"), *pair))
+
+
 def words(found) -> list[str | None]:
     return [item.text if isinstance(item, Transcript) else None for item in found]
 
