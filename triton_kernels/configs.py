@@ -54,6 +54,19 @@ def wgrad_config(arch: int, dtype: torch.dtype, precision: str, rows: int, group
     return entry("wgrad", arch, dtype, precision, wgrad_shape(rows, groups, m, n))[1]
 
 
+# Multiply-adds. Describing boxes takes the host some microseconds; so large a product takes an H100 25 or more.
+SMALLEST_BY_BOXES = 1 << 33
+
+
+def by_boxes(arch: int, dtype: torch.dtype, config: TileConfig, multiply_adds: int) -> bool:
+    """Whether operands come by TMA (`boxes`), not by pointers.
+
+    Two blocks on a multiprocessor load while the other one multiplies, and have no registers for barriers. Float32
+    would pass through registers on its way to tensor cores.
+    """
+    return arch >= 90 and dtype.itemsize == 2 and config.blocks == 1 and multiply_adds >= SMALLEST_BY_BOXES
+
+
 def entry(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedShape) -> tuple[float, TileConfig]:
     """The table's (factor, tile) for a product: the least cost among those that fit."""
     row = kind(dtype, precision)

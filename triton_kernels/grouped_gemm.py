@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import GATED, activate, activation_gradient
-from .configs import gemm_config
+from .boxes import operand_boxes
+from .configs import by_boxes, gemm_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
 from .segments import block_of, ceil_div, existing, max_tiles, tile_segment
@@ -23,8 +24,8 @@ from .tiles import TileConfig
 
 @triton.jit(do_not_specialize=["rows", "a_rows", "num_experts"])
 def grouped_gemm_kernel(
-    a_ptr,  # (rows, K); gathered: (T, K)
-    b_ptr,  # (X, K, N), any strides
+    a_ptr,  # (rows, K), gathered (T, K); or boxes of it
+    b_ptr,  # (X, K, N), any strides; or boxes of it
     bias_ptr,  # (X, N) or None
     out_ptr,  # (rows, N); gated (rows, N / 2), its gradient (rows, 2·N)
     pre_ptr,  # (rows, N): pre-activation, written forward; `saved`, read for the gradient (gated: 2·N); or None
@@ -48,6 +49,7 @@ def grouped_gemm_kernel(
     GRADIENT: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BOXES: tl.constexpr,  # how b lies where both are descriptors: "XNK", "XKN"; or None
     EVEN_N: tl.constexpr,  # tiles divide N
     EVEN_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -78,33 +80,36 @@ def grouped_gemm_kernel(
             epilogue(zeros, None, mask, m, n, expert, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
-    # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
-    row = tl.minimum(m, end - 1)
-    if GATHER:
-        row = existing(tl.load(order_ptr + row) // TOP_K, a_rows - 1)
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
-    b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
-    if GATED and not GRADIENT:  # the same columns of gate and up
-        in_half = tl.arange(0, BLOCK_N) % (BLOCK_N // 2) + tile_n * (BLOCK_N // 2)
-        column = tl.where(tl.arange(0, BLOCK_N) < BLOCK_N // 2, in_half, in_half + N // 2)
-        b_ptrs += k.to(tl.int64)[:, None] * stride_bk + column.to(tl.int64)[None, :] * stride_bn
-        n_mask = (in_half < N // 2)[None, :]
-    else:
-        b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
-        n_mask = (n < N)[None, :]
-
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs) if EVEN_N else tl.load(b_ptrs, mask=n_mask, other=0.0)
+    if BOXES is not None:
+        acc = product_of_boxes(a_ptr, b_ptr, acc, first, expert, tile_n * BLOCK_N, K, BOXES, BLOCK_K)
+    else:
+        # A row past the end repeats the last one: what it computes is not stored, and A's loads need no row mask.
+        row = tl.minimum(m, end - 1)
+        if GATHER:
+            row = existing(tl.load(order_ptr + row) // TOP_K, a_rows - 1)
+        k = tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + row.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
+        b_ptrs = b_ptr + expert.to(tl.int64) * stride_bx
+        if GATED and not GRADIENT:  # the same columns of gate and up
+            in_half = tl.arange(0, BLOCK_N) % (BLOCK_N // 2) + tile_n * (BLOCK_N // 2)
+            column = tl.where(tl.arange(0, BLOCK_N) < BLOCK_N // 2, in_half, in_half + N // 2)
+            b_ptrs += k.to(tl.int64)[:, None] * stride_bk + column.to(tl.int64)[None, :] * stride_bn
+            n_mask = (in_half < N // 2)[None, :]
         else:
-            a = tl.load(a_ptrs, mask=(k < K - k0)[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=(k < K - k0)[:, None] & n_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+            b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
+            n_mask = (n < N)[None, :]
+
+        for k0 in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_ptrs)
+                b = tl.load(b_ptrs) if EVEN_N else tl.load(b_ptrs, mask=n_mask, other=0.0)
+            else:
+                a = tl.load(a_ptrs, mask=(k < K - k0)[None, :], other=0.0)
+                b = tl.load(b_ptrs, mask=(k < K - k0)[:, None] & n_mask, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a_ptrs += BLOCK_K * stride_ak
+            b_ptrs += BLOCK_K * stride_bk
 
     # `saved` is on its way while accumulators change their layout. A wide tile takes its epilogue in two halves.
     if GATED:
@@ -131,6 +136,20 @@ def grouped_gemm_kernel(
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         epilogue(left, s0, mask0, m, n0, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
         epilogue(right, s1, mask1, m, n1, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
+
+
+@triton.jit
+def product_of_boxes(a, b, acc, row, expert, column, K, LIES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + A's rows from `row` on times B_e's columns from `column` on. Rows of the next expert may be among them."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    for k in range(0, K, BLOCK_K):
+        rows = a.load([row, k])  # both at once: then one barrier tells that both have come
+        if LIES == "XNK":
+            columns = b.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            columns = b.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
+        acc = tl.dot(rows, columns, acc)
+    return acc
 
 
 @triton.jit
@@ -259,10 +278,14 @@ def grouped_gemm(
     through_gate = None if activation is None else GATED.get(activation)
     cfg = config or _config(out, X, N, K)
     tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
+    operands, boxes = (a, b), None
+    if not gather and (through_gate is None or gradient) and by_boxes(target_arch(), a.dtype, cfg, rows * N * K):
+        operands, boxes = operand_boxes(a, b, cfg)
+    sizes = rows, a.shape[0], X, N, K
     return Launch(
         grouped_gemm_kernel,
         (tiles_m * ceil_div(N, cfg.block_n),),
-        (a, b, bias, out, pre, sums, order, offs, rows, a.shape[0], X, N, K, *a.stride(), *b.stride()),
+        (*operands, bias, out, pre, sums, order, offs, *sizes, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
@@ -271,6 +294,7 @@ def grouped_gemm(
             "GRADIENT": gradient,
             "GATED": through_gate is not None,
             "PRECISION": dot_precision(a.dtype),
+            "BOXES": boxes,
             "EVEN_N": N % cfg.block_n == 0,
             "EVEN_K": K % cfg.block_k == 0,
             "BLOCK_X": block_of(X + 1),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 
@@ -119,19 +120,21 @@ _dtype = attrgetter("dtype")
 
 
 def _specialization(args: tuple) -> tuple:
-    """At least what Triton tells arguments apart by: types, tensors' dtypes and alignment to 16 bytes, integers."""
+    """At least what Triton tells arguments apart by: types, dtypes, alignment to 16 bytes, integers, boxes."""
     kinds = tuple(map(type, args))
     pick_tensors, pick_others = by_kind(kinds)
     tensors = pick_tensors(args)
     alignments = map(misalignment, map(torch.Tensor.data_ptr, tensors))
-    return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args))
+    boxes = [(arg.base.dtype, *arg.block_shape) for arg in args if type(arg) is TensorDescriptor]
+    return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args)), *boxes
 
 
 @cache
 def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable]:
-    """What picks the tensors, and the other arguments, from arguments of these types."""
+    """What picks the tensors, and the other arguments but descriptors, from arguments of these types."""
     tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
-    return picker(tensors), picker([i for i in range(len(kinds)) if i not in tensors])
+    others = [i for i, kind in enumerate(kinds) if not issubclass(kind, (torch.Tensor, TensorDescriptor))]
+    return picker(tensors), picker(others)
 
 
 def picker(places: Values[int]) -> Callable[[Values], tuple]:

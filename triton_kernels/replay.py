@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .boxes import pointed_at, tensor_of
 
 MOST_PLANS = 1024  # the oldest makes room
 
@@ -23,12 +25,15 @@ class Plan(NamedTuple):
 
     made: tuple[Tensor, ...]  # tensors without memory, like those
     constants: tuple
+    boxes: tuple[tuple[int, int], ...]  # which of the constants is a descriptor, and of which tensor
     launches: tuple[tuple[Callable, Callable], ...]  # a compiled kernel with its grid, and its arguments
     results: Callable
     hooks: tuple[list, ...]  # of the kernels: functions that Triton is to call before a launch
 
     def run(self, flat: list, stream: int) -> tuple:
         values = [*flat, *map(torch.empty_like, self.made), *self.constants]
+        for place, tensor in self.boxes:
+            values[place] = pointed_at(values[place], values[tensor])
         for compiled, arguments in self.launches:
             compiled(*arguments(values), stream=stream)
         return self.results(values)
@@ -88,9 +93,13 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
     compiled = [one.compiled() for one in launches]
     if None in compiled:  # launched by Triton's own means: somebody looks on
         return None
-    tensors, constants = list(flat), []
+    tensors, constants, boxes = list(flat), [], []
 
     def place(value: Any) -> int:
+        if isinstance(value, TensorDescriptor):
+            constants.append(pointed_at(value, None))  # a plan keeps no tensor alive
+            boxes.append((-len(constants), place(value.base)))
+            return boxes[-1][0]
         if not isinstance(value, Tensor):
             constants.append(value)
             return -len(constants)  # they are counted from the end
@@ -103,13 +112,15 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
 
     picked = launch.picker([*map(place, results)])  # first: a kernel may have been given another view of one
     picks = [launch.picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]
-    launched = {arg.data_ptr() for one in launches for arg in one.args if isinstance(arg, Tensor)}
+    given = [tensor_of(arg) for one in launches for arg in one.args]
+    launched = {arg.data_ptr() for arg in given if isinstance(arg, Tensor)}
     made = tensors[len(flat) :]
     if any(tensor.numel() and tensor.data_ptr() not in launched for tensor in made):
         return None  # no kernel was given it: something else has filled it
     return Plan(
         tuple(map(_without_memory, made)),
         tuple(reversed(constants)),
+        tuple(boxes),
         tuple((kernel[one.whole_grid], pick) for kernel, one, pick in zip(compiled, launches, picks, strict=True)),
         picked,
         tuple(one.kernel.pre_run_hooks for one in launches),

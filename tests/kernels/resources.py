@@ -50,11 +50,20 @@ class Resources:
         return next((name for name in TENSOR_CORE if name in self._sass), "")
 
     @cached_property
+    def _boxes_ahead(self) -> int:
+        """Copies of boxes that are started before the first product."""
+        before = re.split("|".join(TENSOR_CORE), self._sass)[0]
+        return before.count("UTMALDG")
+
+    @cached_property
     def products(self) -> list[list[str]]:
         """The instructions of each innermost loop that uses tensor cores."""
         code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(self._sass)]
         jumps = [(int(found[1], 16), address) for address, text in code if (found := JUMP.search(text))]
-        loops = [[text for address, text in code if first <= address <= last] for first, last in jumps if first < last]
+        back = [(first, last) for first, last in jumps if first < last]
+        # A wait is tried again behind the kernel's end, which then jumps back into the loop it came from.
+        back = [(a, b) for a, b in back if not any(first < a <= last < b for first, last in back)]
+        loops = [[text for address, text in code if first <= address <= last] for first, last in back]
         loops = [loop for loop in loops if any(name in text for text in loop for name in TENSOR_CORE)]
         return [a for a in loops if not any(set(b) < set(a) and len(b) < len(a) for b in loops)]
 
@@ -70,6 +79,8 @@ class Resources:
                 faults.append("loads that are not asynchronous")
             if "0" in PENDING.findall(text):
                 faults.append("waits for all of its copies")
+            if self._boxes_ahead < 2 * text.count("UTMALDG"):
+                faults.append("has fewer than two iterations' boxes on their way")
         return faults
 
     def blocks_per_multiprocessor(self, shared_limit: int) -> int:
