@@ -79,8 +79,11 @@ typedef struct {
 int smop_zero_tail(const SmopZeroTail* args, uint64_t stream, int dependent);
 
 // Router and schedule. Expert id = e + (X == R*E ? m*E : 0); a masked token's experts are X.
+// With S shared experts a token has K + S choices: the routed ones, then experts X, X + 1, ... with weight 1; those of a
+// masked token are X + S with weight 0. order, inverse and offs are of all of them.
 typedef struct {
   int dtype, tokens, dim, routers, gates, experts, top_k;  // gates = E (logits a token), experts = X
+  int shared;                                              // S
   const void* x;                                           // (T, D)
   const void* gate_weight;                                 // (R, E, D)
   const int32_t* modality;                                 // (T,) or null
@@ -91,6 +94,8 @@ typedef struct {
   int32_t* counts;                                         // (R, E)
   float* balance_loss;                                     // ()
   float* z_loss;                                           // ()
+  float* all_weights;                                      // (T, K + S), or null without shared experts
+  int32_t* all_chosen;                                     // (T, K + S), or null
   int32_t *order, *inverse, *offs;
   int32_t* block_counts;  // scratch (blocks, R, E)
   float* block_probs;     // scratch (blocks, R, E)
@@ -99,10 +104,11 @@ typedef struct {
 int smop_route_fwd(const SmopRoute* args, uint64_t stream);
 
 typedef struct {
-  int tokens, experts, top_k;
-  const int32_t* chosen;  // (T, K); ids outside [0, X) are skipped
+  int tokens, experts, top_k;  // X and K with the shared ones
+  const int32_t* chosen;       // (T, K − shared); ids outside [0, X) are skipped
   int32_t *order, *inverse, *offs;
-  int32_t* block_counts;  // scratch (blocks, X)
+  int32_t* block_counts;  // scratch (blocks, X − shared): choices that are not of shared experts
+  int shared;             // the last of the experts, and of the choices of a token that is not skipped
 } SmopSchedule;
 int smop_schedule(const SmopSchedule* args, uint64_t stream);
 
@@ -114,6 +120,7 @@ typedef struct {
   const float *logits, *weights;
   const int32_t *chosen, *counts;
   const float *dlogits, *dweights, *dbalance, *dz;  // each may be null
+  int dweights_columns;                             // K or more, of which the first K are read
   float* dlogits_total;                             // scratch (T, E); used with dx alone
   float* dgate_partial;                             // scratch (splits, R, E, D)
   void* dgate;                                      // (R, E, D)

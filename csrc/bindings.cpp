@@ -58,17 +58,19 @@ void zero_tail(int dtype, Address out, int64_t rows, int n, Address offs, int ex
   check(smop_zero_tail(&p, stream, dependent), "zero_tail");
 }
 
-void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, Address x,
+void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int experts, int top_k, int shared, Address x,
                Address gate_weight, Address modality, Address mask, Address logits, Address weights, Address chosen,
-               Address counts, Address balance_loss, Address z_loss, Address order, Address inverse, Address offs,
-               Address block_counts, Address block_probs, Address block_z, uint64_t stream) {
+               Address all_weights, Address all_chosen, Address counts, Address balance_loss, Address z_loss,
+               Address order, Address inverse, Address offs, Address block_counts, Address block_probs,
+               Address block_z, uint64_t stream) {
   SmopRoute p{};
   p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts,
-  p.top_k = top_k;
+  p.top_k = top_k, p.shared = shared;
   p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality),
   p.mask = at<uint8_t>(mask);
   p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen),
   p.counts = at<int32_t>(counts);
+  p.all_weights = at<float>(all_weights), p.all_chosen = at<int32_t>(all_chosen);
   p.balance_loss = at<float>(balance_loss), p.z_loss = at<float>(z_loss);
   p.order = at<int32_t>(order), p.inverse = at<int32_t>(inverse), p.offs = at<int32_t>(offs);
   p.block_counts = at<int32_t>(block_counts), p.block_probs = at<float>(block_probs), p.block_z = at<float>(block_z);
@@ -77,8 +79,8 @@ void route_fwd(int dtype, int tokens, int dim, int routers, int gates, int exper
 
 void route_bwd(int dtype, int tokens, int dim, int routers, int gates, int top_k, Address x, Address gate_weight,
                Address modality, Address mask, Address logits, Address weights, Address chosen, Address counts,
-               Address dlogits, Address dweights, Address dbalance, Address dz, Address dlogits_total,
-               Address dgate_partial, Address dgate, Address dx, uint64_t stream) {
+               Address dlogits, Address dweights, int dweights_columns, Address dbalance, Address dz,
+               Address dlogits_total, Address dgate_partial, Address dgate, Address dx, uint64_t stream) {
   SmopRouteBwd p{};
   p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.top_k = top_k;
   p.x = at<void>(x), p.gate_weight = at<void>(gate_weight), p.modality = at<int32_t>(modality),
@@ -86,7 +88,7 @@ void route_bwd(int dtype, int tokens, int dim, int routers, int gates, int top_k
   p.logits = at<float>(logits), p.weights = at<float>(weights), p.chosen = at<int32_t>(chosen),
   p.counts = at<int32_t>(counts);
   p.dlogits = at<float>(dlogits), p.dweights = at<float>(dweights), p.dbalance = at<float>(dbalance),
-  p.dz = at<float>(dz);
+  p.dz = at<float>(dz), p.dweights_columns = dweights_columns;
   p.dlogits_total = at<float>(dlogits_total), p.dgate_partial = at<float>(dgate_partial);
   p.dgate = at<void>(dgate), p.dx = at<void>(dx);
   check(smop_route_bwd(&p, stream), "route_bwd");
@@ -101,7 +103,8 @@ void schedule(int tokens, int experts, int top_k, Address chosen, Address order,
                        at<int32_t>(order),
                        at<int32_t>(inverse),
                        at<int32_t>(offs),
-                       at<int32_t>(block_counts)};
+                       at<int32_t>(block_counts),
+                       0};
   check(smop_schedule(&p, stream), "schedule");
 }
 
@@ -204,12 +207,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("zero_tail", &zero_tail, py::kw_only(), "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a,
         "dependent"_a, "stream"_a);
   m.def("route_fwd", &route_fwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a,
-        "top_k"_a, "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a,
-        "balance_loss"_a, "z_loss"_a, "order"_a, "inverse"_a, "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a,
-        "stream"_a);
+        "top_k"_a, "shared"_a, "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a,
+        "all_weights"_a, "all_chosen"_a, "counts"_a, "balance_loss"_a, "z_loss"_a, "order"_a, "inverse"_a, "offs"_a,
+        "block_counts"_a, "block_probs"_a, "block_z"_a, "stream"_a);
   m.def("route_bwd", &route_bwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "top_k"_a,
         "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a, "dlogits"_a,
-        "dweights"_a, "dbalance"_a, "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a, "dx"_a, "stream"_a);
+        "dweights"_a, "dweights_columns"_a, "dbalance"_a, "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a,
+        "dx"_a, "stream"_a);
   m.def("schedule", &schedule, py::kw_only(), "tokens"_a, "experts"_a, "top_k"_a, "chosen"_a, "order"_a, "inverse"_a,
         "offs"_a, "block_counts"_a, "stream"_a);
   m.def("combine_fwd", &combine_fwd, py::kw_only(), "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a,

@@ -141,8 +141,15 @@ extern "C" int smop_route_fwd(const SmopRoute* p, uint64_t stream) {
                     *p, tokens_per_block(p->tokens));
     });
     if (routed) return routed;
-    const SmopSchedule schedule{p->tokens, p->experts, p->top_k, p->chosen,
-                                p->order,  p->inverse, p->offs,  p->block_counts};
+    const SmopSchedule schedule{p->tokens,
+                                p->experts + p->shared,
+                                p->top_k + p->shared,
+                                p->chosen,
+                                p->order,
+                                p->inverse,
+                                p->offs,
+                                p->block_counts,
+                                p->shared};
     return launch_scatter(schedule, cells / p->experts, *p, stream);
   });
 }

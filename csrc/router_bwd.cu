@@ -19,13 +19,13 @@ __device__ __forceinline__ void logits_bwd(const SmopRouteBwd& p, int t, bool li
   for (int e = lane; e < p.gates; e += kLanes) grad[e] = live && p.dlogits ? p.dlogits[row + e] : 0.f;
   __syncwarp();
   if (p.dweights) {
-    const int64_t slot = static_cast<int64_t>(t) * p.top_k;
+    const int slot = t * p.top_k, dslot = t * p.dweights_columns;  // choices are numbered in 32 bits
     const int top_k = live ? p.top_k : 0;
     float mean = 0.f;
-    for (int k = lane; k < top_k; k += kLanes) mean = fmaf(p.weights[slot + k], p.dweights[slot + k], mean);
+    for (int k = lane; k < top_k; k += kLanes) mean = fmaf(p.weights[slot + k], p.dweights[dslot + k], mean);
     mean = lanes_sum<kLanes>(mean);
     for (int k = lane; k < top_k; k += kLanes)  // a token's choices are distinct: no two lanes meet
-      grad[p.chosen[slot + k] % p.gates] += p.weights[slot + k] * (p.dweights[slot + k] - mean);
+      grad[p.chosen[slot + k] % p.gates] += p.weights[slot + k] * (p.dweights[dslot + k] - mean);
     __syncwarp();
   }
   if (p.dbalance || p.dz) {

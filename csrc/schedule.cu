@@ -70,6 +70,18 @@ __device__ void finish_losses(const SmopRoute& p, int blocks) {
   }
 }
 
+// The expert of a slot. With shared experts it is read from, and written to, the arrays of the route.
+__device__ __forceinline__ int expert_of(const SmopSchedule& p, const SmopRoute& route, int64_t slot) {
+  if (!p.shared) return p.chosen[slot];
+  const int routed = p.top_k - p.shared, k = static_cast<int>(slot % p.top_k);
+  const int64_t first = slot / p.top_k * routed;
+  const bool real = p.chosen[first] < p.experts - p.shared, is_routed = k < routed;
+  const int e = !real ? p.experts : is_routed ? p.chosen[first + k] : p.experts - p.shared + k - routed;
+  route.all_chosen[slot] = e;
+  route.all_weights[slot] = !real ? 0.f : is_routed ? route.weights[first + k] : 1.f;
+  return e;
+}
+
 // Scatters the slots into expert order. Of `blocks` + 1 blocks the last finishes the losses, if there are any.
 __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedule p, int run, int folds, int blocks,
                                                                const SmopRoute route) {
@@ -82,10 +94,11 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
     return;
   }
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int e = warp; e < p.experts; e += kRouteWarps) {
+  const int routed = p.experts - p.shared;
+  for (int e = warp; e < routed; e += kRouteWarps) {
     int all = 0, before = 0;
     for (int i = lane; i < blocks * folds; i += kWarp) {
-      const int n = p.block_counts[static_cast<int64_t>(i) * p.experts + e];
+      const int n = p.block_counts[static_cast<int64_t>(i) * routed + e];
       all += n;
       before += i / folds < static_cast<int>(blockIdx.x) ? n : 0;
     }
@@ -94,6 +107,15 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
     if (lane == 0) total[e] = all, next[e] = before;
   }
   __syncthreads();
+  if (p.shared) {  // every token that is routed goes through each of them once
+    if (threadIdx.x < p.shared) {
+      int all = 0, before = 0;
+      for (int e = 0; e < routed; ++e) all += total[e], before += next[e];
+      total[routed + threadIdx.x] = all / (p.top_k - p.shared);
+      next[routed + threadIdx.x] = before / (p.top_k - p.shared);
+    }
+    __syncthreads();
+  }
   if (threadIdx.x < p.experts) {
     int start = 0;
     for (int e = 0; e < static_cast<int>(threadIdx.x); ++e) start += total[e];
@@ -107,7 +129,7 @@ __global__ __launch_bounds__(kRouteThreads) void scatter_slots(const SmopSchedul
   const int64_t end = min(begin + static_cast<int64_t>(run) * p.top_k, static_cast<int64_t>(p.tokens) * p.top_k);
   for (int64_t first = begin; first < end; first += kRouteThreads) {
     const int64_t slot = first + threadIdx.x;
-    int e = slot < end ? p.chosen[slot] : -1;
+    int e = slot < end ? expert_of(p, route, slot) : -1;
     if (e >= p.experts) e = -1;
     const unsigned same = __match_any_sync(kFullWarp, e);
     const int rank = __popc(same & ((1u << lane) - 1));

@@ -21,7 +21,7 @@ from llama_smop.ops import route_logits as _route_logits
 from llama_smop.ops.backend import Experts, Schedule, acc_dtype
 from llama_smop.ops.checks import ACTIVATIONS, expert_activation, layout, routing_weights
 from llama_smop.ops.operator import autocast_dtype
-from llama_smop.ops.route import Routing
+from llama_smop.ops.route import Routed, Routing
 
 
 class SMoPOutput(NamedTuple):
@@ -77,11 +77,11 @@ def route(
     X = gate_weight.shape[1] if num_experts is None and gate_weight.dim() > 1 else num_experts or 0
     _route.check(x, gate_weight, modality, mask, top_k, X)
     backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, X)
-    r = Routing(*_route.route(x, gate_weight, modality, mask, top_k, X, backend))
-    if normalize_weights and weight_scale == 1:
-        return r
-    routing_weights(normalize_weights, weight_scale)
-    return _route_logits.reweighted(r, X, normalize_weights, weight_scale)
+    r = Routed(*_route.route(x, gate_weight, modality, mask, top_k, X, 0, backend))
+    if not normalize_weights or weight_scale != 1:
+        routing_weights(normalize_weights, weight_scale)
+        r = _route_logits.reweighted(r, X, normalize_weights, weight_scale)
+    return Routing(*r[:9])
 
 
 def route_logits(
@@ -110,8 +110,8 @@ def route_logits(
     routing_weights(normalize_weights, weight_scale)
     # All that a backend makes here is the rows' order: any dtype that it has will do.
     backend = dispatch.resolve(backend, torch.bfloat16, logits.device, top_k, X)
-    r = _route_logits.route_logits(logits, modality, mask, top_k, X, backend)
-    return _route_logits.reweighted(r, X, normalize_weights, weight_scale)
+    r = _route_logits.route_logits(logits, modality, mask, top_k, X, 0, backend)
+    return Routing(*_route_logits.reweighted(r, X, normalize_weights, weight_scale)[:9])
 
 
 def expert_projection(
@@ -262,23 +262,23 @@ def smop(
     )
     again = _projection.recomputed(recompute, flat, flat.shape[0] * (top_k + shared_experts), w1, w2, activation)
     reweighted = not normalize_weights or weight_scale != 1
-    if gate_weight is not None and not (reweighted or shared_experts or torch.compiler.is_compiling()):
-        options = _layer.Options(modality, mask, top_k, total, activation, eps, again, backend)
+    if gate_weight is not None and not (reweighted or torch.compiler.is_compiling()):
+        options = _layer.Options(modality, mask, top_k, total, shared_experts, activation, eps, again, backend)
         projected = _layer.in_one_node(flat, gate_weight, parameters, options)
         if projected is not None:
             return _output(*projected, lead, total)
     if gate_weight is not None:
-        r = Routing(*_route.route(flat, gate_weight, modality, mask, top_k, total, backend))
+        r = Routed(*_route.route(flat, gate_weight, modality, mask, top_k, total, shared_experts, backend))
     else:
-        r = _route_logits.route_logits(logits, modality, mask, top_k, total, backend)
+        r = _route_logits.route_logits(logits, modality, mask, top_k, total, shared_experts, backend)
     if reweighted:
         routing_weights(normalize_weights, weight_scale)
         r = _route_logits.reweighted(r, total, normalize_weights, weight_scale)
-    chosen = _route_logits.with_shared_experts(r, total, shared_experts, backend) if shared_experts else r
-    schedule = Schedule(chosen.order, chosen.inverse, chosen.offs)
+    weights, experts = (r.all_weights, r.all_experts) if shared_experts else (r.weights, r.experts)
+    rows = Schedule(r.order, r.inverse, r.offs)
     y, *_ = _projection.expert_projection(
-        flat, chosen.weights, chosen.experts, schedule, parameters, activation, eps, again, backend
-    )
+        flat, weights, experts, rows, parameters, activation, eps, again, backend
+    )  # fmt: skip
     return _output(y, r.logits, r.weights, r.experts, r.counts, r.load_balancing_loss, r.router_z_loss, lead, total)
 
 

@@ -19,7 +19,8 @@ launches it makes. A saved tensor that was dropped costs the launch that made it
 Nothing is read back on the host; so the launches of a call serve the next call of the same shapes (`replay`).
 Every launch of an operator but its first may start while the one before it ends (`dependent_launch`).
 
-Gated experts, h = act(x·Wgᵀ) ⊙ x·Wuᵀ, take the same launches: W1 holds Wg and Wu, and dh is of both.
+Gated experts, h = act(x·Wgᵀ) ⊙ x·Wuᵀ, take the same launches: W1 holds Wg and Wu, and dh is of both. So do shared
+experts: route_fwd places them among a token's choices.
 Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
 """
 
@@ -53,7 +54,13 @@ __all__ = [
 
 @replayed
 def route_fwd(
-    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+    num_experts: int,
+    shared_experts: int = 0,
 ) -> tuple[Tensor, ...]:
     T, (R, E, _) = x.shape[0], gate_weight.shape
     blocks = _router.router_blocks(T)
@@ -63,15 +70,22 @@ def route_fwd(
     experts, counts = torch.empty((T, top_k), **i32), torch.empty((R, E), **i32)
     hist, stats = torch.empty((blocks, R * E), **i32), torch.empty((blocks, R * E + R), **f32)
     balance, z = torch.empty((), **f32), torch.empty((), **f32)
-    order, inverse, offs = _schedule.new_order(experts, num_experts)
+    shared: tuple[Tensor, ...] = ()
+    if shared_experts:
+        choices = T, top_k + shared_experts
+        shared = torch.empty(choices, **f32), torch.empty(choices, **i32)
+    chosen = shared[1] if shared else experts
+    order, inverse, offs = _schedule.new_order(chosen, num_experts + shared_experts)
 
     run = Sequence()
-    run(_router.router_fwd(x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts))
+    run(_router.router_fwd(
+        x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts, *shared
+    ))  # fmt: skip
     run(_schedule.schedule(
-        experts, hist, ROUTER_TOKENS * top_k, num_experts, order, inverse, offs,
+        chosen, hist, ROUTER_TOKENS * chosen.shape[1], num_experts, order, inverse, offs,
         stats=stats, counts=counts, balance=balance, z=z,
     ))  # fmt: skip
-    return logits, weights, experts, counts, balance, z, order, inverse, offs
+    return logits, weights, experts, counts, balance, z, order, inverse, offs, *shared
 
 
 @replayed

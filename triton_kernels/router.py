@@ -50,12 +50,15 @@ def router_fwd_kernel(
     experts_ptr,  # (T, TOP_K) int32
     hist_ptr,  # (blocks, C) int32: choices of each column in the block
     stats_ptr,  # (blocks, C + R) float32: Σ p by column, then Σ logsumexp² by router
+    all_weights_ptr,  # (T, TOP_K + SHARED) float32, or None without shared experts
+    all_experts_ptr,  # (T, TOP_K + SHARED) int32, or None
     tokens,
     D,
     E: tl.constexpr,
     ROUTERS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -105,6 +108,15 @@ def router_fwd_kernel(
     k_mask = (t < tokens)[:, None] & (k < TOP_K)[None, :]
     tl.store(weights_ptr + offset, weights, mask=k_mask)
     tl.store(experts_ptr + offset, experts, mask=k_mask)
+    if all_experts_ptr is not None:  # every real token goes through the shared experts too, with weight 1
+        is_shared = (k >= TOP_K)[None, :]
+        all_weights = tl.where(is_shared, real[:, None].to(tl.float32), weights)
+        all_experts = tl.where(is_shared, NUM_EXPERTS + k[None, :] - TOP_K, experts)
+        all_experts = tl.where(real[:, None], all_experts, NUM_EXPERTS + SHARED)
+        offset = t.to(tl.int64)[:, None] * (TOP_K + SHARED) + k[None, :]
+        k_mask = (t < tokens)[:, None] & (k < TOP_K + SHARED)[None, :]
+        tl.store(all_weights_ptr + offset, all_weights, mask=k_mask)
+        tl.store(all_experts_ptr + offset, all_experts, mask=k_mask)
 
     counted = own & real[:, None]
     hist = tl.sum((counted & (rest == float("-inf"))).to(tl.int32), 0)
@@ -126,7 +138,7 @@ def router_bwd_kernel(
     experts_ptr,  # (T, TOP_K) int32
     counts_ptr,  # (C,) int32
     dlogits_ptr,  # (T, E) float32 or None
-    dweights_ptr,  # (T, TOP_K) float32 or None
+    dweights_ptr,  # (T, DWEIGHTS) float32, of which the first TOP_K columns are read, or None
     dbalance_ptr,  # () float32 or None
     dz_ptr,  # () float32 or None
     dx_ptr,  # (T, D) or None
@@ -137,6 +149,7 @@ def router_bwd_kernel(
     E: tl.constexpr,
     ROUTERS: tl.constexpr,
     TOP_K: tl.constexpr,
+    DWEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,13 +192,14 @@ def router_bwd_kernel(
             offset = t.to(tl.int64)[:, None] * TOP_K + k[None, :]
             k_mask = real[:, None] & (k < TOP_K)[None, :]
             w = tl.load(weights_ptr + offset, mask=k_mask, other=0.0)
-            dw = tl.load(dweights_ptr + offset, mask=k_mask, other=0.0)
+            dw_offset = t.to(tl.int64)[:, None] * DWEIGHTS + k[None, :]
+            dw = tl.load(dweights_ptr + dw_offset, mask=k_mask, other=0.0)
             inner = tl.sum(w * dw, 1)
             for choice in range(TOP_K):
                 item = t.to(tl.int64) * TOP_K + choice
                 column = router * E + tl.load(experts_ptr + item, mask=real, other=0) % E
                 w_k = tl.load(weights_ptr + item, mask=real, other=0.0)
-                dw_k = tl.load(dweights_ptr + item, mask=real, other=0.0)
+                dw_k = tl.load(dweights_ptr + t.to(tl.int64) * DWEIGHTS + choice, mask=real, other=0.0)
                 grad += tl.where(c[None, :] == column[:, None], (w_k * (dw_k - inner))[:, None], 0.0)
         if dbalance_ptr is not None or dz_ptr is not None:
             p, lse = softmax(tl.load(logits_ptr + logit_offset, mask=own, other=0.0), own)
@@ -244,28 +258,34 @@ def router_fwd(
     hist: Tensor,
     stats: Tensor,
     num_experts: int,
+    all_weights: Tensor | None = None,
+    all_experts: Tensor | None = None,
 ) -> Launch:
     """One launch: logits, weights and experts of every token; hist (blocks, C) and stats (blocks, C + R) by block.
+
+    With S shared experts also all_weights and all_experts (T, K + S): the routed choices, then the shared.
 
     Float32 gate products are always full float32: a routing must not turn on the low bits of TF32.
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
+    shared = 0 if all_experts is None else all_experts.shape[1] - K
     columns = block_of(R * E)
     cfg = router_config(columns, x.element_size())
     return Launch(
         router_fwd_kernel,
         (hist.shape[0],),
-        (x, gate_weight, modality, mask, logits, weights, experts, hist, stats, T, D),
+        (x, gate_weight, modality, mask, logits, weights, experts, hist, stats, all_weights, all_experts, T, D),
         {
             "E": E,
             "ROUTERS": R,
             "NUM_EXPERTS": num_experts,
             "TOP_K": K,
+            "SHARED": shared,
             "PRECISION": _precision(x),
             "BLOCK_T": cfg.block_t,
             "BLOCK_D": cfg.block_d,
             "BLOCK_C": columns,
-            "BLOCK_TOPK": block_of(K, least=1),
+            "BLOCK_TOPK": block_of(K + shared, least=1),
         },
         cfg.num_warps,
         cfg.num_stages,
@@ -290,6 +310,8 @@ def router_bwd(
 ) -> Launch:
     """One launch: dlogits of every token from the gradients given, dx, and the gate's gradient by split of tokens.
 
+    dweights may have further columns, of shared experts, whose weight is no choice of the router's.
+
     Products are float32 (for 16-bit x three TF32 products): the balance loss's gradient would vanish in float16.
     """
     (T, D), (R, E, _), K = x.shape, gate_weight.shape, weights.shape[1]
@@ -306,6 +328,7 @@ def router_bwd(
             "E": E,
             "ROUTERS": R,
             "TOP_K": K,
+            "DWEIGHTS": K if dweights is None else dweights.shape[1],
             "PRECISION": _precision(x),
             "BLOCK_T": cfg.block_t,
             "BLOCK_D": cfg.block_d,

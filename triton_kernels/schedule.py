@@ -19,10 +19,13 @@ from .segments import block_of, ceil_div
 
 @triton.jit
 def count_choices(
-    hist_ptr, blocks, before_block, NUM_EXPERTS: tl.constexpr, FOLD: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    hist_ptr, blocks, before_block, NUM_EXPERTS: tl.constexpr, SHARED: tl.constexpr, TOP_K: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """→ choices of each expert in all, and in the blocks before `before_block`: two (BLOCK_X,) int32."""
+    """→ choices of each expert in all, and in the blocks before `before_block`: two (BLOCK_X,) int32.
+
+    The histogram is of the routed choices; every token that is routed goes through each shared expert once.
+    """
     x = tl.arange(0, BLOCK_X)
     total = tl.zeros([BLOCK_X], tl.int32)
     before = tl.zeros([BLOCK_X], tl.int32)
@@ -34,6 +37,10 @@ def count_choices(
             h = tl.load(hist_ptr + b * (FOLD * NUM_EXPERTS) + column, mask=mask, other=0)
             total += tl.sum(h, 0)
             before += tl.sum(tl.where(b < before_block, h, 0), 0)
+    if SHARED > 0:
+        is_shared = (x >= NUM_EXPERTS) & (x < NUM_EXPERTS + SHARED)
+        total = tl.where(is_shared, tl.sum(total, 0) // TOP_K, total)
+        before = tl.where(is_shared, tl.sum(before, 0) // TOP_K, before)
     return total, before
 
 
@@ -72,12 +79,12 @@ def write_losses(
 
 @triton.jit(do_not_specialize=["items", "blocks", "blocks_per_program"])
 def schedule_kernel(
-    experts_ptr,  # (items,) int32, the T·K choices
-    hist_ptr,  # (blocks, FOLD · X) int32
+    experts_ptr,  # (items,) int32, the T·(TOP_K + SHARED) choices
+    hist_ptr,  # (blocks, FOLD · NUM_EXPERTS) int32, of the routed choices
     stats_ptr,  # (blocks, C + R) float32, or None without losses
     order_ptr,  # (items,) int32
     inverse_ptr,  # (items,) int32
-    offs_ptr,  # (X,) int32
+    offs_ptr,  # (NUM_EXPERTS + SHARED,) int32
     counts_ptr,  # (C,) int32 or None
     balance_ptr,  # () float32 or None
     z_ptr,  # () float32 or None
@@ -86,6 +93,7 @@ def schedule_kernel(
     blocks_per_program,
     ITEMS_PER_BLOCK: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
     E: tl.constexpr,
     ROUTERS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -99,10 +107,12 @@ def schedule_kernel(
     x = tl.arange(0, BLOCK_X)
     program = tl.program_id(0) - 1
     first_block = program * blocks_per_program
-    total, before = count_choices(hist_ptr, blocks, first_block, NUM_EXPERTS, FOLD, BLOCK_B, BLOCK_X)
+    total, before = count_choices(
+        hist_ptr, blocks, first_block, NUM_EXPERTS, SHARED, TOP_K, FOLD, BLOCK_B, BLOCK_X
+    )  # fmt: skip
     ends = tl.cumsum(total, 0)
     if program < 0:  # the first program sums up, the others place
-        tl.store(offs_ptr + x, ends, mask=x < NUM_EXPERTS)
+        tl.store(offs_ptr + x, ends, mask=x < NUM_EXPERTS + SHARED)
         if stats_ptr is not None:
             write_losses(
                 hist_ptr, stats_ptr, counts_ptr, balance_ptr, z_ptr, blocks, E, ROUTERS, TOP_K, BLOCK_B, BLOCK_S
@@ -114,7 +124,7 @@ def schedule_kernel(
         for i0 in range(first, last, BLOCK_N):
             i = i0 + tl.arange(0, BLOCK_N)
             expert = tl.load(experts_ptr + i, mask=i < last, other=-1)
-            chosen = ((expert[:, None] == x[None, :]) & (x < NUM_EXPERTS)[None, :]).to(tl.int32)
+            chosen = ((expert[:, None] == x[None, :]) & (x < NUM_EXPERTS + SHARED)[None, :]).to(tl.int32)
             rank = tl.cumsum(chosen, 0)
             row = tl.sum(chosen * (next_row[None, :] + rank), 1) - 1  # −1 where no expert was chosen
             tl.store(inverse_ptr + i, row, mask=i < last)
@@ -174,8 +184,12 @@ def schedule(
     balance: Tensor | None = None,
     z: Tensor | None = None,
 ) -> Launch:
-    """One launch: order, inverse and offs of the choices `experts` (T, K); with the router's stats, the losses too."""
-    items, blocks = experts.numel(), hist.shape[0]
+    """One launch: order, inverse and offs of the choices `experts`; with the router's stats, the losses too.
+
+    Experts past `num_experts` up to the length of `offs` are shared: the last choices of every token that is routed,
+    which `hist` does not count.
+    """
+    items, blocks, total = experts.numel(), hist.shape[0], offs.shape[0]
     R, E = (1, num_experts) if counts is None else counts.shape
     per_program = ceil_div(schedule_items(), items_per_block)
     return Launch(
@@ -185,13 +199,14 @@ def schedule(
         {
             "ITEMS_PER_BLOCK": items_per_block,
             "NUM_EXPERTS": num_experts,
+            "SHARED": total - num_experts,
             "E": E,
             "ROUTERS": R,
-            "TOP_K": experts.shape[1],
+            "TOP_K": experts.shape[1] - (total - num_experts),
             "FOLD": hist.shape[1] // num_experts,
-            "BLOCK_B": _choices_at_once(num_experts),
-            "BLOCK_N": _choices_at_once(num_experts),
-            "BLOCK_X": _block_x(num_experts),
+            "BLOCK_B": _choices_at_once(total),
+            "BLOCK_N": _choices_at_once(total),
+            "BLOCK_X": _block_x(total),
             "BLOCK_S": block_of(R * E + R, least=4),
         },
         num_warps=4,

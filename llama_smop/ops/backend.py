@@ -63,8 +63,9 @@ class Backend(Protocol):
         mask: Tensor | None,  # (T,) bool
         top_k: int,
         num_experts: int,
+        shared_experts: int = 0,
     ) -> tuple[Tensor, ...]:
-        """→ the nine tensors of `route.Routing`."""
+        """→ the nine tensors of `route.Routing`; with shared experts also the two more of `route.Routed`."""
         ...
 
     def route_bwd(
@@ -78,7 +79,7 @@ class Backend(Protocol):
         experts: Tensor,
         counts: Tensor,
         dlogits: Tensor | None,
-        dweights: Tensor | None,
+        dweights: Tensor | None,  # (T, K), or more columns, of which the first K are read
         dbalance: Tensor | None,
         dz: Tensor | None,
         need_dx: bool,
@@ -140,3 +141,11 @@ class Backend(Protocol):
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, router logits and gate weights: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_shared_experts(weights: Tensor, experts: Tensor, num_experts: int, shared: int) -> tuple[Tensor, Tensor]:
+    """(weights, experts) with `shared` choices more for every real token, of weight 1: experts X, X + 1, …."""
+    total, real = num_experts + shared, experts[:, :1] < num_experts
+    ids = torch.arange(num_experts, total, dtype=torch.int32, device=experts.device)
+    experts = torch.cat((experts, ids.expand(experts.shape[0], shared)), 1)
+    return torch.cat((weights, real.to(weights.dtype).expand(-1, shared)), 1), torch.where(real, experts, total)

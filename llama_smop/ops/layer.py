@@ -13,7 +13,7 @@ from llama_smop.ops import checks, dispatch
 from llama_smop.ops.backend import Experts, Saved, Schedule
 from llama_smop.ops.expert_projection import check_dtypes, contiguous, dropped, expert_projection_bwd
 from llama_smop.ops.operator import autocast_is_on, is_plain, lowered, on_its_device, without_autocast
-from llama_smop.ops.route import prepared, route_bwd
+from llama_smop.ops.route import prepared, route_bwd, summed
 
 
 class Options(NamedTuple):
@@ -23,6 +23,7 @@ class Options(NamedTuple):
     mask: Tensor | None
     top_k: int
     num_experts: int
+    shared_experts: int
     activation: str
     eps: float
     recompute: str
@@ -64,7 +65,7 @@ def in_one_node(x: Tensor, gate_weight: Tensor, parameters: Experts, options: Op
 
 
 def _forward(x: Tensor, gate_weight: Tensor, *parameters_and_options) -> tuple:
-    """→ the tensors of `Projected`, `Schedule` and `Saved`."""
+    """→ the tensors of `Projected`, `Schedule` and `Saved`, then all choices' weights and experts, None if not more."""
     *rest, o = parameters_and_options
     parameters = Experts(*rest)
     checks.same_float("x", x, gate_weight=gate_weight)
@@ -74,18 +75,19 @@ def _forward(x: Tensor, gate_weight: Tensor, *parameters_and_options) -> tuple:
     return on_its_device(
         dispatch.module(o.backend).replayed(_route_and_project),
         *prepared(x, gate_weight, o.modality, o.mask), o.top_k, o.num_experts,
-        Experts(*contiguous(parameters)), o.activation, o.eps, o.backend,
+        o.shared_experts, Experts(*contiguous(parameters)), o.activation, o.eps, o.backend,
     )  # fmt: skip
 
 
 def _route_and_project(
-    x, gate_weight, modality, mask, top_k, num_experts, parameters, activation, eps, backend
+    x, gate_weight, modality, mask, top_k, num_experts, shared_experts, parameters, activation, eps, backend
 ) -> tuple:
     module = dispatch.module(backend)
-    routed = module.route_fwd(x, gate_weight, modality, mask, top_k, num_experts)
-    _, weights, experts, _, _, _, *schedule = routed
-    y, *saved = module.expert_projection_fwd(x, weights, experts, Schedule(*schedule), parameters, activation, eps)
-    return y, *routed, *saved
+    routed = module.route_fwd(x, gate_weight, modality, mask, top_k, num_experts, shared_experts)
+    weights, experts = routed[9:] if shared_experts else routed[1:3]
+    rows = Schedule(*routed[6:9])
+    y, *saved = module.expert_projection_fwd(x, weights, experts, rows, parameters, activation, eps)
+    return y, *routed[:9], *saved, *(routed[9:] or (None, None))
 
 
 class _Node(torch.autograd.Function):
@@ -95,8 +97,8 @@ class _Node(torch.autograd.Function):
         x, gate_weight, *parameters, o = leaves_and_options
         _, logits, weights, experts, counts, balance, z_loss, *schedule = found[:10]
         ctx.save_for_backward(
-            x, gate_weight, o.modality, o.mask, logits, weights, experts, counts, *schedule, *parameters,
-            *dropped(Saved(*found[10:]), o.recompute),
+            x, gate_weight, o.modality, o.mask, logits, weights, experts, counts, *found[15:], *schedule, *parameters,
+            *dropped(Saved(*found[10:15]), o.recompute),
         )  # fmt: skip
         if x.requires_grad or gate_weight.requires_grad:
             ctx.mark_non_differentiable(experts, counts)
@@ -133,8 +135,8 @@ def _at_once(grads, tensors, o: Options, need_dx: bool, need_routing: bool, need
     dy, dlogits, _, dbalance, dz = grads
     x, gate_weight, modality, mask, *rest = tensors
     arguments = (
-        *prepared(x, gate_weight, modality, mask), *rest[:4], *contiguous((dlogits, dbalance, dz)),
-        Schedule(*rest[4:7]), Experts(*contiguous(rest[7:13])), Saved(*rest[13:]), o.activation, o.eps,
+        *prepared(x, gate_weight, modality, mask), *rest[:6], *contiguous((dlogits, dbalance, dz)),
+        Schedule(*rest[6:9]), Experts(*contiguous(rest[9:15])), Saved(*rest[15:]), o.activation, o.eps,
         need_dx, need_routing, need_dparams, o.backend,
     )  # fmt: skip
     sequence = dispatch.module(o.backend).replayed(_gradients)
@@ -145,12 +147,13 @@ def _at_once(grads, tensors, o: Options, need_dx: bool, need_routing: bool, need
 
 
 def _gradients(
-    dy, x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dbalance, dz,
-    schedule, parameters, saved, activation, eps, need_dx, need_routing, need_dparams, backend,
+    dy, x, gate_weight, modality, mask, logits, weights, experts, counts, all_weights, all_experts,
+    dlogits, dbalance, dz, schedule, parameters, saved, activation, eps, need_dx, need_routing, need_dparams, backend,
 ) -> tuple:  # fmt: skip
     module = dispatch.module(backend)
+    choices = (weights, experts) if all_weights is None else (all_weights, all_experts)
     dx, dweights, *dparams = module.expert_projection_bwd(
-        dy, x, weights, experts, schedule, parameters, saved, activation, eps, need_dx, need_routing, need_dparams
+        dy, x, *choices, schedule, parameters, saved, activation, eps, need_dx, need_routing, need_dparams
     )
     dx_route = dgate = None
     if need_routing:
@@ -164,17 +167,18 @@ def _gradients(
 def _by_operators(grads, tensors, o: Options, need_dx: bool, need_routing: bool, need_dparams: bool) -> tuple:
     """What the two operators' own backward would do, for gradients of any kind."""
     dy, dlogits, dweights, dbalance, dz = grads
-    x, gate_weight, modality, mask, logits, weights, experts, counts, *rest = tensors
+    x, gate_weight, modality, mask, logits, weights, experts, counts, all_weights, all_experts, *rest = tensors
     dx = dx_route = dgate = None
     dparams: list = [None] * 6
     if dy is not None:
+        choices = (weights, experts) if all_weights is None else (all_weights, all_experts)
         saved = Saved(*(x.new_empty(0) if t is None else t for t in rest[9:]))
         dx, dw, *dparams = expert_projection_bwd(
-            dy, x, weights, experts, Schedule(*rest[:3]), Experts(*rest[3:9]), saved, o.activation, o.eps,
+            dy, x, *choices, Schedule(*rest[:3]), Experts(*rest[3:9]), saved, o.activation, o.eps,
             need_dx, need_routing, need_dparams, o.backend,
         )  # fmt: skip
         if need_routing:
-            dweights = dw if dweights is None else dweights + dw
+            dweights = summed(dweights, dw)
     if need_routing and not (dlogits is None and dweights is None and dbalance is None and dz is None):
         dx_route, dgate = route_bwd(
             x, gate_weight, modality, mask, logits, weights, experts, counts,

@@ -140,6 +140,8 @@ def expert_projection(
 
 def with_shared_experts(weights: Tensor, experts: Tensor, num_experts: int, shared: int) -> tuple[Tensor, Tensor]:
     """(weights, experts) with `shared` choices more of weight 1: experts X, X + 1, … of every token that is routed."""
+    if not len(experts):
+        return weights.new_zeros(0, weights.shape[1] + shared), experts.new_zeros(0, experts.shape[1] + shared)
     all_weights, all_experts = [], []
     for t in range(len(experts)):
         routed = int(experts[t, 0]) < num_experts

@@ -24,6 +24,22 @@ class Routing(NamedTuple):
     offs: Tensor  # (X,) int32 cumulative ends of the experts' rows
 
 
+class Routed(NamedTuple):
+    """`Routing`, and with S shared experts all choices of a token, of which order, inverse and offs then are."""
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+    load_balancing_loss: Tensor
+    router_z_loss: Tensor
+    order: Tensor
+    inverse: Tensor
+    offs: Tensor
+    all_weights: Tensor  # (T, K + S), 1 for a shared expert, 0 for masked tokens; empty without shared experts
+    all_experts: Tensor  # (T, K + S) int32, X to X + S − 1 the shared ones, X + S for masked tokens; or empty
+
+
 def check(
     x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int, *_
 ) -> None:
@@ -53,38 +69,51 @@ def prepared(
     return x.contiguous(), gate_weight.contiguous(), modality, mask
 
 
-def _fake(x, gate_weight, modality, mask, top_k, num_experts, backend) -> Routing:
+def _fake(x, gate_weight, modality, mask, top_k, num_experts, shared_experts, backend) -> Routed:
     checks.same_float("x", x, gate_weight=gate_weight)
     T, (R, E, _) = x.shape[0], gate_weight.shape
     acc, integer = {"dtype": acc_dtype(x.dtype)}, {"dtype": torch.int32}
-    return Routing(
+    choices = top_k + shared_experts
+    shape = (T, choices) if shared_experts else (0,)
+    return Routed(
         logits=x.new_empty(T, E, **acc),
         weights=x.new_empty(T, top_k, **acc),
         experts=x.new_empty(T, top_k, **integer),
         counts=x.new_empty(R, E, **integer),
         load_balancing_loss=x.new_empty((), **acc),
         router_z_loss=x.new_empty((), **acc),
-        order=x.new_empty(T * top_k, **integer),
-        inverse=x.new_empty(T, top_k, **integer),
-        offs=x.new_empty(num_experts, **integer),
+        order=x.new_empty(T * choices, **integer),
+        inverse=x.new_empty(T, choices, **integer),
+        offs=x.new_empty(num_experts + shared_experts, **integer),
+        all_weights=x.new_empty(shape, **acc),
+        all_experts=x.new_empty(shape, **integer),
     )
 
 
 def _save(ctx, arguments, results) -> None:
-    x, gate_weight, modality, mask, _, _, ctx.backend = arguments
-    r = Routing(*results)
+    x, gate_weight, modality, mask, _, _, shared_experts, ctx.backend = arguments
+    r = Routed(*results)
     ctx.save_for_backward(x, gate_weight, modality, mask, r.logits, r.weights, r.experts, r.counts)
-    ctx.mark_non_differentiable(r.experts, r.counts, r.order, r.inverse, r.offs)
+    without = () if shared_experts else (r.all_weights,)
+    ctx.mark_non_differentiable(r.experts, r.counts, r.order, r.inverse, r.offs, r.all_experts, *without)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogits, dweights, _experts, _counts, dbalance, dz, *_schedule) -> tuple:
+def _backward(ctx, dlogits, dweights, _experts, _counts, dbalance, dz, _order, _inverse, _offs, dall, _) -> tuple:
     dx = dgate = None
+    dweights = summed(dweights, dall)
     if not all(g is None for g in (dlogits, dweights, dbalance, dz)):
         need_dx, need_dgate, *_ = ctx.needs_input_grad
         dx, dgate = route_bwd(*ctx.saved_tensors, dlogits, dweights, dbalance, dz, need_dx, ctx.backend)
         dx, dgate = dx if need_dx else None, dgate if need_dgate else None
-    return dx, dgate, None, None, None, None, None
+    return dx, dgate, None, None, None, None, None, None
+
+
+def summed(dweights: Tensor | None, dall: Tensor | None) -> Tensor | None:
+    """The gradient of the routed choices' weights, from their own and that of all choices' weights."""
+    if dweights is None or dall is None:
+        return dall if dweights is None else dweights
+    return dweights + dall[:, : dweights.shape[1]]
 
 
 @operator("smop::route", check=check, fake=_fake, gradient=(_save, _backward), lowered={"x", "gate_weight"})
@@ -95,13 +124,17 @@ def route(
     mask: Tensor | None,
     top_k: int,
     num_experts: int,
+    shared_experts: int,
     backend: str,
-) -> Routing:
+) -> Routed:
     checks.same_float("x", x, gate_weight=gate_weight)
     if modality is not None and gate_weight.shape[0] == 2:
         checks.in_range("modality", modality, 0, 1)
-    routed = dispatch.module(backend).route_fwd(*prepared(x, gate_weight, modality, mask), top_k, num_experts)
-    return Routing(*routed)
+    routed = dispatch.module(backend).route_fwd(
+        *prepared(x, gate_weight, modality, mask), top_k, num_experts, shared_experts
+    )
+    none_more = () if shared_experts else (routed[1].new_empty(0), routed[2].new_empty(0))
+    return Routed._make((*routed, *none_more))
 
 
 def _fake_bwd(x, gate_weight, modality, mask, logits, weights, experts, counts, dlogits, dweights, db, dz, need_dx, _):

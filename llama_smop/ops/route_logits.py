@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llama_smop.ops import checks
-from llama_smop.ops.backend import acc_dtype
+from llama_smop.ops.backend import acc_dtype, with_shared_experts
 from llama_smop.ops.expert_projection import schedule
-from llama_smop.ops.route import Routing
+from llama_smop.ops.route import Routed
 from llama_smop.ops.router_network import check_modality, exact
 
 
@@ -27,8 +27,14 @@ def check(logits: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: i
 
 
 def route_logits(
-    logits: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int, backend: str
-) -> Routing:
+    logits: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+    num_experts: int,
+    shared_experts: int,
+    backend: str,
+) -> Routed:
     """As `smop::route` from its logits on. With a modality there are two routers, and each token has its own's logits.
 
     Args:
@@ -58,28 +64,26 @@ def route_logits(
 
     shifted = chosen + (router * E)[:, None] if num_experts > E else chosen
     experts = torch.where(real[:, None], shifted, num_experts).to(torch.int32)
-    return Routing(
-        logits, weights, experts, counts.to(torch.int32), balance, z_loss, *schedule(experts, num_experts, backend)
-    )
+    if shared_experts:
+        all_weights, all_experts = with_shared_experts(weights, experts, num_experts, shared_experts)
+        rows = schedule(all_experts, num_experts + shared_experts, backend)
+    else:
+        all_weights, all_experts = weights.new_empty(0), experts.new_empty(0)
+        rows = schedule(experts, num_experts, backend)
+    routed = logits, weights, experts, counts.to(torch.int32), balance, z_loss
+    order, inverse, offs = rows
+    return Routed(*routed, order, inverse, offs, all_weights, all_experts)
 
 
-def reweighted(routing: Routing, num_experts: int, normalize: bool, scale: float) -> Routing:
+def reweighted(routing: Routed, num_experts: int, normalize: bool, scale: float) -> Routed:
     """`routing` with other gate weights: the chosen experts' probabilities as they are, or times `scale`, or both."""
     weights = routing.weights
     if not normalize:
         E = routing.logits.shape[1]
         chosen = routing.logits.softmax(-1).gather(1, routing.experts.long() % E)
         weights = torch.where(routing.experts < num_experts, chosen, 0.0)
-    return routing._replace(weights=weights if scale == 1 else weights * scale)
-
-
-def with_shared_experts(routing: Routing, num_experts: int, shared: int, backend: str) -> Routing:
-    """`routing` with `shared` choices more for every real token, of weight 1: experts X, X + 1, … in this order."""
-    weights, experts = routing.weights, routing.experts
-    total, real = num_experts + shared, experts[:, :1] < num_experts
-    ids = torch.arange(num_experts, total, dtype=torch.int32, device=experts.device)
-    experts = torch.cat((experts, ids.expand(experts.shape[0], shared)), 1)
-    experts = torch.where(real, experts, total)
-    weights = torch.cat((weights, real.to(weights.dtype).expand(-1, shared)), 1)
-    order, inverse, offs = schedule(experts, total, backend)
-    return routing._replace(weights=weights, experts=experts, order=order, inverse=inverse, offs=offs)
+    weights = weights if scale == 1 else weights * scale
+    all_weights = routing.all_weights
+    if all_weights.dim() == 2:  # with shared experts, whose weight stays 1
+        all_weights = torch.cat((weights, all_weights[:, weights.shape[1] :]), 1)
+    return routing._replace(weights=weights, all_weights=all_weights)

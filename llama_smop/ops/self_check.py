@@ -29,6 +29,7 @@ class Model:
     biases: bool = True
     dtype: torch.dtype = torch.bfloat16
     layer_norm_dtype: torch.dtype | None = None
+    shared: int = 0  # experts that every token goes through, the last of the stacked ones
 
     @property
     def routers(self) -> int:
@@ -36,6 +37,7 @@ class Model:
 
     @property
     def X(self) -> int:
+        """Experts that tokens are routed to."""
         return layout(self.sharing, self.E)[1]
 
 
@@ -76,7 +78,7 @@ def make(
 ) -> Inputs:
     """Synthetic unit-scale tensors, exact in the model's dtype. `skew` draws every token to expert 0 of its router."""
     g = torch.Generator().manual_seed(seed)
-    D, H, O, E, X, R = model.D, model.H, model.O, model.E, model.X, model.routers
+    D, H, O, E, X, R = model.D, model.H, model.O, model.E, model.X + model.shared, model.routers
     F = 2 * H if model.activation in checks.GATED else H
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -113,17 +115,19 @@ def through_backend(
 ) -> dict[str, Tensor]:
     """Every result and gradient of the chain, by the interface functions, as the operators call them."""
     i, eps = inputs, 1e-5
-    routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X)
-    logits, weights, experts, counts, balance, z_loss, order, inverse, offs = routing
+    shared = (model.shared,) if model.shared else ()
+    routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X, *shared)
+    logits, weights, experts, counts, balance, z_loss, order, inverse, offs, *of_all = routing
+    all_weights, all_experts = of_all or (weights, experts)
     schedule, parameters = Schedule(order, inverse, offs), Experts(*i.parameters())
-    y, *kept = backend.expert_projection_fwd(i.x, weights, experts, schedule, parameters, model.activation, eps)
+    y, *kept = backend.expert_projection_fwd(i.x, all_weights, all_experts, schedule, parameters, model.activation, eps)
     saved = Saved(*(y.new_empty(0) if t is None else t for t in kept))
     if "h" in recompute:
         saved = saved._replace(h=y.new_empty(0), pre=y.new_empty(0))
     if "z" in recompute:
         saved = saved._replace(z=y.new_empty(0))
     dx, dweights, *dparams = backend.expert_projection_bwd(
-        i.dy, i.x, weights, experts, schedule, parameters, saved, model.activation, eps, need_dx, True, True
+        i.dy, i.x, all_weights, all_experts, schedule, parameters, saved, model.activation, eps, need_dx, True, True
     )
     dx_route, dgate = backend.route_bwd(
         i.x, i.gate_weight, i.modality, i.mask, logits, weights, experts, counts, i.dlogits, dweights, i.dbalance,
@@ -133,6 +137,7 @@ def through_backend(
         "logits": logits, "weights": weights, "experts": experts, "counts": counts, "load_balancing_loss": balance,
         "router_z_loss": z_loss, "inverse": inverse, "offs": offs, "y": y, "dweights": dweights, "dgate": dgate,
     }  # fmt: skip
+    results |= dict(zip(("all_weights", "all_experts"), of_all, strict=False))
     results |= dict(zip(("dw1", "db1", "dw2", "db2", "dln_weight", "dln_bias"), dparams, strict=True))
     if need_dx:
         results |= {"dx_projection": dx, "dx_route": dx_route}
@@ -147,17 +152,22 @@ def through_naive(model: Model, inputs: Inputs, experts: Tensor) -> dict[str, Te
     i = replace(i, **leaves)
     x_route, x_projection = (i.x.clone().requires_grad_() for _ in range(2))
     r = naive.route(x_route, i.gate_weight, i.modality, i.mask, model.K, model.X, experts)
-    weights = r.weights.detach().requires_grad_()
+    weights, chosen = r.weights, r.experts
+    if model.shared:
+        weights, chosen = naive.with_shared_experts(weights, chosen, model.X, model.shared)
+    weights = weights.detach().requires_grad_()
     w1, b1, w2, b2, ln_weight, ln_bias = i.parameters()
-    y = naive.expert_projection(x_projection, weights, r.experts, w1, b1, w2, b2, ln_weight, ln_bias, model.activation)
+    y = naive.expert_projection(x_projection, weights, chosen, w1, b1, w2, b2, ln_weight, ln_bias, model.activation)
     results = {
         "logits": r.logits, "weights": r.weights, "counts": r.counts, "load_balancing_loss": r.load_balancing_loss,
         "router_z_loss": r.router_z_loss, "y": y,
     }  # fmt: skip
+    if model.shared:
+        results["all_weights"] = weights.clone()
     wanted = {"dx_projection": x_projection, "dweights": weights}
     wanted |= {f"d{name}": t for name, t in leaves.items() if name != "gate_weight"}
     results |= _grads((y * i.dy).sum(), wanted)
-    loss = (r.logits * i.dlogits).sum() + (r.weights * results["dweights"]).sum()
+    loss = (r.logits * i.dlogits).sum() + (r.weights * results["dweights"][:, : model.K]).sum()
     loss = loss + r.load_balancing_loss * i.dbalance + r.router_z_loss * i.dz
     results |= _grads(loss, {"dx_route": x_route, "dgate": i.gate_weight})
     return {name: t.detach() for name, t in results.items()}

@@ -28,6 +28,8 @@ MODELS = {
     "wide": Model(16, 24, 2056, E=2, K=2),
     "wider": Model(16, 24, 4104, E=2, K=2),
     "wide-plain": Model(16, 24, 3072, E=3, K=3, layer_norm=False, dtype=fp16),
+    "jedr-shared": Model(37, 51, 29, E=5, K=3, sharing="JEDR", activation="silu", shared=2),
+    "dedr-shared": Model(48, 80, 72, E=4, K=2, shared=1, dtype=fp16),
     "one-expert": Model(200, 264, 248, E=1, K=1, sharing="JEJR"),
 }
 
@@ -41,6 +43,8 @@ MODELS = {
         ("all-active-fp32-norm", SM80, SM90),
         ("most-experts", SM80),
         ("many-experts", SM90),
+        ("jedr-shared", SM80),
+        ("dedr-shared", SM90, FEW_SMS),
     ),
 )
 def test_matches_the_definition(runner, name):
@@ -61,7 +65,7 @@ def test_many_rows_an_expert(runner, name):
         check(runner, MODELS[name], make(MODELS[name], 330, seed=3, masked=0.01))
 
 
-@pytest.mark.parametrize(("runner", "name"), cases(("dedr-relu", SM80, SM90)))
+@pytest.mark.parametrize(("runner", "name"), cases(("dedr-relu", SM80, SM90), ("jedr-shared", SM80)))
 def test_few_tokens_and_one_busy_expert(runner, name):
     with runner.running():
         for tokens, masked, skew in ((0, 0.0, 0.0), (1, 0.0, 0.0), (1, 1.0, 0.0), (150, 0.0, 8.0)):
@@ -132,9 +136,9 @@ def test_masked_tokens_may_hold_anything(runner, name):
         assert torch.equal(clean, results[1][key]), f"{key} depends on what masked tokens hold"
 
 
-@pytest.mark.parametrize(("runner", "name"), cases(("dedr-relu", SM80, SM90)))
+@pytest.mark.parametrize(("runner", "name"), cases(("dedr-relu", SM80, SM90), ("dedr-shared", SM90)))
 def test_launch_sequence(runner, name):
-    """Five launches forward and seven backward; on Hopper the projections take the wgmma kernels."""
+    """Five launches forward and seven backward, shared experts or not; on Hopper the projections take wgmma kernels."""
     if runner.device != "cpu":
         pytest.skip("launches are counted under ptxrun")
     model = MODELS[name]

@@ -25,6 +25,8 @@ MODELS = {
     "jejr-geglu": Model(37, 51, 29, E=3, K=1, sharing="JEJR", activation="geglu", biases=False, dtype=fp16),
     "jedr-reglu": Model(40, 56, 24, E=5, K=3, sharing="JEDR", activation="reglu", layer_norm=False, dtype=fp32),
     "one-expert": Model(64, 96, 32, E=1, K=1, sharing="JEJR"),
+    "jedr-shared": Model(40, 56, 24, E=5, K=3, sharing="JEDR", activation="silu", shared=2),
+    "dedr-shared": Model(48, 80, 72, E=4, K=2, shared=1, dtype=fp16),
 }
 
 
@@ -51,7 +53,7 @@ def check(runner: Runner, model: Model, inputs, relative: float = 0.0, **options
             bound += relative * error(truth, torch.zeros_like(truth))
             assert got.shape == truth.shape, f"{name} has shape {tuple(got.shape)}"
             assert error(got, truth) <= bound, f"{name} is off by {error(got, truth):.2e}, allowed {bound:.2e}"
-    for name in ("experts", "inverse", "offs"):
+    for name in ("experts", "inverse", "offs", *(("all_experts",) if model.shared else ())):
         assert torch.equal(results[name], plain[name]), f"{name} differs from PyTorch's"
     for name, first in results.items():
         assert all(torch.equal(first, run[name]) for run in runs[1:]), f"{name} differs from run to run"

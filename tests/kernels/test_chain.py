@@ -13,7 +13,7 @@ from tests.kernels.runners import poisoned_memory, triton_params
 
 EVERY_MODEL = triton_params(
     ("dedr-relu", 80, 90), ("jejr-gelu", 90), ("jedr-silu", 80), ("all-active", 80), ("many-experts", 90),
-    ("dedr-swiglu", 80, 90),
+    ("dedr-swiglu", 80, 90), ("jedr-shared", 80, 90), ("dedr-shared", 90),
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_other_gates_match_the_definition(runner, name):
     test_matches_the_definition(runner, name)
 
 
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90), ("jedr-silu", 80)))
+@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 90), ("jedr-silu", 80), ("jedr-shared", 90)))
 def test_few_tokens(runner, name):
     """No tokens, one, and up to one tile of rows an expert."""
     model = MODELS[name]
@@ -142,7 +142,7 @@ def test_an_expert_may_overflow_on_tokens_that_pass_it_by(runner, activation):
         check(runner, model, inputs)
 
 
-@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 80, 90)))
+@pytest.mark.parametrize(("runner", "name"), triton_params(("dedr-relu", 80, 90), ("jedr-shared", 90)))
 def test_no_access_to_shared_memory_races(runner, name):
     model = MODELS[name]
     skip_unless_served(runner, model)

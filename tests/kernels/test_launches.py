@@ -38,6 +38,12 @@ def test_five_launches_forward_and_seven_backward(tokens):
     assert len(launched) == ROUTE + FORWARD + BACKWARD - (tokens <= 64), launched
 
 
+@pytest.mark.parametrize("tokens", [1, 48, 1024])
+def test_shared_experts_cost_no_launch(tokens):
+    launched = names(Model(64, 64, 64, E=4, K=2, shared=2), tokens, need_dx=False)
+    assert launched == names(Model(64, 64, 64, E=4, K=2), tokens, need_dx=False)
+
+
 def test_dx_costs_two_launches_more_and_recompute_one_a_tensor():
     model = Model(64, 64, 64, E=4, K=2)
     plain = len(names(model, 200, need_dx=False))

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from llama_smop.ops.self_check import Model, error, make, through_backend
 from llama_smop.projector import SMoPProjector
+from llama_smop.triton_kernels.launch import recording
 from tests.kernels.runners import poisoned_memory, triton_params
 from tests.rounding import assert_same_sums
 
@@ -40,6 +41,7 @@ def step(module, inputs: dict) -> dict[str, torch.Tensor]:
 
 FORMS = {
     "the paper's": {},
+    "shared": {"shared_experts": 2},
     "gated, shared": {
         "gated": True, "activation": "silu", "shared_experts": 1, "input_norm": "layer", "normalize_weights": False,
         "weight_scale": 2.5, "layer_norm": False,
@@ -62,6 +64,19 @@ def test_a_training_step_is_as_exact_as_pytorchs(runner, form):
         size = truth[name].square().mean().sqrt().item()
         off, bound = error(value, truth[name]), 2 * error(same_dtype[name], truth[name]) + 1e-5 * size
         assert off <= bound, f"{name} is off by {off:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize(("runner", "router"), triton_params(("linear", 90), ("mlp", 90)))
+def test_a_shared_expert_launches_nothing_more(runner, router):
+    names = {}
+    with runner.running():
+        for shared in (0, 1):
+            module = projector(shared_experts=shared, router=router).to(runner.device)
+            with recording() as recorder:
+                step(module, batch(device=runner.device))
+            names[shared] = recorder.names()
+    assert names[1] == names[0]
+    assert names[1].count("schedule_kernel") == 1
 
 
 @pytest.mark.parametrize(("runner", "name"), triton_params(("compiled", 90)))
@@ -128,9 +143,9 @@ def test_the_operators_keep_their_contract(runner, tokens):
     model = Model(24, 40, 32, E=4, K=2, sharing="JEJR", activation="gelu", dtype=torch.float32)
     with runner.running():
         i = make(model, tokens, masked=0.2).to(runner.device)
-        route = (i.x, i.gate_weight, None, i.mask, model.K, model.X, "triton")
+        route = (i.x, i.gate_weight, None, i.mask, model.K, model.X, 0, "triton")
         torch.library.opcheck(torch.ops.smop.route, route, test_utils=tests)
-        _, weights, experts, _, _, _, *schedule = torch.ops.smop.route(*route)
+        _, weights, experts, _, _, _, *schedule, _, _ = torch.ops.smop.route(*route)
         torch.library.opcheck(torch.ops.smop.schedule, (experts, model.X, "triton"), test_utils=tests)
         projection = (i.x, weights, experts, *schedule, *i.parameters(), "gelu", 1e-5, "none", "triton")
         torch.library.opcheck(torch.ops.smop.expert_projection, projection, test_utils=tests)

@@ -52,12 +52,13 @@ def test_the_third_call_of_a_shape_is_replayed(runner, need_dx, monkeypatch):
             same(got, wanted)
 
 
-@pytest.mark.parametrize(("runner", "form"), triton_params(("DEDR", 90), ("JEJR", 80)))
+@pytest.mark.parametrize(("runner", "form"), triton_params(("DEDR", 90), ("JEJR", 80), ("JEDR, shared", 90)))
 def test_a_third_step_of_the_projector_is_replayed(runner, form, monkeypatch):
     """Forward and backward as one sequence each, on the step's own tokens, routing and gradients."""
     names = launched_one_by_one(monkeypatch)
     torch.manual_seed(0)
-    projector = SMoPProjector(32, 48, 40, sharing=form, backend="triton").to(runner.device)
+    shared = {"shared_experts": 2} if form.endswith("shared") else {}
+    projector = SMoPProjector(32, 48, 40, sharing=form[:4], backend="triton", **shared).to(runner.device)
 
     def step(seed: int) -> dict[str, torch.Tensor]:
         g = torch.Generator().manual_seed(seed)

@@ -21,8 +21,12 @@ def smop(p: Problem, **options) -> dict[str, torch.Tensor]:
     return dict(zip(EVERYTHING, found, strict=True))
 
 
-def problem(frozen: tuple[str, ...] = ()) -> Problem:
+def problem(frozen: tuple[str, ...] = (), shared: int = 0) -> Problem:
+    """With shared experts: JEDR, of whose stacked parameters the last are theirs."""
     p = make(T=20, sharing="DEDR", masked=True, dtype=torch.float32)
+    if shared:
+        p.sharing = "JEDR"
+        p.parameters = {name: t.detach()[: 4 + shared].requires_grad_() for name, t in p.parameters.items()}
     for name in frozen:
         p.leaves()[name].requires_grad_(False)
     return p
@@ -93,8 +97,19 @@ def test_autocast_around_forward_and_backward(frozen, two_operators):
     same(*found)
 
 
-def test_it_is_one_node():
-    results = smop(problem())
+@pytest.mark.parametrize("losses", (EVERYTHING, ("y", "balance", "z"), ("y",)))
+@pytest.mark.parametrize("recompute", ("none", "hz"))
+def test_shared_experts(losses, recompute, two_operators):
+    p, q = problem(shared=2), problem(shared=2)
+    options = {"shared_experts": 2, "recompute": recompute}
+    results, expected = smop(p, **options), two_operators(smop, q, **options)
+    same(results, expected)
+    same(gradients(p, results, losses), gradients(q, expected, losses))
+
+
+@pytest.mark.parametrize("shared", (0, 1))
+def test_it_is_one_node(shared):
+    results = smop(problem(shared=shared), shared_experts=shared)
     assert len({r.grad_fn for r in results.values()}) == 1
 
 

@@ -23,10 +23,10 @@ def smop(p, x=None, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("sharing", ("JEJR", "JEDR", "DEDR"))
-def test_opcheck_route(sharing):
+@pytest.mark.parametrize(("sharing", "shared"), (("JEJR", 0), ("JEDR", 0), ("DEDR", 0), ("DEDR", 2)))
+def test_opcheck_route(sharing, shared):
     p = make(sharing=sharing, masked=True)
-    torch.library.opcheck(route.route.op, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, "torch"))
+    torch.library.opcheck(route.route.op, (p.x, p.gate_weight, p.modality, p.mask, 2, p.num_experts, shared, "torch"))
 
 
 def test_opcheck_schedule():

@@ -187,7 +187,7 @@ def test_registered_operators_refuse_too(unreachable_backend):
     with pytest.raises(ValueError, match=r"w2 must have shape \(4, O, 9\)"):
         torch.ops.smop.expert_projection(*a[:3], *schedule, *a[3:], "relu", 1e-5, "none", "torch")
     with pytest.raises(ValueError, match=r"gate_weight must have shape \(R, E, 6\)"):
-        torch.ops.smop.route(torch.randn(T, D), torch.randn(1, E, D + 1), None, None, K, E, "torch")
+        torch.ops.smop.route(torch.randn(T, D), torch.randn(1, E, D + 1), None, None, K, E, 0, "torch")
     with pytest.raises(ValueError, match=r"b must have shape \(2, 6, N\)"):
         torch.ops.smop.grouped_mm(torch.randn(T, D), torch.randn(2, D + 1, O), schedule[2][:2], None, None, "torch")
 

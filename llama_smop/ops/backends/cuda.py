@@ -75,26 +75,35 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def route_fwd(
-    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+    num_experts: int,
+    shared_experts: int = 0,
 ) -> tuple[Tensor, ...]:
-    T, (R, E, _), K, X = x.shape[0], gate_weight.shape, top_k, num_experts
-    _check_sizes(X, K, T)
+    T, (R, E, _), K, X, S = x.shape[0], gate_weight.shape, top_k, num_experts, shared_experts
+    _check_sizes(X + S, K + S, T)
     ext = extension()
     blocks = ext.route_blocks(T)
     f32, i32 = _like(x, torch.float32), _like(x, torch.int32)
     logits, weights, experts, counts = f32(T, E), f32(T, K), i32(T, K), i32(R, E)
     balance, z_loss = f32(), f32()
-    order, inverse, offs = i32(T * K), i32(T, K), i32(X)
+    order, inverse, offs = i32(T * (K + S)), i32(T, K + S), i32(X + S)
+    shared = (f32(T, K + S), i32(T, K + S)) if S else ()
+    all_weights, all_chosen = shared or (None, None)
     block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
     with launches(x) as stream:
         ext.route_fwd(
-            **_route_sizes(ext, x, gate_weight, K), experts=X,
+            **_route_sizes(ext, x, gate_weight, K), experts=X, shared=S,
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
-            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
+            logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts),
+            all_weights=_ptr(all_weights), all_chosen=_ptr(all_chosen), counts=_ptr(counts),
             balance_loss=_ptr(balance), z_loss=_ptr(z_loss), order=_ptr(order), inverse=_ptr(inverse), offs=_ptr(offs),
             block_counts=_ptr(block_counts), block_probs=_ptr(block_probs), block_z=_ptr(block_z), stream=stream,
         )  # fmt: skip
-    return logits, weights, experts, counts, balance, z_loss, order, inverse, offs
+    return logits, weights, experts, counts, balance, z_loss, order, inverse, offs, *shared
 
 
 def route_bwd(
@@ -123,7 +132,8 @@ def route_bwd(
             **_route_sizes(ext, x, gate_weight, K),
             x=_ptr(x), gate_weight=_ptr(gate_weight), modality=_ptr(modality), mask=_ptr(mask),
             logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts), counts=_ptr(counts),
-            dlogits=_ptr(dlogits), dweights=_ptr(dweights), dbalance=_ptr(dbalance), dz=_ptr(dz),
+            dlogits=_ptr(dlogits), dweights=_ptr(dweights),
+            dweights_columns=K if dweights is None else dweights.shape[1], dbalance=_ptr(dbalance), dz=_ptr(dz),
             dlogits_total=_ptr(total), dgate_partial=_ptr(partial), dgate=_ptr(dgate), dx=_ptr(dx), stream=stream,
         )  # fmt: skip
     return dx, dgate

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype
+from llama_smop.ops.backend import Experts, Saved, Schedule, acc_dtype, with_shared_experts
 from llama_smop.ops.backends import cpu_memory
 from llama_smop.ops.backends.cpu_products import linear, outer, product_dtype
 from llama_smop.ops.checks import GATED
@@ -35,7 +35,13 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def route_fwd(
-    x: Tensor, gate_weight: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: int, num_experts: int
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+    num_experts: int,
+    shared_experts: int = 0,
 ) -> tuple[Tensor, ...]:
     T, K = x.shape[0], top_k
     R, E, D = gate_weight.shape
@@ -62,8 +68,11 @@ def route_fwd(
 
     shift = router * E if num_experts == 2 * E and R == 2 else torch.zeros_like(router)
     experts = torch.where(real[:, None], chosen + shift[:, None], num_experts).to(torch.int32)
-    order, inverse, offs = schedule(experts, num_experts)
-    return logits, weights, experts, counts.to(torch.int32), balance, z_loss, order, inverse, offs
+    shared: tuple[Tensor, ...] = ()
+    if shared_experts:
+        shared = with_shared_experts(weights, experts, num_experts, shared_experts)
+    order, inverse, offs = schedule(shared[1] if shared else experts, num_experts + shared_experts)
+    return logits, weights, experts, counts.to(torch.int32), balance, z_loss, order, inverse, offs, *shared
 
 
 def route_bwd(
@@ -88,7 +97,7 @@ def route_bwd(
     grad = torch.zeros_like(logits) if dlogits is None else dlogits.to(acc, copy=True)
     if dweights is not None:
         # The renormalised top-K weights are a softmax over the chosen logits alone.
-        dw = dweights.to(acc)
+        dw = dweights[:, :K].to(acc)
         within = weights * (dw - (weights * dw).sum(-1, keepdim=True))
         grad.scatter_add_(1, experts.long() % E, within)
     if dbalance is not None or dz is not None:
