@@ -122,30 +122,35 @@ _dtype = attrgetter("dtype")
 def _specialization(args: tuple) -> tuple:
     """At least what Triton tells arguments apart by: types, dtypes, alignment to 16 bytes, integers, boxes."""
     kinds = tuple(map(type, args))
-    pick_tensors, pick_others = by_kind(kinds)
+    pick_tensors, pick_others, pick_boxes = by_kind(kinds)
     tensors = pick_tensors(args)
     alignments = map(misalignment, map(torch.Tensor.data_ptr, tensors))
-    boxes = [(arg.base.dtype, *arg.block_shape) for arg in args if type(arg) is TensorDescriptor]
-    return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args)), *boxes
+    return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args)), *map(_box, pick_boxes(args))
 
 
 @cache
-def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable]:
-    """What picks the tensors, and the other arguments but descriptors, from arguments of these types."""
+def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable, Callable]:
+    """What picks the tensors, the other arguments, and the descriptors, from arguments of these types."""
     tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
-    others = [i for i, kind in enumerate(kinds) if not issubclass(kind, (torch.Tensor, TensorDescriptor))]
-    return picker(tensors), picker(others)
+    boxes = [i for i, kind in enumerate(kinds) if issubclass(kind, TensorDescriptor)]
+    return picker(tensors), picker([i for i in range(len(kinds)) if i not in tensors + boxes]), picker(boxes)
 
 
 def picker(places: Values[int]) -> Callable[[Values], tuple]:
     """As itemgetter, which gives no tuple of one."""
-    return itemgetter(*places) if len(places) > 1 else lambda values: tuple([values[i] for i in places])
+    if not places:
+        return lambda values: ()
+    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
 
 
 @lru_cache(maxsize=4096, typed=True)
 def _integer(value: Any) -> tuple[bool, bool, bool] | None:
     """Whether an integer is 1, a multiple of 16, wider than 32 bits."""
     return (value == 1, value % 16 == 0, value.bit_length() > 31) if type(value) is int else None
+
+
+def _box(boxes: TensorDescriptor) -> tuple:
+    return boxes.base.dtype, *boxes.block_shape
 
 
 class Recorder:

@@ -76,7 +76,7 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
 def _described(flat: list) -> list:
     """All that a call's launches depend on, and which of its tensors are one and the same."""
     kinds = tuple(map(type, flat))
-    pick_tensors, pick_others = launch.by_kind(kinds)
+    pick_tensors, pick_others, _ = launch.by_kind(kinds)
     tensors = pick_tensors(flat)
     addresses = [*map(Tensor.data_ptr, tensors)]
     found = [launch.dot_precision(tensors[0].dtype), kinds, pick_others(flat)]
