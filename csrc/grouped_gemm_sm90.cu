@@ -113,14 +113,13 @@ struct Cut {
 // as much as 80 more; 24 less where the cluster's other block loads half of B, which `paired` of the row tiles gain (all
 // predicted, not measured: the first from the machine code, the second from the bytes that L2 delivers). Wide tiles
 // read less; narrow ones leave fewer SMs idle in the last round, and with few tokens, when reading the weights is all,
-// put every SM to it. In a single round blocks that wait for each other gain nothing. Widths are multiples of `step`.
+// put every SM to it. In a single round blocks that wait for each other gain nothing.
 template <class Product, int kCuts>
-const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int step, int64_t row_tiles, int64_t paired, int n,
-                             int sms) {
+const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int64_t row_tiles, int64_t paired, int n, int sms) {
   const Cut<Product>* best = nullptr;
   int64_t least = INT64_MAX;
   for (const Cut<Product>& cut : cuts) {
-    if (cut.width % step != 0 || sms < cut.blocks) continue;
+    if (sms < cut.blocks) continue;
     const int64_t rounds = ceil_div(row_tiles * ceil_div(n, cut.width), sms / cut.blocks * cut.blocks);
     if (cut.blocks > 1 && rounds < 2) continue;
     const int64_t cost = rounds * ((cut.width + 80) * row_tiles - (cut.blocks > 1 ? 24 * paired : 0));
@@ -143,7 +142,7 @@ cudaError_t launch_tiles(void (*kernel)(Parameters...), int64_t tiles, int clust
 cudaError_t rows_map(CUtensorMap& map, int dtype, const void* base, int64_t rows, int cols, int64_t ld, int box_rows) {
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(ld) * 2, 0};
   return tensor_map(map, dtype, base, 2, {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows), 1}, strides,
-                    box_rows);
+                    64, box_rows);
 }
 
 template <class T, int kBlockN, int kBlocks>
@@ -152,19 +151,16 @@ cudaError_t launch_gemm(const SmopGemm& p, int sms, uint64_t stream, bool depend
   const cuuint64_t inner = p.b_k_major ? p.k : p.n, outer = p.b_k_major ? p.n : p.k;
   const cuuint64_t b_strides[2] = {static_cast<cuuint64_t>(p.ldb) * 2, static_cast<cuuint64_t>(p.stride_b) * 2};
   if (auto e = tensor_map(b_map, p.dtype, p.b, 3, {inner, outer, static_cast<cuuint64_t>(p.experts)}, b_strides,
-                          (p.b_k_major ? kBlockN : kBlockK) / kBlocks))
+                          p.b_k_major ? 64 : kBCols<kBlockN>, (p.b_k_major ? kBlockN : kBlockK) / kBlocks))
     return e;
   if (!p.order)
     if (auto e = rows_map(a_map, p.dtype, p.a, p.a_rows, p.k, p.lda, kBlockM)) return e;
   if (p.aux)
     if (auto e = rows_map(aux_map, p.dtype, p.aux, p.rows, p.n, p.n, kBlockM)) return e;
   const int64_t tiles = max_row_tiles(p.rows, p.experts, kBlockM) * ceil_div(p.n, kBlockN);
-  const auto queue = [&](auto kernel) {
-    return launch_tiles(kernel, tiles, kBlocks, sms, stream, dependent, p, a_map, b_map, aux_map);
-  };
-  if constexpr (kBlockN % 64 == 0)  // the boxes of a transposed B are 64 wide
-    if (!p.b_k_major) return queue(grouped_gemm_sm90<T, kBlockN, true, kBlocks>);
-  return queue(grouped_gemm_sm90<T, kBlockN, false, kBlocks>);
+  const auto kernel =
+      p.b_k_major ? grouped_gemm_sm90<T, kBlockN, false, kBlocks> : grouped_gemm_sm90<T, kBlockN, true, kBlocks>;
+  return launch_tiles(kernel, tiles, kBlocks, sms, stream, dependent, p, a_map, b_map, aux_map);
 }
 
 template <class T, int kBlockN, int kBlocks>
@@ -210,7 +206,7 @@ cudaError_t launch_gemm_sm90(const SmopGemm& p, uint64_t stream, bool dependent)
                                              {192, 1, launch_gemm<T, 192, 1>}, {192, 2, launch_gemm<T, 192, 2>},
                                              {160, 1, launch_gemm<T, 160, 1>}, {160, 2, launch_gemm<T, 160, 2>},
                                              {128, 1, launch_gemm<T, 128, 1>}, {64, 1, launch_gemm<T, 64, 1>}};
-    return best_cut(cuts, p.b_k_major ? 32 : 64, row_tiles, paired, p.n, sms).launch(p, sms, stream, dependent);
+    return best_cut(cuts, row_tiles, paired, p.n, sms).launch(p, sms, stream, dependent);
   });
 }
 
@@ -225,7 +221,7 @@ cudaError_t launch_wgrad_sm90(const SmopWgrad& p, uint64_t stream, bool dependen
     using T = decltype(t);
     static constexpr Cut<SmopWgrad> cuts[] = {
         {256, 1, launch_wgrad<T, 256, 1>}, {256, 2, launch_wgrad<T, 256, 2>}, {128, 1, launch_wgrad<T, 128, 1>}};
-    return best_cut(cuts, 64, rows, pairs ? rows : 0, p.n, sms).launch(p, sms, stream, dependent);
+    return best_cut(cuts, rows, pairs ? rows : 0, p.n, sms).launch(p, sms, stream, dependent);
   });
 }
 

@@ -30,6 +30,9 @@ static_assert((kProducerRegisters + 2 * kConsumerRegisters) * kGroup <= 65536, "
 
 template <int kBlockN>
 constexpr int kBBytes = kBlockN * ptx::kSwizzleRow;
+// Columns of the blocks that B is a sequence of where it is MN-major.
+template <int kBlockN>
+constexpr int kBCols = kBlockN % 64 == 0 ? 64 : 32;
 template <int kBlockN>
 constexpr int kStages = kRingBytes / (kABytes + kBBytes<kBlockN>);
 // Saved activations come through the ring too, behind a tile's last k: boxes of 64 columns, as A's, some a stage.
@@ -158,6 +161,7 @@ __device__ __forceinline__ void clear_rows(const Ring<kBlockN, kBlocks>& ring, i
 template <class T, bool kTransA, bool kTransB, int kBlockN, int kBlocks>
 __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN, kBlocks>& ring, int k_tiles,
                                         int last_rows = kBlockK) {
+  constexpr int kBRow = kTransB ? kBCols<kBlockN> * 2 : ptx::kSwizzleRow;  // bytes
   const int group = threadIdx.x / kGroup - 1;
   uint32_t previous = 0;
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
@@ -169,7 +173,7 @@ __device__ __forceinline__ void consume(float (&acc)[kBlockN / 2], Ring<kBlockN,
 #pragma unroll
     for (int k = 0; k < kBlockK / 16; ++k) {
       const uint64_t a_tile = ptx::descriptor(a + k * ptx::kStepBytes<kTransA>, kBlockBytes);
-      const uint64_t b_tile = ptx::descriptor(b + k * ptx::kStepBytes<kTransB>, kBlockBytes);
+      const uint64_t b_tile = ptx::descriptor<kBRow>(b + k * ptx::kStepBytes<kTransB, kBRow>, kBlockK * kBRow);
       ptx::wgmma<T, kTransA, kTransB>(acc, a_tile, b_tile);
     }
     ptx::wgmma_commit();

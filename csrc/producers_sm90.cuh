@@ -28,9 +28,10 @@ __device__ __forceinline__ void load_weights(const Ring<kBlockN, kBlocks>& ring,
         ptx::tma_load(dst, &map, ring.full(), c0, c1, tile.expert);
     };
     if constexpr (kTransB) {
+      constexpr int kCols = kBCols<kBlockN>, kBytes = kBlockK * kCols * 2;
 #pragma unroll
-      for (int i = 0; i < kBlockN / 64; ++i)
-        load(ring.b() + i * kBlockBytes + part * (kBlockBytes / kBlocks), n + i * 64, k + part * (kBlockK / kBlocks));
+      for (int i = 0; i < kBlockN / kCols; ++i)
+        load(ring.b() + i * kBytes + part * (kBytes / kBlocks), n + i * kCols, k + part * (kBlockK / kBlocks));
     } else {
       load(ring.b() + part * (kBBytes<kBlockN> / kBlocks), k, n + part * (kBlockN / kBlocks));
     }

@@ -31,11 +31,12 @@ struct TileBias {
 };
 
 // What the epilogue of a piece reads from shared memory: its 32 columns of the bias, and in the ring the box of 64
-// columns of saved activations that it lies in.
+// columns of saved activations that it lies in, from which 16-byte chunk on.
 template <class T>
 struct FromShared {
   const float* piece_bias;
   uint32_t box;
+  int first_chunk;
 
   __device__ __forceinline__ void bias(const Epilogue<T>&, int col, float (&v)[8]) const {
     const float4* from = reinterpret_cast<const float4*>(piece_bias + col % kStageCols);
@@ -44,7 +45,7 @@ struct FromShared {
   }
   __device__ __forceinline__ void aux(const Epilogue<T>&, int row, int col, float (&v)[8]) const {
     Packed8<T> packed;
-    packed.bits[0] = ptx::load_shared16(box + ptx::swizzled(row, col / 8 % 8));
+    packed.bits[0] = ptx::load_shared16(box + ptx::swizzled(row, first_chunk + col % kStageCols / 8));
     packed.unpack(v);
   }
 };
@@ -63,7 +64,7 @@ __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&
     if (to.aux && starts) ptx::mbarrier_wait(ring.full(), ring.phase);
     sums[piece] = store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16,
                               first_col + piece * kStageCols,
-                              FromShared<T>{bias + piece * kStageCols, ring.a() + box * kABytes});
+                              FromShared<T>{bias + piece * kStageCols, ring.a() + box * kABytes, piece % 2 * 4});
     if (to.aux && ends) {
       __syncwarp();
       ring.release(ring.empty());

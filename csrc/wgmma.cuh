@@ -4,7 +4,8 @@
 // A tile lies in shared memory as rows of 128 bytes (64 elements), 1024-byte aligned, its 16-byte chunks exchanged
 // within each group of 8 rows (chunk ^ row % 8): what a tensor map with the 128-byte swizzle writes. A row is either
 // one row of the operand (64 values of k, "K-major") or one k (64 rows or columns of the operand, "MN-major", kTrans);
-// an MN-major tile wider than 64 is a sequence of such blocks.
+// an MN-major tile wider than 64 is a sequence of such blocks. Where its width is no multiple of 64, they are 32 wide:
+// rows of 64 bytes, the 64-byte swizzle.
 #pragma once
 #include <type_traits>
 
@@ -20,16 +21,17 @@ __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return row * kSwizzleRow + ((chunk ^ (row % 8)) * 16);
 }
 
-// The matrix descriptor of a tile. `block_bytes` is the distance of its 64-wide blocks, where it is MN-major and has
-// several.
+// The matrix descriptor of a tile. `block_bytes` is the distance of its blocks, where it is MN-major and has several.
+template <int kRowBytes = kSwizzleRow>
 __device__ __forceinline__ uint64_t descriptor(uint32_t shared, int block_bytes) {
-  return uint64_t((shared & 0x3ffff) >> 4) | uint64_t(block_bytes >> 4) << 16 | uint64_t(kSwizzleGroup >> 4) << 32 |
-         uint64_t(1) << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return uint64_t((shared & 0x3ffff) >> 4) | uint64_t(block_bytes >> 4) << 16 | uint64_t(8 * kRowBytes >> 4) << 32 |
+         uint64_t(kRowBytes == 128 ? 1 : 2) << 62;
 }
 
 // How far 16 steps of k are: within the 128-byte rows when K-major, 16 rows on when MN-major.
-template <bool kTrans>
-constexpr int kStepBytes = kTrans ? 16 * kSwizzleRow : 32;
+template <bool kTrans, int kRowBytes = kSwizzleRow>
+constexpr int kStepBytes = kTrans ? 16 * kRowBytes : 32;
 
 // Before the first wgmma that touches registers written otherwise; after the last of a batch; until at most so many
 // batches run.

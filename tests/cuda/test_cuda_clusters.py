@@ -37,7 +37,8 @@ def assert_in_clusters(runner) -> None:
 
 @pytest.mark.parametrize("runner", params(ONE_CLUSTER))
 @pytest.mark.parametrize(
-    ("n", "k_major", "width"), [(760, True, 256), (760, False, 256), (560, False, 192), (776, True, 160)]
+    ("n", "k_major", "width"),
+    [(760, True, 256), (760, False, 256), (560, False, 192), (776, False, 160), (776, True, 160)],
 )
 def test_every_tile_width(runner, n, k_major, width):
     """An odd number of column tiles: the last tile of an odd number of row tiles has a block to itself."""

@@ -85,7 +85,15 @@ def test_layouts_choose_the_kernels(runner):
 @pytest.mark.parametrize("runner", params(CudaPtx(arch=90, sms=1)))
 @pytest.mark.parametrize(
     ("n", "k_major", "width"),
-    [(56, False, 64), (120, True, 128), (152, True, 160), (184, False, 192), (184, True, 192), (248, False, 256)],
+    [
+        (56, False, 64),
+        (120, True, 128),
+        (152, False, 160),
+        (152, True, 160),
+        (184, False, 192),
+        (184, True, 192),
+        (248, False, 256),
+    ],
 )
 def test_every_tile_width_round_the_ring(runner, n, k_major, width):
     """Products long enough in k to use every stage of the shared-memory ring more than once, in two orders. On one SM
