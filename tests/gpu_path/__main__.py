@@ -85,7 +85,8 @@ class Done(NamedTuple):
 def run(row: Row) -> Done:
     as_they_are = row.tests.startswith(("-", HERE))
     tests = shlex.split(row.tests) if as_they_are else [f"{HERE}{t}.py" for t in row.tests.split()]
-    command = [sys.executable, "-m", "smopcuda", *row.options.split(), "pytest", "-rfEs", "--show-capture=no", *tests]
+    command = [sys.executable, "-m", "smopcuda", *row.options.split()]
+    command += ["pytest", "-p", f"{__package__}.tensor_maps", "-rfEs", "--show-capture=no", *tests]
     env = os.environ | {"LLAMA_SMOP_GPU_PATH_BACKENDS": row.backends}
     began = time.monotonic()
     try:

@@ -1,6 +1,6 @@
 """Products whose operands come by TMA, on sizes that TMA can read and on others, as small as the tests need them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -142,3 +142,22 @@ def test_a_replay_describes_the_tensors_of_its_own_call(runner, name):
         for plan in plans:
             kept = [plan.constants[place] for place, _ in plan.boxes]
             assert all(descriptor.base is None for descriptor in kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_reads_what_lies_in_the_tensors_it_was_captured_with():
+    model = READABLE["relu"]
+    batches = [make(model, 70, seed=seed, masked=0.2).to("cuda") for seed in (1, 2)]
+    wanted = [through_backend(projection, model, batch) for batch in batches]  # compiled, and the launches noted
+    static = make(model, 70, seed=3, masked=0.2).to("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = through_backend(projection, model, static)
+    for batch, right in zip(batches, wanted, strict=True):
+        for field in fields(batch):
+            if isinstance(value := getattr(batch, field.name), torch.Tensor):
+                getattr(static, field.name).copy_(value)
+        graph.replay()
+        for t, value in right.items():
+            assert torch.equal(results[t], value), f"{t} differs when a graph of TMA's products is replayed"
