@@ -95,20 +95,22 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
         return None
     tensors, constants, boxes = list(flat), [], []
 
-    def place(value: Any) -> int:
-        if isinstance(value, TensorDescriptor):
-            constants.append(pointed_at(value, None))  # a plan keeps no tensor alive
-            boxes.append((-len(constants), place(value.base)))
-            return boxes[-1][0]
-        if not isinstance(value, Tensor):
-            constants.append(value)
-            return -len(constants)  # they are counted from the end
+    def place_of(value: Tensor) -> int:
         for i, other in enumerate(tensors):
             if value is other or (isinstance(other, Tensor) and 0 != value.data_ptr() == other.data_ptr()):
                 return i  # itself, or a view of it: kernels are given shapes and strides as numbers
         assert value.storage_offset() == 0, "a kernel was given part of a tensor"
         tensors.append(value)
         return len(tensors) - 1
+
+    def place(value: Any) -> int:  # it must not call itself: a function that does lives, with all tensors, until gc
+        if isinstance(value, Tensor):
+            return place_of(value)
+        constants.append(pointed_at(value, None) if isinstance(value, TensorDescriptor) else value)
+        at = -len(constants)  # they are counted from the end
+        if isinstance(value, TensorDescriptor):  # a plan keeps no tensor alive
+            boxes.append((at, place_of(value.base)))
+        return at
 
     picked = launch.picker([*map(place, results)])  # first: a kernel may have been given another view of one
     picks = [launch.picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]

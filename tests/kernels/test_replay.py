@@ -1,9 +1,11 @@
 """A call of shapes that came before replays their launches: with its own tensors, and where nothing else differs."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llama_smop.ops.self_check import Inputs, Model, make, through_backend
 from llama_smop.projector import SMoPProjector
@@ -50,6 +52,23 @@ def test_the_third_call_of_a_shape_is_replayed(runner, need_dx, monkeypatch):
             got = results(runner, inputs, need_dx=need_dx)
             assert bool(names) == (call != REPLAYED), f"worked out: {names}"
             same(got, wanted)
+
+
+@pytest.mark.parametrize(("runner", "form"), triton_params(("DEDR", 90)))
+def test_memory_is_free_as_soon_as_results_are(runner, form):
+    """In the call whose launches are noted too, without the garbage collector: h and z are most of a step's memory."""
+    projector = SMoPProjector(32, 48, 40, sharing=form, backend="triton").to(runner.device)
+    modality = (torch.arange(50) % 2).to(runner.device)
+    gc.disable()
+    try:
+        with runner.running(), torch.no_grad():
+            for call in (FIRST, SECOND, REPLAYED):
+                out = projector(torch.randn(50, 32).to(runner.device), modality)
+                memory = [StorageWeakRef(value.untyped_storage()) for value in out]
+                del out
+                assert all(one.expired() for one in memory), f"call {call} keeps tensors"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("runner", "form"), triton_params(("DEDR", 90), ("JEJR", 80), ("JEDR, shared", 90)))
