@@ -6,7 +6,7 @@ document.addEventListener("click", (event) => {
   if (!clip) return;
   clip.currentTime = Number(button.dataset.seek);
   clip.dataset.until = button.dataset.until;
-  clip.play();
+  play(clip);
 }, true);
 const follow = (event) => {
   const clip = event.target;
@@ -18,7 +18,12 @@ const follow = (event) => {
   }
   if (!crop) return;
   if (Math.abs(crop.currentTime - clip.currentTime) > 0.12) crop.currentTime = clip.currentTime;
-  if (event.type === "play") crop.play();
+  if (event.type === "play") play(crop);
   if (event.type === "pause" || event.type === "ended") crop.pause();
 };
 for (const kind of ["play", "pause", "ended", "seeked", "timeupdate"]) document.addEventListener(kind, follow, true);
+
+// Play it. A pause that follows at once ends the promise with an error, which is none.
+function play(media) {
+  media.play().catch((error) => { if (error.name !== "AbortError") throw error; });
+}
