@@ -266,7 +266,7 @@ def smop(
         options = _layer.Options(modality, mask, top_k, total, shared_experts, activation, eps, again, backend)
         projected = _layer.in_one_node(flat, gate_weight, parameters, options)
         if projected is not None:
-            return _output(*projected, lead, total)
+            return _output(projected, lead, total)
     if gate_weight is not None:
         r = Routed(*_route.route(flat, gate_weight, modality, mask, top_k, total, shared_experts, backend))
     else:
@@ -279,20 +279,11 @@ def smop(
     y, *_ = _projection.expert_projection(
         flat, weights, experts, rows, parameters, activation, eps, again, backend
     )  # fmt: skip
-    return _output(y, r.logits, r.weights, r.experts, r.counts, r.load_balancing_loss, r.router_z_loss, lead, total)
+    return _output(_layer.Projected(y, *r[:6]), lead, total)
 
 
-def _output(
-    y: Tensor,
-    logits: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    counts: Tensor,
-    balance: Tensor,
-    z_loss: Tensor,
-    lead: torch.Size,
-    num_experts: int,
-) -> SMoPOutput:
+def _output(found: _layer.Projected, lead: torch.Size, num_experts: int) -> SMoPOutput:
+    y, logits, weights, experts, counts, balance, z_loss = found
     return SMoPOutput(
         hidden_states=_unflattened(y, lead),
         router_logits=_unflattened(logits, lead),

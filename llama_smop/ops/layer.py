@@ -4,6 +4,7 @@ A step of few tokens waits for the host. Two operators are two nodes, and look a
 backward. What watches or transforms (a compiler, a mode, a profile, a second derivative) sees the two operators.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,33 @@ class Projected(NamedTuple):
     counts: Tensor
     load_balancing_loss: Tensor
     router_z_loss: Tensor
+
+
+class Kept(NamedTuple):
+    """What backward needs: arguments and results of both halves."""
+
+    x: Tensor
+    gate_weight: Tensor
+    modality: Tensor | None
+    mask: Tensor | None
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+    all_weights: Tensor | None  # as in `Routed`; None without shared experts
+    all_experts: Tensor | None
+    schedule: Schedule
+    parameters: Experts
+    saved: Saved
+
+    @classmethod
+    def of(cls, tensors: Sequence) -> "Kept":
+        """From what `flat` gives."""
+        nested = Schedule(*tensors[10:13]), Experts(*tensors[13:19]), Saved(*tensors[19:])
+        return cls._make((*tensors[:10], *nested))
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return *self[:10], *self.schedule, *self.parameters, *self.saved
 
 
 def in_one_node(x: Tensor, gate_weight: Tensor, parameters: Experts, options: Options) -> Projected | None:
@@ -93,13 +121,14 @@ def _route_and_project(
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *leaves_and_options):
-        found = _forward(*leaves_and_options)
         x, gate_weight, *parameters, o = leaves_and_options
+        found = _forward(*leaves_and_options)
         _, logits, weights, experts, counts, balance, z_loss, *schedule = found[:10]
-        ctx.save_for_backward(
-            x, gate_weight, o.modality, o.mask, logits, weights, experts, counts, *found[15:], *schedule, *parameters,
-            *dropped(Saved(*found[10:15]), o.recompute),
-        )  # fmt: skip
+        saved, (all_weights, all_experts) = dropped(Saved(*found[10:15]), o.recompute), found[15:]
+        ctx.save_for_backward(*Kept(
+            x, gate_weight, o.modality, o.mask, logits, weights, experts, counts, all_weights, all_experts,
+            Schedule(*schedule), Experts(*parameters), saved,
+        ).flat())  # fmt: skip
         if x.requires_grad or gate_weight.requires_grad:
             ctx.mark_non_differentiable(experts, counts)
         else:
@@ -115,7 +144,7 @@ class _Node(torch.autograd.Function):
         plain = dy is not None and dweights is None and not torch.is_grad_enabled() and is_plain((*grads, *tensors))
         gradients = _at_once if plain else _by_operators
         dx, dx_route, dgate, *dparams = gradients(
-            grads, tensors, ctx.options, need_dx, need_dx or need_dgate, any(needed)
+            grads, Kept.of(tensors), ctx.options, need_dx, need_dx or need_dgate, any(needed)
         )
         if not need_dx:
             dx = None
@@ -131,17 +160,17 @@ class _Node(torch.autograd.Function):
 _recorded = super(torch.autograd.Function, _Node).apply
 
 
-def _at_once(grads, tensors, o: Options, need_dx: bool, need_routing: bool, need_dparams: bool) -> tuple:
+def _at_once(grads, k: Kept, o: Options, need_dx: bool, need_routing: bool, need_dparams: bool) -> tuple:
     dy, dlogits, _, dbalance, dz = grads
-    x, gate_weight, modality, mask, *rest = tensors
     arguments = (
-        *prepared(x, gate_weight, modality, mask), *rest[:6], *contiguous((dlogits, dbalance, dz)),
-        Schedule(*rest[6:9]), Experts(*contiguous(rest[9:15])), Saved(*rest[15:]), o.activation, o.eps,
+        *prepared(k.x, k.gate_weight, k.modality, k.mask), k.logits, k.weights, k.experts, k.counts,
+        k.all_weights, k.all_experts, *contiguous((dlogits, dbalance, dz)),
+        k.schedule, Experts(*contiguous(k.parameters)), k.saved, o.activation, o.eps,
         need_dx, need_routing, need_dparams, o.backend,
     )  # fmt: skip
     sequence = dispatch.module(o.backend).replayed(_gradients)
-    if autocast_is_on(x.device.type):  # around backward: what it is given has the dtypes of its forward
-        with without_autocast(x.device.type):
+    if autocast_is_on(k.x.device.type):  # around backward: what it is given has the dtypes of its forward
+        with without_autocast(k.x.device.type):
             return on_its_device(sequence, dy.contiguous(), *arguments)
     return on_its_device(sequence, dy.contiguous(), *arguments)
 
@@ -164,24 +193,23 @@ def _gradients(
     return dx, dx_route, dgate, *dparams
 
 
-def _by_operators(grads, tensors, o: Options, need_dx: bool, need_routing: bool, need_dparams: bool) -> tuple:
+def _by_operators(grads, k: Kept, o: Options, need_dx: bool, need_routing: bool, need_dparams: bool) -> tuple:
     """What the two operators' own backward would do, for gradients of any kind."""
     dy, dlogits, dweights, dbalance, dz = grads
-    x, gate_weight, modality, mask, logits, weights, experts, counts, all_weights, all_experts, *rest = tensors
     dx = dx_route = dgate = None
     dparams: list = [None] * 6
     if dy is not None:
-        choices = (weights, experts) if all_weights is None else (all_weights, all_experts)
-        saved = Saved(*(x.new_empty(0) if t is None else t for t in rest[9:]))
+        choices = (k.weights, k.experts) if k.all_weights is None else (k.all_weights, k.all_experts)
+        saved = Saved(*(k.x.new_empty(0) if t is None else t for t in k.saved))
         dx, dw, *dparams = expert_projection_bwd(
-            dy, x, *choices, Schedule(*rest[:3]), Experts(*rest[3:9]), saved, o.activation, o.eps,
+            dy, k.x, *choices, k.schedule, k.parameters, saved, o.activation, o.eps,
             need_dx, need_routing, need_dparams, o.backend,
         )  # fmt: skip
         if need_routing:
             dweights = summed(dweights, dw)
     if need_routing and not (dlogits is None and dweights is None and dbalance is None and dz is None):
         dx_route, dgate = route_bwd(
-            x, gate_weight, modality, mask, logits, weights, experts, counts,
+            k.x, k.gate_weight, k.modality, k.mask, k.logits, k.weights, k.experts, k.counts,
             dlogits, dweights, dbalance, dz, need_dx, o.backend,
         )  # fmt: skip
     return dx, dx_route, dgate, *dparams
