@@ -113,7 +113,8 @@ struct Cut {
 // as much as 80 more; 24 less where the cluster's other block loads half of B, which `paired` of the row tiles gain (all
 // predicted, not measured: the first from the machine code, the second from the bytes that L2 delivers). Wide tiles
 // read less; narrow ones leave fewer SMs idle in the last round, and with few tokens, when reading the weights is all,
-// put every SM to it. In a single round blocks that wait for each other gain nothing.
+// put every SM to it. In a single round blocks that wait for each other gain nothing. Without `paired` rows there are no
+// clusters: the weight gradients' would not be right.
 template <class Product, int kCuts>
 const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int64_t row_tiles, int64_t paired, int n, int sms) {
   const Cut<Product>* best = nullptr;
@@ -121,7 +122,7 @@ const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int64_t row_tile
   for (const Cut<Product>& cut : cuts) {
     if (sms < cut.blocks) continue;
     const int64_t rounds = ceil_div(row_tiles * ceil_div(n, cut.width), sms / cut.blocks * cut.blocks);
-    if (cut.blocks > 1 && rounds < 2) continue;
+    if (cut.blocks > 1 && (rounds < 2 || paired == 0)) continue;
     const int64_t cost = rounds * ((cut.width + 80) * row_tiles - (cut.blocks > 1 ? 24 * paired : 0));
     if (cost < least) least = cost, best = &cut;
   }
