@@ -128,10 +128,8 @@ def skin_texture(face: Face, rng: np.random.Generator) -> np.ndarray:
     image = skin * shade[..., None]
     if face.stubble:
         grain = rng.standard_normal((n, n), dtype=np.float32)
-        beard = (relief.beard * (0.30 + 0.05 * cv2.GaussianBlur(grain, (3, 3), 0)) * np.float32(face.stubble))[
-            ..., None
-        ]
-        image += beard * (np.array((62, 56, 56), dtype=np.float32) - image)
+        beard = relief.beard * (0.30 + 0.05 * cv2.GaussianBlur(grain, (3, 3), 0)) * np.float32(face.stubble)
+        image += beard[..., None] * (np.array((62, 56, 56), dtype=np.float32) - image)
     mottle = cv2.GaussianBlur(rng.standard_normal((n, n), dtype=np.float32), (0, 0), 2.5 * SCALE)
     grain = rng.standard_normal((n, n), dtype=np.float32)
     image *= (1 + np.float32(0.10) * mottle + np.float32(0.008) * grain)[..., None]
