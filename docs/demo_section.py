@@ -76,8 +76,6 @@ and scores it on {test} clips of sentences that it never saw. It printed, on {ma
 {output}
 ```
 
-Other work shared the machine, so the stages took longer than they do alone.
-
 One seed. The curriculum was chosen by the rates on val.csv, whose sentences are neither in train.csv nor in test.csv.
 The length of the training was once chosen on test clips, of an earlier drawing: read the rates as what this demo does,
 not as an estimate for new data.
