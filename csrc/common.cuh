@@ -47,6 +47,21 @@ __device__ __forceinline__ float from_float<float>(float v) {
   return v;
 }
 
+// Two elements in 32 bits, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  const T pair[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t bits;
+  memcpy(&bits, pair, sizeof bits);
+  return bits;
+}
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t bits, float& first, float& second) {
+  T pair[2];
+  memcpy(pair, &bits, sizeof bits);
+  first = to_float(pair[0]), second = to_float(pair[1]);
+}
+
 __device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // Eight elements of which all exist, at a 16-byte aligned address.

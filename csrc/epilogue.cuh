@@ -1,15 +1,15 @@
 // From accumulators to rows in memory: bias, activation or its derivative, predicated 16-byte stores. Both GEMM
 // families use it, because mma.sync and wgmma leave a warp the same fragment: of an 8-column block, lane l holds
-// columns 2(l%4), +1 of rows l/4 and l/4 + 8.
+// columns 2(l%4), +1 of rows l/4 and l/4 + 8. Everything is computed on that fragment. Eight lanes of it have 16
+// bytes of a row each only together, so results go through shared memory, as saved activations do the other way:
+// as matrices of 8 × 8 elements (ldmatrix, stmatrix).
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 namespace smop {
 
-constexpr int kStageRows = 16, kStageCols = 32;
-// 8 floats of padding make the fragment writes of a half-warp hit 32 different banks.
-constexpr int kStageStride = kStageCols + 8;
-constexpr int kStageFloats = kStageRows * kStageStride;  // a warp's share of shared memory
+constexpr int kPieceRows = 16;
+constexpr int kStageBytes = kPieceRows * ptx::kSwizzleRow;  // a warp's share of shared memory: rows of up to 64 columns
 
 template <class T>
 struct Epilogue {
@@ -25,29 +25,47 @@ struct Epilogue {
 };
 constexpr int kSumRows = 64;  // rows of a column sum: what a warpgroup, or a warp of the sm_80 family, has of a tile
 
-// Of eight columns' values in each lane, the sums over the eight lanes with the same lane % 4. A lane returns one
-// column, kept_column(): each exchange halves what a lane still holds.
-__device__ __forceinline__ float sum_over_rows(const float (&v)[8]) {
-  const int lane = threadIdx.x % kWarp;
-  float four[4], two[2];
+// A piece is 16 rows × kCols columns of a warp's accumulators: v[4j + i] is element i of its column block j.
+template <int kCols>
+using Piece = float[kCols / 2];
+
+// Of two lanes so far apart, the one keeps the first kHalf of their 2·kHalf values, the other the second, of both added.
+template <int kHalf, int N>
+__device__ __forceinline__ void add_halves(float (&held)[N], int distance) {
+  const bool second = threadIdx.x & distance;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool high = lane & 16;
-    four[i] = (high ? v[i + 4] : v[i]) + __shfl_xor_sync(kFullWarp, high ? v[i] : v[i + 4], 16);
+  for (int i = 0; i < kHalf; ++i) {
+    const float other = __shfl_xor_sync(kFullWarp, second ? held[i] : held[i + kHalf], distance);
+    held[i] = (second ? held[i + kHalf] : held[i]) + other;
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool high = lane & 8;
-    two[i] = (high ? four[i + 2] : four[i]) + __shfl_xor_sync(kFullWarp, high ? four[i] : four[i + 2], 8);
-  }
-  const bool high = lane & 4;
-  return (high ? two[1] : two[0]) + __shfl_xor_sync(kFullWarp, high ? two[0] : two[1], 4);
 }
 
-// The column of a piece whose sum a lane holds.
+// Column sums of a piece, of the `rows` that exist. Each lane returns kCols / 32 columns, from kept_column<kCols>() on:
+// every exchange between lanes halves what one still holds.
+template <int kCols>
+__device__ __forceinline__ void sum_over_rows(Piece<kCols>& v, int rows, float (&sums)[kCols / 32]) {
+  if (rows < kPieceRows) {
+    const int first = threadIdx.x % kWarp / 4;  // of the lane's two rows
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i)
+      if (first + i / 2 % 2 * 8 >= rows) v[i] = 0.f;
+  }
+  float held[kCols / 4];
+#pragma unroll
+  for (int i = 0; i < kCols / 4; ++i) held[i] = v[i / 2 * 4 + i % 2] + v[i / 2 * 4 + i % 2 + 2];
+  add_halves<kCols / 8>(held, 16);
+  add_halves<kCols / 16>(held, 8);
+  add_halves<kCols / 32>(held, 4);
+#pragma unroll
+  for (int i = 0; i < kCols / 32; ++i) sums[i] = held[i];
+}
+
+// The first column of a piece whose sums a lane holds.
+template <int kCols>
 __device__ __forceinline__ int kept_column() {
   const int lane = threadIdx.x % kWarp;
-  return lane % 4 * 8 + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0);
+  const int index = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (kCols / 32);
+  return index / 2 * 8 + lane % 4 * 2 + index % 2;
 }
 
 // The activation, or the derivative, at x.
@@ -60,76 +78,144 @@ __device__ __forceinline__ float transcendental(int kind, float x) {
   return kind == SMOP_SILU ? x * s : s * (1.f + x * (1.f - s));
 }
 
-// What an epilogue adds or multiplies with, straight from memory: eight columns from `col` on, saved activations of row
-// `row` of the tile.
+// The same of each of a piece's values. erf and exp, inlined once for each, would be most of a kernel's code: they work
+// in place on a lane's floats in the stage, in a loop that stays a loop, 32 columns at a time.
+template <int kCols>
+__device__ __forceinline__ void transcendental(int kind, Piece<kCols>& v, uint32_t stage) {
+  float* mine = static_cast<float*>(__cvta_shared_to_generic(stage)) + threadIdx.x % kWarp;
+  __syncwarp();  // what was staged before has been read
+#pragma unroll
+  for (int first = 0; first < kCols / 2; first += 16) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) mine[i * kWarp] = v[first + i];
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) mine[i * kWarp] = transcendental(kind, mine[i * kWarp]);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) v[first + i] = mine[i * kWarp];
+  }
+}
+
+// How a warp moves a piece between the stage and memory: 16 bytes a lane, kRows rows at once.
+template <int kCols>
+struct Chunks {
+  static constexpr int kRows = kWarp * 8 / kCols;
+  int row, chunk;     // the lane's first
+  uint32_t stage;
+  int64_t at;         // in the tile, in elements
+  int rows, columns;  // that exist, from there on
+  bool whole;         // 16 bytes at once: all columns exist, and addresses are aligned
+
+  template <class T>
+  __device__ __forceinline__ Chunks(const Epilogue<T>& to, const T* tile, uint32_t stage, int first_row, int first_col)
+      : row(threadIdx.x % kWarp / (kCols / 8)), chunk(threadIdx.x % (kCols / 8)), stage(stage) {
+    const int col = first_col + chunk * 8;
+    at = static_cast<int64_t>(first_row + row) * to.ld + col;
+    rows = to.rows - first_row - row, columns = to.n - col;
+    whole = columns >= 8 && to.ld % 8 == 0 && aligned16(tile + at);
+  }
+  // Of the row r rows on: its place in the stage.
+  __device__ __forceinline__ uint32_t staged(int r) const { return stage + ptx::swizzled(row + r, chunk); }
+};
+
+// Rounds a piece and stores it. `out` is the tile's; `row` the piece's first row within the tile, `col` its first
+// column in the matrix.
+template <int kCols, class T>
+__device__ __forceinline__ void write_piece(const Epilogue<T>& to, T* out, const Piece<kCols>& v, uint32_t stage,
+                                            int row, int col) {
+  __syncwarp();  // what was staged before has been read
+#pragma unroll
+  for (int j = 0; j < kCols / 16; ++j) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed[i] = pack<T>(v[8 * j + 2 * i], v[8 * j + 2 * i + 1]);
+    ptx::store_matrices(stage, 2 * j, packed);
+  }
+  __syncwarp();
+  const Chunks<kCols> mine(to, out, stage, row, col);
+  T* at = out + mine.at;
+  if (mine.whole) {
+#pragma unroll
+    for (int r = 0; r < kPieceRows; r += mine.kRows, at += mine.kRows * to.ld) {
+      const uint4 bits = ptx::load_shared16(mine.staged(r));
+      if (r < mine.rows) *reinterpret_cast<uint4*>(at) = bits;
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < min(mine.rows, kPieceRows); r += mine.kRows, at += mine.kRows * to.ld)
+#pragma unroll 1
+      for (int i = 0; i < min(mine.columns, 8); ++i) at[i] = ptx::load_shared2<T>(mine.staged(r) + 2 * i);
+  }
+}
+
+// What an epilogue adds or multiplies with, straight from memory.
 template <class T>
 struct FromMemory {
-  __device__ __forceinline__ void bias(const Epilogue<T>& to, int col, float (&v)[8]) const {
-    load8(to.bias + col, to.n - col, v);
+  __device__ __forceinline__ float2 bias(const Epilogue<T>& to, int col) const {
+    return {col < to.n ? to_float(to.bias[col]) : 0.f, col + 1 < to.n ? to_float(to.bias[col + 1]) : 0.f};
   }
-  __device__ __forceinline__ void aux(const Epilogue<T>& to, int row, int col, float (&v)[8]) const {
-    load8(to.aux + row * to.ld + col, to.n - col, v);
+  // Where in shared memory a piece of the saved activations lies, in rows of 128 bytes.
+  template <int kCols>
+  __device__ __forceinline__ uint32_t aux(const Epilogue<T>& to, uint32_t stage, int row, int col) const {
+    const Chunks<kCols> mine(to, to.aux, stage, row, col);
+    const T* at = to.aux + mine.at;
+    __syncwarp();  // what was staged before has been read
+    if (mine.whole) {
+#pragma unroll
+      for (int r = 0; r < kPieceRows; r += mine.kRows, at += mine.kRows * to.ld)
+        if (r < mine.rows) ptx::store_shared16(mine.staged(r), *reinterpret_cast<const uint4*>(at));
+    } else {
+#pragma unroll 1
+      for (int r = 0; r < min(mine.rows, kPieceRows); r += mine.kRows, at += mine.kRows * to.ld)
+#pragma unroll 1
+        for (int i = 0; i < min(mine.columns, 8); ++i) ptx::store_shared2(mine.staged(r) + 2 * i, at[i]);
+    }
+    __syncwarp();
+    return stage;
   }
 };
 
-// One 16×32 piece of a warp's accumulators: acc[base + 4j + i] is element i of its column block j. `row` is the piece's
-// first row within the tile, `col` its first column in the matrix. The stage is the warp's own. `base` must be a
-// constant once inlined. `from` loads the bias and the saved activations. Returns, where sums are wanted, the sum of
-// column kept_column() over the piece's rows.
-template <class T, int N, class From>
-__device__ __forceinline__ float store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, float* stage,
-                                             int row, int col, const From& from) {
-  const int lane = threadIdx.x % kWarp;
-  __syncwarp();  // the piece before has been read
+// A piece of a tile's result: acc[base …] plus bias, through the activation or times its derivative, stored. The stage
+// is the warp's own, of kStageBytes. `base` must be a constant once inlined. `sums` are set where column sums are wanted.
+template <int kCols, class T, int N, class From>
+__device__ __forceinline__ void store_piece(const Epilogue<T>& to, const float (&acc)[N], int base, uint32_t stage,
+                                            int row, int col, const From& from, float (&sums)[kCols / 32]) {
+  Piece<kCols> v;
 #pragma unroll
-  for (int j = 0; j < kStageCols / 8; ++j) {
-    float* at = stage + (lane / 4) * kStageStride + j * 8 + (lane % 4) * 2;
-    *reinterpret_cast<float2*>(at) = make_float2(acc[base + 4 * j], acc[base + 4 * j + 1]);
-    *reinterpret_cast<float2*>(at + 8 * kStageStride) = make_float2(acc[base + 4 * j + 2], acc[base + 4 * j + 3]);
-  }
-  __syncwarp();
-  const int my_col = col + (lane % 4) * 8;
-  const int valid = to.n - my_col;
-  float sums[8] = {};
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const int my_row = half * 8 + lane / 4;
-    if (row + my_row >= to.rows || valid <= 0) continue;
-    const int64_t at = static_cast<int64_t>(row + my_row) * to.ld + my_col;
-    float* mine = stage + my_row * kStageStride + (lane % 4) * 8;
-    float v[8], other[8];
-    *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(mine);
-    *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(mine + 4);
-    if (to.bias) {
-      from.bias(to, my_col, other);
+  for (int i = 0; i < kCols / 2; ++i) v[i] = acc[base + i];
+  if (to.bias) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] += other[i];
+    for (int j = 0; j < kCols / 8; ++j) {
+      const float2 bias = from.bias(to, col + j * 8 + threadIdx.x % 4 * 2);
+      v[4 * j] += bias.x, v[4 * j + 1] += bias.y, v[4 * j + 2] += bias.x, v[4 * j + 3] += bias.y;
     }
-    if (to.pre) store8(to.pre + at, valid, v);
-    if (to.kind == SMOP_RELU) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = v[i] <= 0.f ? 0.f : v[i];  // a NaN stays one
-    } else if (to.kind == SMOP_RELU_GRAD) {
-      from.aux(to, row + my_row, my_col, other);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = other[i] <= 0.f ? 0.f : v[i];
-    } else if (to.kind != SMOP_IDENTITY) {
-      // erf and exp, inlined once for each of a thread's accumulators, would be most of the kernel's code: here they
-      // work in place on the lane's 8 staged floats, in a loop that stays a loop.
-      const bool gradient = to.kind >= SMOP_GELU_GRAD;
-      if (gradient) from.aux(to, row + my_row, my_col, other);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) mine[i] = gradient ? other[i] : v[i];
-#pragma unroll 1
-      for (int i = 0; i < 8; ++i) mine[i] = transcendental(to.kind, mine[i]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = gradient ? v[i] * mine[i] : mine[i];
-    }
-    store8(to.out + at, valid, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] += v[i];
   }
-  return to.sums ? sum_over_rows(sums) : 0.f;
+  if (to.pre) write_piece<kCols>(to, to.pre, v, stage, row, col);
+  if (to.kind == SMOP_RELU) {
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) v[i] = ptx::max_or_nan(v[i], 0.f);
+  } else if (to.kind >= SMOP_RELU_GRAD) {
+    const uint32_t box = from.template aux<kCols>(to, stage, row, col);
+    Piece<kCols> saved;
+#pragma unroll
+    for (int j = 0; j < kCols / 16; ++j) {
+      uint32_t packed[4];
+      ptx::load_matrices(packed, box, 2 * j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) unpack<T>(packed[i], saved[8 * j + 2 * i], saved[8 * j + 2 * i + 1]);
+    }
+    if (to.kind == SMOP_RELU_GRAD) {
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) v[i] = saved[i] <= 0.f ? 0.f : v[i];
+    } else {
+      transcendental<kCols>(to.kind, saved, stage);
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) v[i] *= saved[i];
+    }
+  } else if (to.kind != SMOP_IDENTITY) {
+    transcendental<kCols>(to.kind, v, stage);
+  }
+  write_piece<kCols>(to, to.out, v, stage, row, col);
+  if (to.sums) sum_over_rows<kCols>(v, to.rows - row, sums);
 }
 
 }  // namespace smop

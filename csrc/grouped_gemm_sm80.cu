@@ -17,7 +17,7 @@ constexpr int kWarpM = 64, kWarpN = 32;
 constexpr int kTileElements = 128 * kBlockK;  // of either operand
 constexpr int kSharedBytes = kStages * 2 * kTileElements * 2;
 static_assert(kBlockM == kBlockN, "the operands share their tile's size");
-static_assert(kThreads / kWarp * kStageFloats * 4 <= kSharedBytes, "the epilogue stages in the ring");
+static_assert(kThreads / kWarp * kStageBytes <= kSharedBytes, "the epilogue stages in the ring");
 
 // Element offset of 16-byte chunk `chunk` of row `row` in a tile of kCols columns.
 template <int kCols>
@@ -183,13 +183,16 @@ __device__ __forceinline__ void mainloop(float (&acc)[4][16], T* ring, A& a, B& 
 template <class T>
 __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[4][16], T* ring, int first_col) {
   const int warp = threadIdx.x / kWarp, warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
-  float* stage = reinterpret_cast<float*>(ring) + warp * kStageFloats;
+  const uint32_t stage = ptx::shared_address(ring) + warp * kStageBytes;
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    sum += store_piece(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n, FromMemory<T>{});
-  static_assert(kWarpM == kSumRows && kStageCols == kWarpN, "a warp's pieces are the rows of one column sum");
-  const int col = first_col + warp_n + kept_column();
+  for (int i = 0; i < 4; ++i) {
+    float sums[1] = {};
+    store_piece<kWarpN>(to, acc[i], 0, stage, warp_m + i * 16, first_col + warp_n, FromMemory<T>{}, sums);
+    sum += sums[0];
+  }
+  static_assert(kWarpM == kSumRows && kWarpN == 32, "a warp's pieces are the rows of one column sum");
+  const int col = first_col + warp_n + kept_column<kWarpN>();
   if (to.sums && col < to.n) to.sums[static_cast<int64_t>(warp_m / kSumRows) * padded(to.n) + col] = sum;
 }
 
@@ -209,7 +212,7 @@ struct TokenRow {
 
 template <class T, bool kBTransposed>
 __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   begin_kernel();
   T* ring = reinterpret_cast<T*>(shared);
   RowTile tile;
@@ -233,7 +236,7 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
 
 template <class T>
 __global__ __launch_bounds__(kThreads, 2) void grouped_wgrad_sm80(const SmopWgrad p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   begin_kernel();
   T* ring = reinterpret_cast<T*>(shared);
   const WeightTile tile =

@@ -45,6 +45,7 @@ __global__ __launch_bounds__(kThreads, 1) void grouped_gemm_sm90(const __grid_co
       const int first_col = tile.col_tile * kBlockN;
       const TileBias<T, kBlockN> bias(to, first_col);
       float acc[kBlockN / 2] = {};
+      if (tiles == 0) fall_behind(ring, k_tiles, p.order != nullptr);
       if (tile.rows > (threadIdx.x / kGroup - 1) * 64)
         consume<T, false, kTransB>(acc, ring, k_tiles);
       else

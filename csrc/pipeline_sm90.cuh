@@ -41,22 +41,25 @@ constexpr int kAuxBoxes = (kBlockN + 63) / 64;
 template <int kBlockN>
 constexpr int kAuxBoxesAStage = (kABytes + kBBytes<kBlockN>) / kABytes;
 
-constexpr int kStageBytes = kConsumerWarps * kStageFloats * 4;  // the epilogue's
-constexpr int kBiasBytes = 2 * 2 * 256 * 4;  // of either consumer group's tile and its next, in float32
-constexpr int kAlignment = 1024;             // of the ring
-constexpr int kSharedBytes = kRingBytes + kStageBytes + kBiasBytes + 2 * kMaxStages * 8 + kAlignment;
+constexpr int kMaxBlockN = 256;
+constexpr int kStagesBytes = kConsumerWarps * kStageBytes;   // the epilogue's
+constexpr int kBiasBytes = 2 * 2 * kMaxBlockN * 4;           // of either group's tile and its next, in float32
+constexpr int kSumsBytes = kConsumerWarps * kMaxBlockN * 4;  // of each warp's columns
+constexpr int kAlignment = 1024;                             // of the ring
+constexpr int kSharedBytes = kRingBytes + kStagesBytes + kBiasBytes + kSumsBytes + 2 * kMaxStages * 8 + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block on sm_90");
 
 struct Shared {
-  uint32_t ring, full, empty;  // shared addresses
-  float *stages, *biases;
+  uint32_t ring, stages, full, empty;  // shared addresses
+  float *biases, *sums;
 
   __device__ explicit Shared(unsigned char* base) {
     unsigned char* aligned = base + (-ptx::shared_address(base) & 1023);
     ring = ptx::shared_address(aligned);
-    stages = reinterpret_cast<float*>(aligned + kRingBytes);
-    biases = stages + kStageBytes / 4;
-    full = ring + kRingBytes + kStageBytes + kBiasBytes;
+    stages = ring + kRingBytes;
+    biases = reinterpret_cast<float*>(aligned + kRingBytes + kStagesBytes);
+    sums = biases + kBiasBytes / 4;
+    full = stages + kStagesBytes + kBiasBytes + kSumsBytes;
     empty = full + kMaxStages * 8;
   }
 };
@@ -143,6 +146,16 @@ struct Announcer {
     --pending;
   }
 };
+
+// Before a consumer group's first product: the second group waits until `lead` stages more than its first are full, by
+// which time the first group has multiplied about as many, and from then on it stays behind. So while one stores its part
+// of a tile, the other has the tensor cores to itself. How far it can lag: what the ring holds, less what gathered stages
+// are announced late.
+template <int kBlockN, int kBlocks>
+__device__ __forceinline__ void fall_behind(const Ring<kBlockN, kBlocks>& ring, int k_tiles, bool gathered) {
+  const int lead = min(kStages<kBlockN> / 2, kStages<kBlockN> - 1 - (gathered ? kLag : 0));
+  if (threadIdx.x >= 2 * kGroup && k_tiles > lead) ptx::mbarrier_wait(ring.shared.full + lead * 8, 0);
+}
 
 // Clears the rows of a stage from `rows` on: in a weight gradient's last stage they are another expert's, and a product
 // with zero is no help where they hold an infinity. All consumers, together.

@@ -8,6 +8,35 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+__device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+// One element of two bytes.
+template <class T>
+__device__ __forceinline__ void store_shared2(uint32_t address, T v) {
+  *static_cast<T*>(__cvta_shared_to_generic(address)) = v;
+}
+template <class T>
+__device__ __forceinline__ T load_shared2(uint32_t address) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(address));
+}
+
+// The larger of the two, a NaN where either is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // ------------------------------------------------------------------------------------------------ sm_80: cp.async,
 // mma.sync
 
@@ -37,6 +66,38 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// Tiles in shared memory with rows of 128 bytes, whose 16-byte chunks are exchanged within each group of 8 rows: what a
+// tensor map with the 128-byte swizzle writes.
+constexpr int kSwizzleRow = 128;                // bytes
+constexpr int kSwizzleGroup = 8 * kSwizzleRow;  // 8 rows: the pattern repeats
+
+// Byte offset of a 16-byte chunk in such a tile.
+__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
+  return row * kSwizzleRow + ((chunk ^ (row % 8)) * 16);
+}
+
+// Of such a tile's first 16 rows, four 8×8 matrices: those of chunk `chunk` in rows 0 … 7 and 8 … 15, then of the next.
+// A lane has elements 2(l%4), +1 of row l/4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t tile, int chunk) {
+  const int lane = threadIdx.x % kWarp;
+  ldmatrix_x4(r, tile + swizzled(lane % 16, chunk + lane / 16));
+}
+__device__ __forceinline__ void store_matrices(uint32_t tile, int chunk, const uint32_t (&r)[4]) {
+  const int lane = threadIdx.x % kWarp;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   tile + swizzled(lane % 16, chunk + lane / 16)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(tile + swizzled(lane / 4 + i % 2 * 8, chunk + i / 2) + lane % 4 * 4),
+                 "r"(r[i])
+                 : "memory");
+#endif
 }
 
 // d += a · b, 16×8×16, float32 accumulators.
@@ -142,19 +203,6 @@ __device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
 // Orders this thread's ordinary and cp.async writes to shared memory before reads by the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 __device__ __forceinline__ void prefetch_tensormap(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -20,7 +20,7 @@ struct TileBias {
   }
   __device__ __forceinline__ const float* share(const Epilogue<T>& to, const Shared& shared, int tiles_before) const {
     const int group = threadIdx.x / kGroup - 1;
-    float* place = shared.biases + (group * 2 + tiles_before % 2) * 256;
+    float* place = shared.biases + (group * 2 + tiles_before % 2) * kMaxBlockN;
     if (!to.bias) return place;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
@@ -30,62 +30,63 @@ struct TileBias {
   }
 };
 
-// What the epilogue of a piece reads from shared memory: its 32 columns of the bias, and in the ring the box of 64
-// columns of saved activations that it lies in, from which 16-byte chunk on.
+// What the epilogue of a piece reads from shared memory: its columns of the bias, and the box of saved activations in
+// the ring that is as wide.
 template <class T>
 struct FromShared {
   const float* piece_bias;
+  int first_col;
   uint32_t box;
-  int first_chunk;
 
-  __device__ __forceinline__ void bias(const Epilogue<T>&, int col, float (&v)[8]) const {
-    const float4* from = reinterpret_cast<const float4*>(piece_bias + col % kStageCols);
-    *reinterpret_cast<float4*>(v) = from[0];
-    *reinterpret_cast<float4*>(v + 4) = from[1];
+  __device__ __forceinline__ float2 bias(const Epilogue<T>&, int col) const {
+    return *reinterpret_cast<const float2*>(piece_bias + col - first_col);
   }
-  __device__ __forceinline__ void aux(const Epilogue<T>&, int row, int col, float (&v)[8]) const {
-    Packed8<T> packed;
-    packed.bits[0] = ptx::load_shared16(box + ptx::swizzled(row, first_chunk + col % kStageCols / 8));
-    packed.unpack(v);
+  template <int kCols>
+  __device__ __forceinline__ uint32_t aux(const Epilogue<T>&, uint32_t, int row, int) const {
+    return box + row * ptx::kSwizzleRow;
   }
 };
+
+// A warp's part of box number `box` of a tile, 64 columns or the kCols that are left; its column sums go to shared
+// memory.
+template <int kCols, class T, int kBlockN, int kBlocks>
+__device__ __forceinline__ void store_box(const Epilogue<T>& to, const float (&acc)[kBlockN / 2],
+                                          Ring<kBlockN, kBlocks>& ring, int first_col, const float* bias, int box) {
+  const int warp = threadIdx.x / kWarp - kProducerWarps, col = box * 64;
+  const int place = box % kAuxBoxesAStage<kBlockN>;  // in the stage of saved activations
+  if (to.aux && place == 0) ptx::mbarrier_wait(ring.full(), ring.phase);
+  const FromShared<T> from{bias + col, first_col + col, ring.a() + place * kABytes};
+  float sums[kCols / 32];
+  store_piece<kCols>(to, acc, col / 2, ring.shared.stages + warp * kStageBytes, warp * 16, first_col + col, from, sums);
+  if (to.sums) {
+    float* mine = ring.shared.sums + warp * kMaxBlockN + col + kept_column<kCols>();
+#pragma unroll
+    for (int i = 0; i < kCols / 32; ++i) mine[i] = sums[i];
+  }
+  if (to.aux && (place == kAuxBoxesAStage<kBlockN> - 1 || box == kAuxBoxes<kBlockN> - 1)) {
+    __syncwarp();
+    ring.release(ring.empty());
+    ring.advance();
+  }
+}
 
 template <class T, int kBlockN, int kBlocks>
 __device__ __forceinline__ void store_tile(const Epilogue<T>& to, const float (&acc)[kBlockN / 2],
                                            Ring<kBlockN, kBlocks>& ring, int first_col, const float* bias = nullptr) {
-  const int warp = threadIdx.x / kWarp - kProducerWarps;
-  float* stages = ring.shared.stages;
-  float sums[kBlockN / kStageCols];
 #pragma unroll
-  for (int piece = 0; piece < kBlockN / kStageCols; ++piece) {
-    const int box = piece / 2 % kAuxBoxesAStage<kBlockN>;
-    const bool starts = piece % 2 == 0 && box == 0;
-    const bool ends = piece == kBlockN / kStageCols - 1 || (piece % 2 == 1 && box == kAuxBoxesAStage<kBlockN> - 1);
-    if (to.aux && starts) ptx::mbarrier_wait(ring.full(), ring.phase);
-    sums[piece] = store_piece(to, acc, piece * kStageCols / 2, stages + warp * kStageFloats, warp * 16,
-                              first_col + piece * kStageCols,
-                              FromShared<T>{bias + piece * kStageCols, ring.a() + box * kABytes, piece % 2 * 4});
-    if (to.aux && ends) {
-      __syncwarp();
-      ring.release(ring.empty());
-      ring.advance();
-    }
-  }
+  for (int box = 0; box < kBlockN / 64; ++box) store_box<64>(to, acc, ring, first_col, bias, box);
+  if constexpr (kBlockN % 64 != 0) store_box<kBlockN % 64>(to, acc, ring, first_col, bias, kBlockN / 64);
   if (!to.sums) return;
-  // A warp has the sums over its 16 rows; the four warps of the group add theirs through their stages.
-  static_assert(kBlockN <= kStageFloats && kGroup == 2 * kSumRows);
-  const int group = warp / 4;
-  float* mine = stages + warp * kStageFloats;
-  __syncwarp();
-#pragma unroll
-  for (int piece = 0; piece < kBlockN / kStageCols; ++piece) mine[piece * kStageCols + kept_column()] = sums[piece];
+  // A warp has the sums over its 16 rows, a group over its 64.
+  static_assert(kGroup == 2 * kSumRows);
+  const int group = threadIdx.x / kGroup - 1;
   ptx::named_barrier(kGroupBarrier + group, kGroup);
   for (int col = threadIdx.x % kGroup; col < kBlockN && first_col + col < to.n; col += kGroup) {
-    const float* from = stages + group * 4 * kStageFloats + col;
+    const float* from = ring.shared.sums + group * 4 * kMaxBlockN + col;
     to.sums[static_cast<int64_t>(group) * padded(to.n) + first_col + col] =
-        from[0] + from[kStageFloats] + (from[2 * kStageFloats] + from[3 * kStageFloats]);
+        from[0] + from[kMaxBlockN] + (from[2 * kMaxBlockN] + from[3 * kMaxBlockN]);
   }
-  ptx::named_barrier(kGroupBarrier + group, kGroup);  // read before the next tile's pieces are staged
+  ptx::named_barrier(kGroupBarrier + group, kGroup);  // read before the next tile's sums are written
 }
 
 }  // namespace smop::sm90

@@ -9,17 +9,9 @@
 #pragma once
 #include <type_traits>
 
-#include "common.cuh"
+#include "ptx.cuh"
 
 namespace smop::ptx {
-
-constexpr int kSwizzleRow = 128;                // bytes
-constexpr int kSwizzleGroup = 8 * kSwizzleRow;  // 8 rows: the pattern repeats
-
-// Byte offset of a 16-byte chunk in such a tile.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-  return row * kSwizzleRow + ((chunk ^ (row % 8)) * 16);
-}
 
 // The matrix descriptor of a tile. `block_bytes` is the distance of its blocks, where it is MN-major and has several.
 template <int kRowBytes = kSwizzleRow>
