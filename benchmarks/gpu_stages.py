@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import build, environment, kernels, predictions, rivals, workloads
+from benchmarks import build, environment, kernels, predictions, rivals, techniques, workloads
 from benchmarks.compare import Contest, describe, raise_if_device_is_lost
 from benchmarks.floors import Ceilings, measure_ceilings
 from benchmarks.rivals import eager
@@ -79,6 +79,7 @@ def stages() -> list[Stage]:
         Stage("build", 0.1, _build, 60),
         Stage("cuda", 0.1, lambda dry: _correctness(FIRST, ("cuda",), dry) + _predictions("cuda"), 20),
         Stage("headline", 0.3, lambda dry: _timed(_sizes(workloads.headline(), dry), BOTH, names=CONTENDERS), 150),
+        Stage("techniques", 0.1, lambda dry: _techniques("triton") + _techniques("cuda"), 30),
         Stage("tune", 0.25, _tune, 120),
         Stage("more correctness", 0.2, lambda dry: _correctness(MORE, BACKENDS, dry)),
         Stage("memory", 0.1, _memory),
@@ -134,14 +135,32 @@ def _predictions(backend: str) -> list[Case]:
     """Does the model by which tiles are chosen say what the GPU does? Single launches, predicted beside measured."""
 
     def run(c: Context) -> dict:
+        return {"predictions": predictions.measured(c.device, backend, 0.05 if c.dry else 1.5, c.dry)}
+
+    return [_of_backend(f"{backend} launches", backend, run)]
+
+
+def _techniques(backend: str) -> list[Case]:
+    """Is what the kernels do on argument alone quicker than what it replaced?"""
+
+    def run(c: Context) -> dict:
+        return {"techniques": techniques.measured(c.device, backend, 0.05 if c.dry else 1.0, c.dry)}
+
+    return [_of_backend(f"{backend} techniques", backend, run)]
+
+
+def _of_backend(key: str, backend: str, run: Callable[[Context], dict]) -> Case:
+    """A case that needs a GPU on which the backend serves."""
+
+    def run_there(c: Context) -> dict:
         reason = "needs a GPU" if c.device.type != "cuda" else c.excluded.get(f"ours_{backend}")
         reason = reason or dispatch.unsupported(backend, torch.bfloat16, c.device, 2, 8)
         if reason is not None:
             return {"note": reason}
         c.starting(f"ours_{backend}")
-        return {"predictions": predictions.measured(c.device, backend, 0.05 if c.dry else 1.5, c.dry)}
+        return run(c)
 
-    return [Case(f"{backend} launches", run)]
+    return Case(key, run_there)
 
 
 # ------------------------------------------------------------------------------------------------------ correctness

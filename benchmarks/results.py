@@ -1,7 +1,8 @@
 """The JSON file of a run, one per device.
 
 schema, kind ("cpu", "gpu", "peers", "data"), note?, environment, ceilings, workloads {key: sizes}, stages {name: …},
-correctness [], predictions []?, timings [], memory [], kernels [], model [], skipped [], data []? (kind "data" alone)
+correctness [], predictions []?, techniques []?, timings [], memory [], kernels [], model [], skipped [],
+data []? (kind "data" alone)
 """
 
 import json
@@ -14,7 +15,7 @@ from llama_smop.system import files
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
-LISTS = ("correctness", "predictions", "timings", "memory", "kernels", "model", "skipped")
+LISTS = ("correctness", "predictions", "techniques", "timings", "memory", "kernels", "model", "skipped")
 
 
 def new(kind: str) -> dict:

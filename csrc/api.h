@@ -48,6 +48,7 @@ typedef struct {
   void* out;         // (M, N)
   int epilogue;
   float* sums;  // smop_column_sums_size() floats, or null: column sums of out over each 64 rows of a row tile
+  int columns, cluster;  // of the sm_90a kernels: columns of a tile, blocks of a cluster; 0 leaves it to the launcher
 } SmopGemm;
 int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
 
@@ -65,6 +66,7 @@ typedef struct {
   int top_k;
   int experts, m, n;
   void* out;  // (X, m, n)
+  int columns, cluster;  // as SmopGemm's
 } SmopWgrad;
 int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream, int dependent);
 

@@ -29,7 +29,7 @@ T* at(Address address) {
 void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                   int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
                   int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, Address sums,
-                  bool dependent, uint64_t stream) {
+                  int columns, int cluster, bool dependent, uint64_t stream) {
   SmopGemm p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows;
@@ -37,18 +37,18 @@ void grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows,
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
   p.rows = rows, p.experts = experts, p.n = n, p.k = k;
   p.bias = at<void>(bias), p.aux = at<void>(aux), p.pre = at<void>(pre), p.out = at<void>(out), p.epilogue = epilogue;
-  p.sums = at<float>(sums);
+  p.sums = at<float>(sums), p.columns = columns, p.cluster = cluster;
   check(smop_grouped_gemm(&p, stream, dependent), "grouped_gemm");
 }
 
 void grouped_wgrad(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                    int64_t b_rows, Address offs, Address order, int top_k, int experts, int m, int n, Address out,
-                   bool dependent, uint64_t stream) {
+                   int columns, int cluster, bool dependent, uint64_t stream) {
   SmopWgrad p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows, p.b = at<void>(b), p.ldb = ldb, p.b_rows = b_rows;
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
-  p.experts = experts, p.m = m, p.n = n, p.out = at<void>(out);
+  p.experts = experts, p.m = m, p.n = n, p.out = at<void>(out), p.columns = columns, p.cluster = cluster;
   check(smop_grouped_wgrad(&p, stream, dependent), "grouped_wgrad");
 }
 
@@ -200,10 +200,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("grouped_gemm", &grouped_gemm, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
         "stride_b"_a, "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a,
-        "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "dependent"_a, "stream"_a);
+        "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "columns"_a, "cluster"_a, "dependent"_a, "stream"_a);
   m.def("grouped_wgrad", &grouped_wgrad, py::kw_only(), "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a,
-        "ldb"_a, "b_rows"_a, "offs"_a, "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "dependent"_a,
-        "stream"_a);
+        "ldb"_a, "b_rows"_a, "offs"_a, "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "columns"_a,
+        "cluster"_a, "dependent"_a, "stream"_a);
   m.def("zero_tail", &zero_tail, py::kw_only(), "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a,
         "dependent"_a, "stream"_a);
   m.def("route_fwd", &route_fwd, py::kw_only(), "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a,

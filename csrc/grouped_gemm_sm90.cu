@@ -115,19 +115,28 @@ struct Cut {
 // predicted, not measured: the first from the machine code, the second from the bytes that L2 delivers). Wide tiles
 // read less; narrow ones leave fewer SMs idle in the last round, and with few tokens, when reading the weights is all,
 // put every SM to it. In a single round blocks that wait for each other gain nothing. Without `paired` rows there are no
-// clusters: the weight gradients' would not be right.
+// clusters: the weight gradients' would not be right. What the product asks for is not left to choose; null when there
+// is no such cut.
 template <class Product, int kCuts>
-const Cut<Product>& best_cut(const Cut<Product> (&cuts)[kCuts], int64_t row_tiles, int64_t paired, int n, int sms) {
+const Cut<Product>* best_cut(const Cut<Product> (&cuts)[kCuts], const Product& p, int64_t row_tiles, int64_t paired,
+                             int sms) {
   const Cut<Product>* best = nullptr;
   int64_t least = INT64_MAX;
   for (const Cut<Product>& cut : cuts) {
-    if (sms < cut.blocks) continue;
-    const int64_t rounds = ceil_div(row_tiles * ceil_div(n, cut.width), sms / cut.blocks * cut.blocks);
-    if (cut.blocks > 1 && (rounds < 2 || paired == 0)) continue;
+    if (sms < cut.blocks || (p.columns && cut.width != p.columns) || (p.cluster && cut.blocks != p.cluster)) continue;
+    const int64_t rounds = ceil_div(row_tiles * ceil_div(p.n, cut.width), sms / cut.blocks * cut.blocks);
+    if (cut.blocks > 1 && (paired == 0 || (rounds < 2 && !p.cluster))) continue;
     const int64_t cost = rounds * ((cut.width + 80) * row_tiles - (cut.blocks > 1 ? 24 * paired : 0));
     if (cost < least) least = cost, best = &cut;
   }
-  return *best;
+  return best;
+}
+
+template <class Product, int kCuts>
+cudaError_t launch_best(const Cut<Product> (&cuts)[kCuts], const Product& p, int64_t row_tiles, int64_t paired, int sms,
+                        uint64_t stream, bool dependent) {
+  const Cut<Product>* cut = best_cut(cuts, p, row_tiles, paired, sms);
+  return cut ? cut->launch(p, sms, stream, dependent) : cudaErrorInvalidValue;
 }
 
 // One block an SM, each walking its share of the tiles.
@@ -208,7 +217,7 @@ cudaError_t launch_gemm_sm90(const SmopGemm& p, uint64_t stream, bool dependent)
                                              {192, 1, launch_gemm<T, 192, 1>}, {192, 2, launch_gemm<T, 192, 2>},
                                              {160, 1, launch_gemm<T, 160, 1>}, {160, 2, launch_gemm<T, 160, 2>},
                                              {128, 1, launch_gemm<T, 128, 1>}, {64, 1, launch_gemm<T, 64, 1>}};
-    return best_cut(cuts, row_tiles, paired, p.n, sms).launch(p, sms, stream, dependent);
+    return launch_best(cuts, p, row_tiles, paired, sms, stream, dependent);
   });
 }
 
@@ -223,7 +232,7 @@ cudaError_t launch_wgrad_sm90(const SmopWgrad& p, uint64_t stream, bool dependen
     using T = decltype(t);
     static constexpr Cut<SmopWgrad> cuts[] = {
         {256, 1, launch_wgrad<T, 256, 1>}, {256, 2, launch_wgrad<T, 256, 2>}, {128, 1, launch_wgrad<T, 128, 1>}};
-    return best_cut(cuts, rows, pairs ? rows : 0, p.n, sms).launch(p, sms, stream, dependent);
+    return launch_best(cuts, p, rows, pairs ? rows : 0, sms, stream, dependent);
   });
 }
 

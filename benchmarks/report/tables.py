@@ -281,6 +281,22 @@ def predictions(results: dict) -> Table | None:
     return Table("predicted and measured", header, rows, note, text=True) if rows else None
 
 
+def techniques(results: dict) -> Table | None:
+    """What the kernels do, beside what it replaced."""
+    records = results.get("techniques", ())
+    best = {}
+    for r in records:
+        key = r["question"], r["workload"], r["backend"]
+        best[key] = min(best.get(key, r["median_us"]), r["median_us"])
+    rows = [
+        [r["question"], r["workload"], r["backend"], r["way"], number(r["median_us"]),
+         f"{r['median_us'] / best[r['question'], r['workload'], r['backend']]:.2f}×"]
+        for r in records
+    ]  # fmt: skip
+    header = ["", "workload", "backend", "way", "µs", "of the quickest"]
+    return Table("ways to the same end", header, rows, "Each in a CUDA graph.", text=True) if rows else None
+
+
 def skipped(results: dict) -> Table | None:
     """The reasons why rivals were not timed, and the failures; identical reasons once."""
     timed = {t["rival"] for t in results["timings"]}
@@ -351,7 +367,7 @@ def all_tables(results: dict) -> list[Table]:
         found.append(memory(results, of))
     found += [single_workloads(results, which) for which in ("both", "forward")]
     found += [kernels(results), model(results), data(results)]
-    found += [correctness(results), predictions(results), stages(results), skipped(results)]
+    found += [correctness(results), predictions(results), techniques(results), stages(results), skipped(results)]
     return [t for t in found if t is not None]
 
 

@@ -30,6 +30,7 @@ __all__ = [
 
 FEW_ROWS = 1024  # up to here reading the weights is most of a product's time, and they are brought into the L2 ahead
 GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
+CHOSEN = 0, 0  # the columns of a tile and the blocks of a cluster that the extension picks
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -169,12 +170,14 @@ def _like(tensor: Tensor, dtype: torch.dtype):
 
 def gemm(
     stream, a, b, offs, rows, *,
-    order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, first=False,
+    order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, cut=CHOSEN,
+    first=False,
 ) -> Tensor:  # fmt: skip
     """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
 
     With `order`, row r of the product takes row order[r] // top_k of `a`. `sums` takes partial column sums of the
-    result. `first`: the first launch of an operator, which waits for all before it; others may be queued up early.
+    result. `cut`: columns of a tile and blocks of a cluster of the sm_90a kernels. `first`: the first launch of an
+    operator, which waits for all before it; others may be queued up early.
     """
     ext = extension()
     X, K, N = b.shape
@@ -185,12 +188,12 @@ def gemm(
         b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
         offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
         aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
-        dependent=not first, stream=stream,
+        columns=cut[0], cluster=cut[1], dependent=not first, stream=stream,
     )  # fmt: skip
     return out
 
 
-def wgrad(stream, a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
+def wgrad(stream, a, b, offs, *, order=None, top_k=1, cut=CHOSEN, first=False) -> Tensor:
     """Σ_r a[r]ᵀ · b[row(r)] over the rows of each expert, (X, m, n); the columns of a and b have unit strides."""
     ext = extension()
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
@@ -198,7 +201,7 @@ def wgrad(stream, a, b, offs, *, order=None, top_k=1, first=False) -> Tensor:
     ext.grouped_wgrad(
         dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
         b=_ptr(b), ldb=b.stride(0), b_rows=b.shape[0], offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X,
-        m=m, n=n, out=_ptr(out), dependent=not first, stream=stream,
+        m=m, n=n, out=_ptr(out), columns=cut[0], cluster=cut[1], dependent=not first, stream=stream,
     )  # fmt: skip
     return out
 
