@@ -100,7 +100,10 @@ def grouped_gemm_kernel(
             b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
             n_mask = (n < N)[None, :]
 
-        for k0 in range(0, K, BLOCK_K):
+        # Around this loop Triton 3.6 puts code that sets the accumulators of gated gradients, for which ptxas lets each
+        # wgmma wait for the one before. So that loop is always entered: masks make zeros of what K 0 does not have.
+        end_k = tl.maximum(K, 1) if GATED and GRADIENT else K
+        for k0 in range(0, end_k, BLOCK_K):
             if EVEN_K:
                 a = tl.load(a_ptrs)
                 b = tl.load(b_ptrs) if EVEN_N else tl.load(b_ptrs, mask=n_mask, other=0.0)
@@ -296,7 +299,7 @@ def grouped_gemm(
             "PRECISION": dot_precision(a.dtype),
             "BOXES": boxes,
             "EVEN_N": N % cfg.block_n == 0,
-            "EVEN_K": K % cfg.block_k == 0,
+            "EVEN_K": K % cfg.block_k == 0 and K > 0,
             "BLOCK_X": block_of(X + 1),
             "BLOCK_M": cfg.block_m,
             "BLOCK_N": cfg.block_n,

@@ -101,6 +101,14 @@ def test_tiles_of_gated_experts(arch, capsys):
     check(arch, "bf16", (64, 16384), capsys, GEMMS[:1], "swiglu")
 
 
+@pytest.mark.parametrize(
+    "activation", ["swiglu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reglu", "geglu"))]
+)
+def test_products_of_gated_gradients_are_not_serialised(activation, capsys):
+    """For few rows, where Triton 3.6 and ptxas once made each wgmma wait for the one before."""
+    check(90, "bf16", (64,), capsys, GEMMS[:1], activation)
+
+
 @pytest.mark.parametrize("arch", [80])
 def test_the_router_of_128_experts_fits_the_smallest_shared_memory(arch):
     model = Model(1024, 16, 16, E=64, K=8, sharing="DEDR", dtype=torch.float32)

@@ -55,6 +55,23 @@ def test_rows_times_matrices(runner, dtype):
             check(runner, a, transposed, offs)
 
 
+@pytest.mark.parametrize(("runner", "dtype"), triton_params((bf16, 90), (fp16, 80)))
+def test_a_sum_over_nothing_is_zero(runner, dtype):
+    """K 0: the bias is left. Gradients of gated experts take one step, of masks alone."""
+    if dtype not in runner.dtypes:
+        pytest.skip(f"{dtype} is not for this runner")
+    offs, N = offsets("empty"), 40
+    a, b = torch.empty(ROWS, 0, dtype=dtype), torch.empty(len(offs), 0, N, dtype=dtype)
+    bias = torch.randn(len(offs), N, generator=torch.Generator().manual_seed(5)).to(dtype)
+    with runner.running():
+        check(runner, a, b, offs, bias, "relu")
+        device = {"dtype": dtype, "device": runner.device}
+        saved, out = torch.randn(ROWS, 2 * N, **device), torch.full((ROWS, 2 * N), float("nan"), **device)
+        given = (t.to(runner.device) for t in (a, b, offs))
+        grouped_gemm(*given, out, pre=saved, gradient=True, activation="swiglu").run()
+    assert not out.any()
+
+
 @pytest.mark.parametrize(("runner", "dtype"), triton_params(("bf16", 90), ("fp16", 80)))
 def test_matrices_inside_a_larger_tensor(runner, dtype):
     """Experts' weights packed with others, either way round; what lies between them may be anything."""
