@@ -377,7 +377,9 @@ def grouped_mm(
     Args:
         a: (M, K); any strides, float64 to float16.
         b: (G, K, N) or (K, N); any strides, a's dtype.
-        offs: (G,) int32, cumulative ends of the groups.
+        offs: (G,) int32, cumulative ends of the groups. They must not fall, which a GPU checks only with
+            LLAMA_SMOP_DEBUG=1: where they do, which rows a group has is left open, and the gradient may take others
+            than the product.
         bias: (G, N), 2d x 3d only.
         activation: None, "relu", "gelu" or "silu", 2d x 3d only.
 
