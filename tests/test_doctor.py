@@ -9,6 +9,7 @@ import torch
 from llama_smop.cli import main
 from llama_smop.doctor import checks, run, timing
 from llama_smop.doctor.checks import SHAPES, Finding
+from llama_smop.doctor.environment import environment, text
 from llama_smop.doctor.timing import DENSE, EAGER, Time
 from llama_smop.ops import dispatch, trust
 from llama_smop.ops.backend import Backend
@@ -155,6 +156,19 @@ def test_an_unfinished_round_proves_nothing_right_but_shows_what_is_wrong():
     good, bad = Finding("triton", "a", "bfloat16", []), Finding("triton", "b", "float16", ["dw1 is off"])
     kept = run.verdicts([good, bad], [], ["triton bfloat16: c", "triton float16: c"])
     assert kept == {("triton", torch.float16): {"right": False, "faults": ["dw1 is off (b)"]}}
+
+
+def test_large_products_alone_make_no_backend_wrong(monkeypatch, tmp_path):
+    """The doctor names them, and what it keeps lets "auto" do without them; `llama-smop env` says so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = [Finding("triton", "a", "bfloat16", []), Finding("triton", checks.LARGE, "bfloat16", ["a·b is off by 1"])]
+    assert "wrong: triton (1 of 2 checks; first: a·b is off by 1, large products)" in run.verdict(found, [], [])
+    trust.store_doctors(CPU, run.verdicts(found, [], []))
+    assert trust.stored(CPU)["triton bfloat16"] == {
+        "right": True, "faults": [], "large": ["a·b is off by 1"], "by": "doctor"
+    }  # fmt: skip
+    assert "triton bfloat16 is right (by doctor); without TMA: a·b is off by 1" in text(environment())
 
 
 def test_env_says_why_a_backend_cannot_serve(capsys, monkeypatch):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from llama_smop.doctor import checks, run
+from llama_smop.functional import grouped_mm
 from llama_smop.ops import dispatch, trust
 from llama_smop.projector import SMoPProjector
+from llama_smop.triton_kernels import boxes, configs, grouped_gemm, launch
 
 pytestmark = pytest.mark.gpu
 
@@ -44,6 +46,33 @@ def test_a_backend_made_wrong_is_refused_at_its_first_use(new_machine, monkeypat
     monkeypatch.setattr(triton, "expert_projection_bwd", off)
     assert dispatch.resolve("auto", torch.float16, new_machine, 2, 4) == "torch"
     assert "dw1 is off by" in caplog.text
+
+
+def test_the_first_use_reaches_products_by_tma(new_machine):
+    with launch.recording() as recorder:
+        assert dispatch.resolve("auto", torch.float16, new_machine, 2, 4) == "triton"
+    lie = {one.constexprs.get("BOXES") for one in recorder.launches}
+    assert lie == ({None, "XKN", "XNK"} if torch.cuda.get_device_capability() >= (9, 0) else {None})
+
+
+def test_where_descriptors_read_something_else_large_products_take_pointers(new_machine, monkeypatch, caplog):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("is not for this runner")
+    honest = boxes._described
+    monkeypatch.setattr(boxes, "_described", lambda tensor, *how: honest(torch.zeros_like(tensor), *how))
+    monkeypatch.setattr(boxes, "refused", refused := set())
+    monkeypatch.setattr(grouped_gemm, "refused", refused)
+    assert dispatch.resolve("auto", torch.float16, new_machine, 2, 4) == "triton"
+    (warning,) = caplog.messages
+    assert "without TMA" in warning and "a·b by TMA is off by" in warning
+    assert refused == {(torch.float16, new_machine)}
+    monkeypatch.setattr(configs, "SMALLEST_BY_BOXES", 0)
+    monkeypatch.setattr(grouped_gemm, "gemm_config", lambda *_: configs.tile_by_boxes(90, torch.float16, "tf32"))
+    a, b = (torch.randn(*shape, dtype=torch.float16, device=new_machine) for shape in ((70, 64), (1, 64, 72)))
+    with launch.recording() as recorder:
+        out = grouped_mm(a, b, torch.tensor([70], dtype=torch.int32, device=new_machine), backend="triton")
+    assert [one.constexprs["BOXES"] for one in recorder.launches] == [None]
+    torch.testing.assert_close(out, a @ b[0], rtol=2e-2, atol=2e-2)
 
 
 def test_a_first_use_inside_a_capture_does_not_break_it(new_machine):

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import TileConfig
+
+refused: set[tuple[torch.dtype, torch.device]] = set()  # where a check has found boxes wrong: pointers serve
 
 
 def operand_boxes(

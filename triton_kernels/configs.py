@@ -67,6 +67,12 @@ def by_boxes(arch: int, dtype: torch.dtype, config: TileConfig, multiply_adds: i
     return arch >= 90 and dtype.itemsize == 2 and config.blocks == 1 and multiply_adds >= SMALLEST_BY_BOXES
 
 
+def tile_by_boxes(arch: int, dtype: torch.dtype, precision: str) -> TileConfig | None:
+    """The tile of products so large that they take their operands by TMA; None where none does."""
+    tile = gemm_config(arch, dtype, precision, rows=1 << 16, groups=1, n=1 << 12, k=1 << 12)
+    return tile if by_boxes(arch, dtype, tile, SMALLEST_BY_BOXES) else None
+
+
 def entry(op: str, arch: int, dtype: torch.dtype, precision: str, shape: GroupedShape) -> tuple[float, TileConfig]:
     """The table's (factor, tile) for a product: the least cost among those that fit."""
     row = kind(dtype, precision)

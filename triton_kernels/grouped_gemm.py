@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import GATED, activate, activation_gradient
-from .boxes import operand_boxes
+from .boxes import operand_boxes, refused
 from .configs import by_boxes, gemm_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
@@ -264,6 +264,7 @@ def grouped_gemm(
     top_k: int = 1,
     zero_tail: bool = False,
     config: TileConfig | None = None,
+    by_tma: bool | None = None,
 ) -> Launch:
     """One launch of out = epilogue(A · B_e). A gated `activation` splits B's columns in two, or out's for the gradient.
 
@@ -276,14 +277,18 @@ def grouped_gemm(
             shape.
         sums: (tiles, 1, width of out) float32: where the sums of out over each tile's rows go, tiles of
             `gemm_tile_rows` rows.
+        by_tma: whether operands come as boxes, if TMA can read them; None: those of large products, where it is right.
     """
     rows, (X, K, N) = out.shape[0], b.shape
     through_gate = None if activation is None else GATED.get(activation)
     cfg = config or _config(out, X, N, K)
     tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
     operands, boxes = (a, b), None
-    if not gather and (through_gate is None or gradient) and by_boxes(target_arch(), a.dtype, cfg, rows * N * K):
-        operands, boxes = operand_boxes(a, b, cfg)
+    if not gather and (through_gate is None or gradient):
+        if by_tma is None:
+            by_tma = by_boxes(target_arch(), a.dtype, cfg, rows * N * K) and (a.dtype, a.device) not in refused
+        if by_tma:
+            operands, boxes = operand_boxes(a, b, cfg)
     sizes = rows, a.shape[0], X, N, K
     return Launch(
         grouped_gemm_kernel,

@@ -109,6 +109,11 @@ def _forget_other_drivers(active: Any) -> None:
         _driver = active
 
 
+def forget_plans() -> None:
+    """Sequences are worked out anew: something that their launches depended on has changed."""
+    _plans.clear()
+
+
 def plans_for(active: Any) -> dict[tuple, Any]:
     _forget_other_drivers(active)
     return _plans

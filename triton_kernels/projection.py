@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import boxes as _boxes
 from . import router as _router
 from . import schedule as _schedule
 from .combine import combine_bwd, combine_fwd
-from .configs import ROUTER_TOKENS, combine_rows
+from .configs import ROUTER_TOKENS, combine_rows, tile_by_boxes
 from .grouped_gemm import gemm_tile_rows, grouped_gemm, keeps_pre
 from .grouped_wgrad import grouped_wgrad
-from .launch import Sequence
+from .launch import Sequence, dot_precision, forget_plans, target_arch
 from .partials import new_partials, sum_partials
 from .replay import replayed
 from .support import unsupported
@@ -44,6 +45,8 @@ __all__ = [
     "expert_projection_bwd",
     "expert_projection_fwd",
     "grouped_mm",
+    "product_by_boxes",
+    "refuse_boxes",
     "replayed",
     "route_bwd",
     "route_fwd",
@@ -224,6 +227,25 @@ def grouped_mm(
     pre = torch.empty_like(out) if keeps_pre(activation) else None
     grouped_gemm(a, b, offs, out, bias=bias, activation=activation, pre=pre, zero_tail=True).run()
     return out, a.new_empty(0) if pre is None else pre
+
+
+def product_by_boxes(a: Tensor, b: Tensor, offs: Tensor) -> Tensor | None:
+    """a · B_e as a large product computes it, whatever the size; None where large ones are computed as small ones are.
+
+    Sizes and strides must be multiples of 16 bytes.
+    """
+    tile = tile_by_boxes(target_arch(), a.dtype, dot_precision(a.dtype))
+    if tile is None:
+        return None
+    out = a.new_empty((a.shape[0], b.shape[2]))
+    grouped_gemm(a, b, offs, out, zero_tail=True, config=tile, by_tma=True).run()
+    return out
+
+
+def refuse_boxes(dtype: torch.dtype, device: torch.device) -> None:
+    """Large products of this dtype on this device are computed as small ones are from now on."""
+    _boxes.refused.add((dtype, device))
+    forget_plans()
 
 
 def _hidden(run, x, w1, b1, activation, order, offs, top_k, hidden) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_smop.ops import dispatch, self_check
+from llama_smop.ops import dispatch, large_products, self_check
 from llama_smop.ops.backends import torch as torch_backend
 from llama_smop.ops.self_check import Inputs, Model
 from llama_smop.projector import SMoPProjector
@@ -76,6 +76,14 @@ def against_definition(backend: str, shape: Shape, device: torch.device, seed: i
     # not `equal`: a NaN is a fault by itself
     found += [f"{n} differs from run to run" for n, t in first.items() if not torch.equal(_bits(t), _bits(again[n]))]
     return Finding(backend, str(shape), dtype, found)
+
+
+LARGE = "large products"
+
+
+def of_large_products(backend: str, dtype: torch.dtype, device: torch.device) -> Finding:
+    """Computed by TMA, where large ones are: those of the shapes above are too small for it."""
+    return Finding(backend, LARGE, str(dtype)[6:], large_products.faults(dispatch.module(backend), dtype, device))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ def text(found: dict[str, Any]) -> str:
             lines.append(f"  {name:7s} {_served(reasons)}")
         for name, verdict in device["verdicts"].items():
             right = "right" if verdict["right"] else "wrong: " + "; ".join(map(str, verdict.get("faults", [])))
-            lines.append(f"  known   {name} is {right} (by {verdict.get('by')})")
+            without = f"; without TMA: {'; '.join(map(str, verdict['large']))}" if verdict.get("large") else ""
+            lines.append(f"  known   {name} is {right} (by {verdict.get('by')}){without}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ def _checked(backends: list[str], device: torch.device, progress: bool, end: flo
             if _serves(backend, dtype, device):
                 for name, check in checks.in_training(backend, dtype, device):
                     rounds.append((backend, name, str(dtype)[6:], check))
+        for dtype in (torch.bfloat16, torch.float16) if backend == "triton" else ():
+            if _serves(backend, dtype, device):
+                check_large = partial(checks.of_large_products, backend, dtype, device)
+                rounds.append((backend, checks.LARGE, str(dtype)[6:], check_large))
         for shape in checks.SHAPES if device.type == "cuda" else checks.FEW:
             if _serves(backend, shape.model.dtype, device, shape.model.activation in GATED):
                 check = _of(backend, shape, device)
@@ -123,15 +128,20 @@ def _timed(backends: list[str], device: torch.device, progress: bool, end: float
 def verdicts(
     findings: list[Finding], times: list[Time], left_out: list[str]
 ) -> dict[tuple[str, torch.dtype], dict[str, Any]]:
-    """What `trust` keeps. Where something was left out, right is not said of a backend, and wrong still is."""
+    """What `trust` keeps. Where something was left out, right is not said of a backend, and wrong still is.
+
+    A backend that is wrong in large products alone is right: it can do without what is wrong.
+    """
     found: dict[tuple[str, torch.dtype], dict[str, Any]] = {}
     for backend, dtype in {(f.backend, f.dtype) for f in findings if f.backend != "torch"}:
-        faults = [
-            f"{line} ({f.check})" for f in findings if (f.backend, f.dtype) == (backend, dtype) for line in f.faults
-        ]
+        own = [f for f in findings if (f.backend, f.dtype) == (backend, dtype)]
+        faults = [f"{line} ({f.check})" for f in own if f.check != checks.LARGE for line in f.faults]
+        large = [line for f in own if f.check == checks.LARGE for line in f.faults]
         unfinished = any(line.startswith(f"{backend} {dtype}") for line in left_out)
         if faults or not unfinished:
             found[backend, getattr(torch, dtype)] = {"right": not faults, "faults": faults[:4]}
+            if large:
+                found[backend, getattr(torch, dtype)]["large"] = large
             if backend == "cuda":
                 found[backend, getattr(torch, dtype)]["not_slower"] = _not_slower(times)
     return found

@@ -3,6 +3,8 @@
 Verdicts are kept in the user's cache, by device, driver and versions: `llama-smop doctor` writes them; where none has
 run, Triton is checked once, on a small problem, forward and backward. LLAMA_SMOP_CHECK=0 takes it unchecked. The CUDA
 extension is chosen only where a doctor has found it right and not slower than Triton.
+
+Where Triton is wrong in large products alone (`large_products`), it is chosen, and computes them as it does small ones.
 """
 
 import logging
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llama_smop.ops import self_check
+from llama_smop.ops import large_products, self_check
 from llama_smop.ops.backend import Backend
 from llama_smop.ops.backends import torch as torch_backend
 from llama_smop.system import files, provenance
@@ -54,6 +56,14 @@ def checked(name: str, backend: Backend | ModuleType, dtype: torch.dtype, device
             verdict = _check(backend, dtype, device)
             if verdict.pop("keep"):
                 store(device, {_entry(name, dtype): verdict})
+        large = verdict.get("large") if verdict["right"] else None
+        if large:
+            large_products.do_without(backend, dtype, device)
+            logger.warning(
+                'backend="auto" takes %s for %s on %s without TMA descriptors, by which large products are wrong '
+                "there: %s. They take pointers instead; `llama-smop doctor` tells more",
+                name, dtype, device_name(device), "; ".join(large),
+            )  # fmt: skip
         known[name, dtype, device] = verdict["right"]
     if not verdict["right"]:
         logger.warning(
@@ -73,6 +83,7 @@ def enabled() -> bool:
 
 def _check(backend: Backend | ModuleType, dtype: torch.dtype, device: torch.device) -> dict:
     """{"right", "faults", "by", "keep"}: compared with PyTorch in the same dtype and in float64, on the device.
+    "large": what is wrong with large products alone, if anything is.
 
     In a thread of its own, where there is no autocast, dispatch mode, tracer or stream of the caller's. Where the check
     itself cannot be made, the backend is trusted.
@@ -90,11 +101,20 @@ def _check(backend: Backend | ModuleType, dtype: torch.dtype, device: torch.devi
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # a compiler, a driver: perhaps mended by the next process
-                    failed = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                    verdict.update(right=False, faults=[failed])
+                    verdict.update(right=False, faults=[_line(error)])
                     return
                 found = self_check.faults(got, exact, plain)
-            verdict.update(right=not found, faults=found[:4], keep=True)
+                verdict.update(right=not found, faults=found[:4])
+                if not found:
+                    try:
+                        large = large_products.faults(backend, dtype, device)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:
+                        verdict.update(large=[_line(error)])
+                        return
+                    verdict.update({"large": large} if large else {})
+            verdict.update(keep=True)
         except Exception as error:
             logger.info("the first use on %s is not checked: %s", device, error)
 
@@ -102,6 +122,10 @@ def _check(backend: Backend | ModuleType, dtype: torch.dtype, device: torch.devi
     thread.start()
     thread.join()
     return verdict
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 # --------------------------------------------------------------------------------------------------------- the cache
@@ -131,7 +155,7 @@ def store(device: torch.device, verdicts: dict[str, dict]) -> None:
 
 
 def store_doctors(device: torch.device, verdicts: dict[tuple[str, torch.dtype], dict]) -> None:
-    """Keep what a doctor found, by backend and dtype: {"right", "faults"}, of "cuda" also "not_slower"."""
+    """Keep what a doctor found, by backend and dtype: {"right", "faults"}, also "large", of "cuda" "not_slower"."""
     store(device, {_entry(name, dtype): verdict | {"by": "doctor"} for (name, dtype), verdict in verdicts.items()})
     known.clear()
 

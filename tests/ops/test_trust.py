@@ -102,6 +102,35 @@ def test_one_that_could_not_be_compiled_is_tried_again_by_the_next_process(first
     assert first_use(backend()) == "triton"
 
 
+def by_boxes(error: float):
+    return lambda a, b, offs: right.grouped_mm(a, b, offs, None, None)[0] * (1 + error)
+
+
+def test_one_that_is_wrong_in_large_products_alone_does_without_what_is_wrong(first_use, caplog):
+    """In the next process too, which does not check again."""
+    refused = []
+    made = backend(product_by_boxes=by_boxes(0.05), refuse_boxes=lambda *what: refused.append(what))
+    for process in (1, 2):
+        for new_process in (True, False):
+            assert first_use(made, new_process=new_process) == "triton"
+        assert refused == [(FP32, CPU)] * process
+        assert len(caplog.messages) == process
+    assert made.asked == 1
+    for warning in caplog.messages:
+        assert "without TMA" in warning and "a·b by TMA is off by" in warning and "llama-smop doctor" in warning
+
+
+def test_large_products_that_could_not_be_compiled_are_tried_again_by_the_next_process(first_use, caplog):
+    refused = []
+    made = backend(product_by_boxes=does_not_compile, refuse_boxes=lambda *what: refused.append(what))
+    assert first_use(made) == "triton"
+    assert refused and "RuntimeError: ptxas failed" in caplog.text
+    made.product_by_boxes = by_boxes(0.0)
+    assert first_use(made) == "triton"
+    assert len(refused) == len(caplog.messages) == 1
+    assert trust.stored(CPU)["triton float32"] == {"right": True, "faults": [], "by": "first use"}
+
+
 def test_another_version_or_device_is_asked_again(first_use, monkeypatch):
     good = backend()
     first_use(good)
