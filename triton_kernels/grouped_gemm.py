@@ -80,6 +80,7 @@ def grouped_gemm_kernel(
             epilogue(zeros, None, mask, m, n, expert, tile_m, N, None, pre_ptr, None, out_ptr, None, False)
         return
 
+    IN_PIECES: tl.constexpr = GATED or ACTIVATION == "gelu" or ACTIVATION == "silu"
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BOXES is not None:
         acc = product_of_boxes(a_ptr, b_ptr, acc, first, expert, tile_n * BLOCK_N, K, BOXES, BLOCK_K)
@@ -100,9 +101,9 @@ def grouped_gemm_kernel(
             b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
             n_mask = (n < N)[None, :]
 
-        # Around this loop Triton 3.6 puts code that sets the accumulators of gated gradients, for which ptxas lets each
-        # wgmma wait for the one before. So that loop is always entered: masks make zeros of what K 0 does not have.
-        end_k = tl.maximum(K, 1) if GATED and GRADIENT else K
+        # Around this loop Triton 3.6 puts code that sets accumulators, if the epilogue loads what was saved, and ptxas
+        # then lets each wgmma wait for the one before. So such a loop is entered: of K 0 masks make zeros.
+        end_k = tl.maximum(K, 1) if IN_PIECES and GRADIENT else K
         for k0 in range(0, end_k, BLOCK_K):
             if EVEN_K:
                 a = tl.load(a_ptrs)
@@ -125,6 +126,11 @@ def grouped_gemm_kernel(
         else:
             n0 = tile_n * (BLOCK_N // 2)
             gated_forward(left, right, m, n0, end, expert, N // 2, bias_ptr, pre_ptr, out_ptr, ACTIVATION, EVEN_N)
+    elif IN_PIECES:
+        n0 = tile_n * BLOCK_N
+        epilogue_in_pieces(
+            acc, m, n0, end, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT, EVEN_N
+        )
     elif BLOCK_N <= 128:
         mask = tile_mask(m, n, end, N, EVEN_N)
         saved = load_saved(pre_ptr, mask, m, n, N, GRADIENT)
@@ -188,6 +194,33 @@ def epilogue(
     if sums_ptr is not None:
         sums = tl.sum(tl.where(mask, acc, 0.0), 0)
         tl.store(sums_ptr + tile_m.to(tl.int64) * N + n, sums, mask=n < N)
+
+
+@triton.jit
+def epilogue_in_pieces(
+    acc, m, n0, end, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Of 64 columns at a time, from n0 on, or 32: for more these activations take more registers than there are."""
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = acc.shape[1]
+    WIDEST: tl.constexpr = 32 if GRADIENT and ACTIVATION == "gelu" else 64
+    if COLUMNS > WIDEST:
+        left, right = halves(acc, ROWS, COLUMNS)
+        epilogue_in_pieces(
+            left, m, n0, end, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT, EVEN_N
+        )
+        n0 += COLUMNS // 2
+        epilogue_in_pieces(
+            right, m, n0, end, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT, EVEN_N
+        )
+        return
+    n = n0 + tl.arange(0, COLUMNS)
+    mask = tile_mask(m, n, end, N, EVEN_N)
+    saved = load_saved(pre_ptr, mask, m, n, N, GRADIENT)
+    if GRADIENT:
+        tl.debug_barrier()  # out may be pre, and a thread may load what another one stores
+    epilogue(acc, saved, mask, m, n, expert, tile_m, N, bias_ptr, pre_ptr, sums_ptr, out_ptr, ACTIVATION, GRADIENT)
 
 
 @triton.jit

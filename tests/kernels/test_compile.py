@@ -101,6 +101,14 @@ def test_tiles_of_gated_experts(arch, capsys):
     check(arch, "bf16", (64, 16384), capsys, GEMMS[:1], "swiglu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tiles_of_activations_that_take_registers(arch, activation, capsys):
+    """Few rows and many, forward and backward."""
+    check(arch, "bf16", (64, 1024, 16384), capsys, GEMMS[:1], activation)
+
+
 @pytest.mark.parametrize(
     "activation", ["swiglu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reglu", "geglu"))]
 )
