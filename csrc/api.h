@@ -148,11 +148,11 @@ typedef struct {
   int dtype, ln_dtype, tokens, top_k, experts, dim;
   const void *dy, *z;  // (T, O), (M, O)
   const float* weights;
-  const int32_t *order, *offs;
+  const int32_t *order, *inverse, *offs;
   const void *ln_weight, *ln_bias;
   const float *mean, *rstd;
   void* dz;         // (M, O)
-  float* dweights;  // (T, K) or null
+  float* dweights;  // (T, K) or null; 0 for a slot that is skipped
   float* sums;      // smop_combine_sums_size() floats, or null: over each run of rows the sums of dz, and with
                     // LayerNorm those that become dln_weight and dln_bias
   const void* next;    // or null: what the launch after this one reads first, to be brought into the L2 meanwhile

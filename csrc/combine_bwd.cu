@@ -29,6 +29,16 @@ __device__ __forceinline__ Row row_info(const SmopCombineBwd& p, int row, bool n
   return {slot, p.weights[slot], norm ? p.mean[row] : 0.f, norm ? p.rstd[row] : 1.f};
 }
 
+// No row stands for a skipped choice: the blocks share them.
+__device__ __forceinline__ void clear_skipped(const SmopCombineBwd& p) {
+  if (!p.dweights) return;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1  // most threads have one, if any
+  for (int64_t slot = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+       slot < static_cast<int64_t>(p.tokens) * p.top_k; slot += threads)
+    if (p.inverse[slot] < 0) p.dweights[slot] = 0.f;
+}
+
 // With few tokens this kernel leaves DRAM idle and the GEMM after it only waits for weights: a few blocks more bring
 // them into the L2.
 constexpr int kPrefetchBlocks = 64;
@@ -48,6 +58,7 @@ __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const Sm
   __shared__ __align__(16) float reduce[2][3 * kThreads / kWarp];
   __shared__ Row info[128];
   begin_kernel();
+  clear_skipped(p);
   if (p.next && blockIdx.x >= gridDim.x - kPrefetchBlocks)
     return prefetch_next(p, blockIdx.x - (gridDim.x - kPrefetchBlocks));
   RowTile tile;
@@ -123,6 +134,7 @@ template <class T, class P>
 __global__ __launch_bounds__(kAnyThreads, 3) void combine_bwd_any(const SmopCombineBwd p, int run) {
   __shared__ __align__(16) float reduce[2][3 * kAnyThreads / kWarp];
   begin_kernel();
+  clear_skipped(p);
   RowTile tile;
   RowTileScheduler scheduler(p.offs, p.experts, static_cast<int64_t>(p.tokens) * p.top_k, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;

@@ -18,14 +18,14 @@ ARCHS = "80;90a"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _load(name: str, path: Path) -> ModuleType:
+def load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-csrc = _load("llama_smop_csrc_build", REPOSITORY / "csrc" / "build.py")
+csrc = load("llama_smop_csrc_build", REPOSITORY / "csrc" / "build.py")
 
 
 def missing() -> str | None:
@@ -54,14 +54,14 @@ def path(linkage: str) -> Path:
 
 @cache
 def static() -> ModuleType:
-    return _load("llama_smop_static._C", path("static"))
+    return load("llama_smop_static._C", path("static"))
 
 
 @cache
 def on_ptxrun() -> ModuleType:
     """The shared module over ptxrun's CUDA runtime, which has to be in the process first."""
     ptxrun_support.load("ptxrun.cuda").install()
-    return _load("llama_smop_ptxrun._C", path("shared"))
+    return load("llama_smop_ptxrun._C", path("shared"))
 
 
 if __name__ == "__main__":  # so that `make test` compiles on all cores first, not one test worker while others wait

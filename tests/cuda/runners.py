@@ -1,6 +1,6 @@
 """The CUDA backend as a runner of tests/kernels: nvcc's PTX on the CPU, or the installed extension on a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama_smop.ops.backends import cuda as cuda_backend
-from llama_smop.ops.backends import cuda_extension
+from llama_smop.ops.backends import cuda_extension, cuda_replay
 from tests import ptxrun_support
 from tests.cuda import extension
 from tests.kernels.runners import Runner
@@ -65,7 +65,7 @@ class CudaPtx(Runner):
     @contextmanager
     def running(self) -> Iterator[ModuleType]:
         global launches
-        module, address = extension.on_ptxrun(), cuda_backend._ptr
+        module, address, addresses = extension.on_ptxrun(), cuda_backend._ptr, cuda_replay.addresses
         launches = Launches(arch=self.arch, sms=self.sms, races=self.races)
 
         def reached_address(tensor: torch.Tensor | None) -> int:
@@ -73,9 +73,19 @@ class CudaPtx(Runner):
                 launches.reach(tensor)
             return address(tensor)
 
-        built = {"extension": lambda: module}
-        cpu_counts_as_gpu = mock.patch.multiple(cuda_extension, unsupported_device=lambda device: None, **built)
-        with cpu_counts_as_gpu, mock.patch.multiple(cuda_backend, _ptr=reached_address, **built):
+        def reached_addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+            for tensor in tensors:
+                if tensor.numel():
+                    launches.reach(tensor)
+            return addresses(tensors)
+
+        reached = mock.patch.multiple(cuda_backend, _ptr=reached_address, extension=lambda: module)
+        # No plan of another test: the first two calls of a shape are launched one by one.
+        replays = mock.patch.multiple(cuda_replay, addresses=reached_addresses, _known={})
+        cpu_counts_as_gpu = mock.patch.multiple(
+            cuda_extension, unsupported_device=lambda device: None, extension=lambda: module
+        )
+        with cpu_counts_as_gpu, reached, replays:
             launches.start("early", 0)
             try:
                 yield cuda_backend

@@ -155,7 +155,7 @@ def test_caller_made_routing(runner):
     ]  # fmt: skip
     dy = leaf(T, O)
     results = {}
-    with runner.running():
+    with runner.running(), poisoned_memory():
         for name, device in (("cuda", runner.device), ("torch", "cpu")):
             x, weights, *parameters = leaves = [t.to(device).clone().requires_grad_() for t in tensors]
             y = functional.expert_projection(x, weights, experts.to(device), *parameters, backend=name)

@@ -37,6 +37,17 @@ def test_side_stream(backend):
     expected.check(got)
 
 
+def test_replayed_launches_follow_the_current_stream(backend):
+    """Those of a step whose shapes came before, when another stream was current."""
+    module, (x, modality, mask) = projector(backend), batch()
+    for _ in range(3):
+        step(module, x, modality, mask)
+    expected = Expected(module, x, modality, mask)
+    with on_a_stream_of_its_own():
+        got = step(module, torch.zeros_like(x).copy_(x), modality, mask)
+    expected.check(got)
+
+
 def test_inputs_made_on_the_side_stream(backend):
     """What produces x is still to run when the projector is called: only the stream orders the two."""
     module, (x, modality, mask) = projector(backend), batch()

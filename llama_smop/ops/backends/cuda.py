@@ -4,18 +4,19 @@ Forward, 5 launches: router; schedule; GEMM1 (rows of x gathered, + b1, activati
 gate weights, sum over K).
 Backward: combine_bwd (dz, dweights, partial sums of db2 and the LayerNorm gradients); dh = (dz·W2) ⊙ act' and partial
 sums of db1; dW2; dW1 (x gathered); the partial sums added up; with dx also dh·W1 and its sum over K; router backward.
-No host synchronisation, no float atomics: gradients are bitwise the same from run to run.
+No host synchronisation, no float atomics: gradients are bitwise the same from run to run. A call of shapes that came
+before is replayed (cuda_replay.py): its launches are one call into the extension.
 
 bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from llama_smop.ops.backend import Experts, Saved, Schedule
 from llama_smop.ops.backends.cuda_extension import DTYPES, LN_DTYPES, extension, unsupported
+from llama_smop.ops.backends.cuda_replay import address as _ptr
+from llama_smop.ops.backends.cuda_replay import launches, replayed
 
 __all__ = [
     "expert_projection_bwd",
@@ -33,31 +34,6 @@ GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
 CHOSEN = 0, 0  # the columns of a tile and the blocks of a cluster that the extension picks
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-
-
-def _ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-class launches:
-    """Makes the device of a tensor current and holds its stream: `with launches(x) as stream:`."""
-
-    def __init__(self, tensor: Tensor):
-        self.device = tensor.device
-        self.guard = torch.cuda.device(self.device) if tensor.is_cuda else None
-
-    def __enter__(self) -> int:
-        if self.guard is None:
-            return 0
-        self.guard.__enter__()
-        return torch.cuda.current_stream(self.device).cuda_stream
-
-    def __exit__(self, *error) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*error)
-
-
 def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
     limit = extension().MAX_EXPERTS
     if not 1 <= num_experts <= limit:
@@ -68,13 +44,10 @@ def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
         raise ValueError(f"tokens × top_k must stay under 2^31, got {tokens} × {top_k}")
 
 
-def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
-    return sequence
-
-
 # ---------------------------------------------------------------------------------------------------------- router
 
 
+@replayed
 def route_fwd(
     x: Tensor,
     gate_weight: Tensor,
@@ -107,6 +80,7 @@ def route_fwd(
     return logits, weights, experts, counts, balance, z_loss, order, inverse, offs, *shared
 
 
+@replayed
 def route_bwd(
     x: Tensor,
     gate_weight: Tensor,
@@ -162,7 +136,8 @@ def _route_sizes(ext, x: Tensor, gate_weight: Tensor, top_k: int) -> dict:
 
 
 def _like(tensor: Tensor, dtype: torch.dtype):
-    return lambda *shape: torch.empty(shape, dtype=dtype, device=tensor.device)
+    """Makes tensors of that dtype on that device. Sizes one by one: told a tuple, PyTorch takes half as long again."""
+    return lambda *sizes: tensor.new_empty(*sizes or ((),), dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------ matrix products
@@ -239,6 +214,7 @@ def _unit_columns(matrix: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ expert projection
 
 
+@replayed
 def expert_projection_fwd(
     x: Tensor,
     weights: Tensor,
@@ -266,6 +242,7 @@ def expert_projection_fwd(
     return y, h, pre, z, mean, rstd
 
 
+@replayed
 def expert_projection_bwd(
     dy: Tensor,
     x: Tensor,
@@ -287,7 +264,7 @@ def expert_projection_bwd(
     rows = T * K
     ext = extension()
     ln_grads = need_dparams and ln_weight is not None
-    dweights = torch.zeros_like(weights) if need_dweights else None  # skipped choices keep the zero
+    dweights = torch.empty_like(weights) if need_dweights else None
     combine_sums = hidden_sums = dx = dw1 = db1 = dw2 = db2 = dln_weight = dln_bias = None
     if ln_grads or (need_dparams and b2 is not None):
         combine_sums = weights.new_empty(ext.sizes.combine_sums(rows, X, O, ln_weight is not None))
@@ -304,10 +281,10 @@ def expert_projection_bwd(
             z = gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
         dz = z if own_z else torch.empty_like(z)
         ext.combine_bwd(
-            **sizes, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), offs=_ptr(offs),
-            ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd), dz=_ptr(dz),
-            dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead), next_bytes=2 * w2.numel(),
-            dependent=False, stream=stream,
+            **sizes, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), inverse=_ptr(inverse),
+            offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd),
+            dz=_ptr(dz), dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead),
+            next_bytes=2 * w2.numel(), dependent=False, stream=stream,
         )  # fmt: skip
         if need_dparams and own_h:
             dw2 = wgrad(stream, dz, h, offs)
