@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     layer.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/layer_memory/")
 
-    host = commands.add_parser("host-time", help="host time of a step of few tokens, without the kernels; a minute")
+    host = commands.add_parser("host-time", help="host time of a step of few tokens, without the kernels; minutes")
     host.add_argument("--out", type=Path, help="JSON file; by default under benchmarks/results/host_time/")
     host.add_argument("--against", nargs="+", default=(), metavar="REVISION", help="measure these of git too, by turns")
     host.add_argument("--quick", action="store_true", help="few steps, a smoke test (needs --out)")
