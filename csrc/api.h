@@ -27,6 +27,13 @@ enum SmopEpilogue {
 
 enum SmopLimits { SMOP_MAX_EXPERTS = 128, SMOP_MAX_ROUTE_BLOCKS = 256, SMOP_MAX_GATE_SPLITS = 64 };
 
+// What is brought into the L2 while a launch runs, for one after it: of stacked weights (X, …) the first `bytes` of each
+// expert, `stride` bytes from expert to expert. Nothing where `from` is null.
+typedef struct {
+  const void* from;
+  int64_t bytes, stride;
+} SmopAhead;
+
 // out[r, :] = epilogue(A[row(r), :] · B[e] + bias[e]) for the rows r of every expert e; row(r) = order ? order[r] /
 // top_k : r.
 typedef struct {
@@ -48,6 +55,7 @@ typedef struct {
   void* out;         // (M, N)
   int epilogue;
   float* sums;  // smop_column_sums_size() floats, or null: column sums of out over each 64 rows of a row tile
+  SmopAhead ahead;  // of experts that have rows; with order only
   int columns, cluster;  // of the sm_90a kernels: columns of a tile, blocks of a cluster; 0 leaves it to the launcher
 } SmopGemm;
 int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
@@ -102,6 +110,7 @@ typedef struct {
   int32_t* block_counts;  // scratch (blocks, R, E)
   float* block_probs;     // scratch (blocks, R, E)
   float* block_z;         // scratch (blocks, R)
+  SmopAhead ahead;        // of all X + S experts
 } SmopRoute;
 int smop_route_fwd(const SmopRoute* args, uint64_t stream);
 
@@ -155,8 +164,7 @@ typedef struct {
   float* dweights;  // (T, K) or null; 0 for a slot that is skipped
   float* sums;      // smop_combine_sums_size() floats, or null: over each run of rows the sums of dz, and with
                     // LayerNorm those that become dln_weight and dln_bias
-  const void* next;    // or null: what the launch after this one reads first, to be brought into the L2 meanwhile
-  int64_t next_bytes;
+  SmopAhead ahead;    // of experts that have rows
 } SmopCombineBwd;
 int smop_combine_bwd(const SmopCombineBwd* args, uint64_t stream, int dependent);
 

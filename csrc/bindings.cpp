@@ -9,6 +9,7 @@
 
 #include "api.h"
 #include "plan.h"
+#include "prefetch.cuh"
 #include "tile_scheduler.cuh"
 
 namespace py = pybind11;
@@ -31,7 +32,8 @@ void def_launch(py::module_& m, const char* name, int (*launch)(P...), const Nam
 int grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                  int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, Address sums,
-                 int columns, int cluster, bool dependent, Stream stream) {
+                 Address ahead, int64_t ahead_bytes, int64_t ahead_stride, int columns, int cluster, bool dependent,
+                 Stream stream) {
   SmopGemm p{};
   p.dtype = dtype, p.family = family;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows;
@@ -39,7 +41,8 @@ int grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, 
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
   p.rows = rows, p.experts = experts, p.n = n, p.k = k;
   p.bias = at<void>(bias), p.aux = at<void>(aux), p.pre = at<void>(pre), p.out = at<void>(out), p.epilogue = epilogue;
-  p.sums = at<float>(sums), p.columns = columns, p.cluster = cluster;
+  p.sums = at<float>(sums), p.ahead = {at<void>(ahead), ahead_bytes, ahead_stride};
+  p.columns = columns, p.cluster = cluster;
   return smop_grouped_gemm(&p, stream, dependent);
 }
 
@@ -64,7 +67,7 @@ int route_fwd(int dtype, int tokens, int dim, int routers, int gates, int expert
               Address gate_weight, Address modality, Address mask, Address logits, Address weights, Address chosen,
               Address all_weights, Address all_chosen, Address counts, Address balance_loss, Address z_loss,
               Address order, Address inverse, Address offs, Address block_counts, Address block_probs,
-              Address block_z, Stream stream) {
+              Address block_z, Address ahead, int64_t ahead_bytes, int64_t ahead_stride, Stream stream) {
   SmopRoute p{};
   p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts,
   p.top_k = top_k, p.shared = shared;
@@ -76,6 +79,7 @@ int route_fwd(int dtype, int tokens, int dim, int routers, int gates, int expert
   p.balance_loss = at<float>(balance_loss), p.z_loss = at<float>(z_loss);
   p.order = at<int32_t>(order), p.inverse = at<int32_t>(inverse), p.offs = at<int32_t>(offs);
   p.block_counts = at<int32_t>(block_counts), p.block_probs = at<float>(block_probs), p.block_z = at<float>(block_z);
+  p.ahead = {at<void>(ahead), ahead_bytes, ahead_stride};
   return smop_route_fwd(&p, stream);
 }
 
@@ -123,15 +127,15 @@ int combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int
 
 int combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z,
                 Address weights, Address order, Address inverse, Address offs, Address ln_weight, Address ln_bias,
-                Address mean, Address rstd, Address dz, Address dweights, Address sums, Address next,
-                int64_t next_bytes, bool dependent, Stream stream) {
+                Address mean, Address rstd, Address dz, Address dweights, Address sums, Address ahead,
+                int64_t ahead_bytes, int64_t ahead_stride, bool dependent, Stream stream) {
   SmopCombineBwd p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
   p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order),
   p.inverse = at<int32_t>(inverse), p.offs = at<int32_t>(offs);
   p.ln_weight = at<void>(ln_weight), p.ln_bias = at<void>(ln_bias), p.mean = at<float>(mean), p.rstd = at<float>(rstd);
   p.dz = at<void>(dz), p.dweights = at<float>(dweights), p.sums = at<float>(sums);
-  p.next = at<void>(next), p.next_bytes = next_bytes;
+  p.ahead = {at<void>(ahead), ahead_bytes, ahead_stride};
   return smop_combine_bwd(&p, stream, dependent);
 }
 
@@ -220,7 +224,8 @@ PYBIND11_MODULE(_C, m) {
 
   def_launch(m, "grouped_gemm", grouped_gemm, "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
              "stride_b"_a, "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a,
-             "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "columns"_a, "cluster"_a, "dependent"_a, "stream"_a);
+             "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "ahead"_a, "ahead_bytes"_a, "ahead_stride"_a,
+             "columns"_a, "cluster"_a, "dependent"_a, "stream"_a);
   def_launch(m, "grouped_wgrad", grouped_wgrad, "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
              "b_rows"_a, "offs"_a, "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "columns"_a,
              "cluster"_a, "dependent"_a, "stream"_a);
@@ -229,7 +234,8 @@ PYBIND11_MODULE(_C, m) {
   def_launch(m, "route_fwd", route_fwd, "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "experts"_a, "top_k"_a,
              "shared"_a, "x"_a, "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a,
              "all_weights"_a, "all_chosen"_a, "counts"_a, "balance_loss"_a, "z_loss"_a, "order"_a, "inverse"_a,
-             "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a, "stream"_a);
+             "offs"_a, "block_counts"_a, "block_probs"_a, "block_z"_a, "ahead"_a, "ahead_bytes"_a, "ahead_stride"_a,
+             "stream"_a);
   def_launch(m, "route_bwd", route_bwd, "dtype"_a, "tokens"_a, "dim"_a, "routers"_a, "gates"_a, "top_k"_a, "x"_a,
              "gate_weight"_a, "modality"_a, "mask"_a, "logits"_a, "weights"_a, "chosen"_a, "counts"_a, "dlogits"_a,
              "dweights"_a, "dweights_columns"_a, "dbalance"_a, "dz"_a, "dlogits_total"_a, "dgate_partial"_a, "dgate"_a,
@@ -241,7 +247,8 @@ PYBIND11_MODULE(_C, m) {
              "dependent"_a, "stream"_a);
   def_launch(m, "combine_bwd", combine_bwd, "dtype"_a, "ln_dtype"_a, "tokens"_a, "top_k"_a, "experts"_a, "dim"_a,
              "dy"_a, "z"_a, "weights"_a, "order"_a, "inverse"_a, "offs"_a, "ln_weight"_a, "ln_bias"_a, "mean"_a,
-             "rstd"_a, "dz"_a, "dweights"_a, "sums"_a, "next"_a, "next_bytes"_a, "dependent"_a, "stream"_a);
+             "rstd"_a, "dz"_a, "dweights"_a, "sums"_a, "ahead"_a, "ahead_bytes"_a, "ahead_stride"_a,
+             "dependent"_a, "stream"_a);
   def_launch(m, "bias_sums", bias_sums, "dtype"_a, "ln_dtype"_a, "experts"_a, "hidden"_a, "dim"_a, "rows"_a, "offs"_a,
              "hidden_sums"_a, "combine_sums"_a, "db1"_a, "db2"_a, "dln_weight"_a, "dln_bias"_a, "dependent"_a,
              "stream"_a);
@@ -276,5 +283,12 @@ PYBIND11_MODULE(_C, m) {
         return std::make_tuple(t.expert, t.row_tile, t.col_tile);
       },
       "number"_a, "row_tiles"_a, "col_tiles"_a);
+  m.def(
+      "part_of",
+      [](int64_t bytes, int count, int number) {
+        const smop::Part part = smop::part_of(bytes, count, number);
+        return std::make_tuple(part.at, part.bytes);
+      },
+      "bytes"_a, "count"_a, "number"_a, "(first byte, bytes) of a part of what is brought into the L2.");
   m.def("build_info", &build_info, "What this extension was built with and for.");
 }

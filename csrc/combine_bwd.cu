@@ -5,7 +5,7 @@
 // the block: in registers for rows of up to 4096 aligned columns (combine_bwd), else in the block's part of the partial
 // sums (combine_bwd_any). bias_sums.cu adds the runs up.
 #include "combine.cuh"
-#include "ptx.cuh"
+#include "prefetch.cuh"
 
 namespace smop {
 namespace {
@@ -39,18 +39,6 @@ __device__ __forceinline__ void clear_skipped(const SmopCombineBwd& p) {
     if (p.inverse[slot] < 0) p.dweights[slot] = 0.f;
 }
 
-// With few tokens this kernel leaves DRAM idle and the GEMM after it only waits for weights: a few blocks more bring
-// them into the L2.
-constexpr int kPrefetchBlocks = 64;
-
-__device__ __forceinline__ void prefetch_next(const SmopCombineBwd& p, int block) {
-  constexpr int64_t kPiece = 8192;
-  const int64_t threads = kPrefetchBlocks * static_cast<int64_t>(blockDim.x);
-  for (int64_t at = (block * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kPiece; at < p.next_bytes;
-       at += threads * kPiece)
-    ptx::prefetch_l2(static_cast<const char*>(p.next) + at, static_cast<uint32_t>(min(kPiece, p.next_bytes - at)));
-}
-
 // Up to 8 · kThreads columns. The next row's loads are in flight while one is computed.
 template <class T, class P, int kThreads, bool kNorm>
 __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const SmopCombineBwd p, int run) {
@@ -59,10 +47,10 @@ __global__ __launch_bounds__(kThreads, 512 / kThreads) void combine_bwd(const Sm
   __shared__ Row info[128];
   begin_kernel();
   clear_skipped(p);
-  if (p.next && blockIdx.x >= gridDim.x - kPrefetchBlocks)
-    return prefetch_next(p, blockIdx.x - (gridDim.x - kPrefetchBlocks));
+  const int64_t rows = static_cast<int64_t>(p.tokens) * p.top_k;
+  if (only_prefetches(p.ahead, p.experts, p.offs, rows)) return;
   RowTile tile;
-  RowTileScheduler scheduler(p.offs, p.experts, static_cast<int64_t>(p.tokens) * p.top_k, run, 1);
+  RowTileScheduler scheduler(p.offs, p.experts, rows, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;
   for (int i = threadIdx.x; i < tile.rows; i += kThreads) info[i] = row_info(p, tile.row + i, kNorm);
   __syncthreads();
@@ -135,8 +123,10 @@ __global__ __launch_bounds__(kAnyThreads, 3) void combine_bwd_any(const SmopComb
   __shared__ __align__(16) float reduce[2][3 * kAnyThreads / kWarp];
   begin_kernel();
   clear_skipped(p);
+  const int64_t rows = static_cast<int64_t>(p.tokens) * p.top_k;
+  if (only_prefetches(p.ahead, p.experts, p.offs, rows)) return;
   RowTile tile;
-  RowTileScheduler scheduler(p.offs, p.experts, static_cast<int64_t>(p.tokens) * p.top_k, run, 1);
+  RowTileScheduler scheduler(p.offs, p.experts, rows, run, 1);
   if (!scheduler.find(blockIdx.x, tile)) return;
   const int my_col = threadIdx.x * 8, width = padded(p.dim);
   const bool norm = p.ln_weight != nullptr;
@@ -206,7 +196,7 @@ cudaError_t launch_combine_bwd(const SmopCombineBwd& p, uint64_t stream, bool de
   const int64_t rows = static_cast<int64_t>(p.tokens) * p.top_k;
   const int run = rows_per_run(rows);
   const auto queue = [&](auto kernel, int threads) {
-    const auto blocks = static_cast<unsigned>(max_row_tiles(rows, p.experts, run) + (p.next ? kPrefetchBlocks : 0));
+    const auto blocks = static_cast<unsigned>(max_row_tiles(rows, p.experts, run) + prefetch_blocks(p.ahead));
     return launch({blocks, threads, 0, stream, dependent}, kernel, p, run);
   };
   const bool aligned = p.dim % 8 == 0 && all_aligned16({p.dy, p.z, p.dz, p.ln_weight, p.ln_bias});
@@ -222,7 +212,7 @@ extern "C" int smop_combine_bwd(const SmopCombineBwd* p, uint64_t stream, int de
   using namespace smop;
   if (p->tokens == 0) return cudaSuccess;
   SmopCombineBwd args = *p;
-  if (!all_aligned16({args.next}) || args.next_bytes % 16) args.next = nullptr;
+  args.ahead = prefetchable(args.ahead);
   return by_dtypes(p->dtype, p->ln_dtype, [&](auto t, auto ln) {
     return launch_combine_bwd<decltype(t), decltype(ln)>(args, stream, dependent != 0);
   });

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "gemm.cuh"
+#include "prefetch.cuh"
 
 namespace smop {
 namespace {
@@ -42,9 +43,11 @@ cudaError_t launch_wgrad_sm90(const SmopWgrad&, uint64_t, bool) { return cudaErr
 extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent) {
   using namespace smop;
   if (args->rows == 0 || args->n == 0) return cudaSuccess;
+  SmopGemm p = *args;
+  p.ahead = prefetchable(p.ahead);
   bool hopper;
-  if (auto e = choose_hopper(args->family, gemm_sm90_serves(*args), hopper)) return e;
-  return hopper ? launch_gemm_sm90(*args, stream, dependent) : launch_gemm_sm80(*args, stream, dependent);
+  if (auto e = choose_hopper(p.family, gemm_sm90_serves(p), hopper)) return e;
+  return hopper ? launch_gemm_sm90(p, stream, dependent) : launch_gemm_sm80(p, stream, dependent);
 }
 
 extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream, int dependent) {

@@ -7,7 +7,7 @@
 // way to registers.
 #include "epilogue.cuh"
 #include "gemm.cuh"
-#include "ptx.cuh"
+#include "prefetch.cuh"
 
 namespace smop {
 namespace {
@@ -219,6 +219,11 @@ __global__ __launch_bounds__(kThreads, 2) void grouped_gemm_sm80(const SmopGemm 
   RowTileScheduler scheduler(p.offs, p.experts, p.rows, kBlockM, static_cast<int>(ceil_div(p.n, kBlockN)));
   if (!scheduler.find(blockIdx.x, tile)) return;
 
+  if (p.ahead.from && first_of_expert(p, tile)) {
+    const Part part = part_of(p.ahead.bytes, static_cast<int>(ceil_div(p.n, kBlockN)) * kThreads,
+                              tile.col_tile * kThreads + threadIdx.x);
+    ptx::prefetch_l2(expert_ahead(p.ahead, tile.expert) + part.at, part.bytes);
+  }
   const int n0 = tile.col_tile * kBlockN;
   const T* b = static_cast<const T*>(p.b) + tile.expert * p.stride_b;
   float acc[4][16] = {};

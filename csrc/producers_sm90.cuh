@@ -9,6 +9,7 @@
 #include <cuda.h>
 
 #include "pipeline_sm90.cuh"
+#include "prefetch.cuh"
 
 namespace smop::sm90 {
 
@@ -68,6 +69,25 @@ __device__ __forceinline__ void produce_by_tma(const SmopGemm& p, const CUtensor
   ring.outlast_cluster();
 }
 
+// What a tile of an expert's first rows brings into the L2 of `ahead`: a piece with each stage of its own loads.
+struct Ahead {
+  const char* from = nullptr;
+  int left = 0, piece = 0;
+
+  __device__ __forceinline__ void start(const SmopGemm& p, const RowTile& tile, int64_t col_tiles) {
+    if (tile.rows <= 0 || !first_of_expert(p, tile)) return;
+    const Part part = part_of(p.ahead.bytes, static_cast<int>(col_tiles), tile.col_tile);
+    from = expert_ahead(p.ahead, tile.expert) + part.at;
+    left = part.bytes;
+    piece = part_of(left, static_cast<int>(ceil_div(p.k, kBlockK)), 0).bytes;
+  }
+  __device__ __forceinline__ void step() {
+    const int bytes = min(piece, left);
+    ptx::prefetch_l2(from, bytes);
+    from += bytes, left -= bytes;
+  }
+};
+
 template <class T, int kBlockN, bool kTransB, int kBlocks>
 __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtensorMap& b_map, const Shared& shared,
                                                  RowTileScheduler<kBlocks> scheduler) {
@@ -90,11 +110,14 @@ __device__ __forceinline__ void produce_gathered(const SmopGemm& p, const CUtens
       from[i] = static_cast<const T*>(p.a) + chunk * 8 + token * lda;
       exists |= inside << i;
     }
+    Ahead ahead;
+    if (p.ahead.from && threadIdx.x == 0) ahead.start(p, tile, ceil_div(p.n, kBlockN));
     for (int k = 0; k < p.k; k += kBlockK) {
       ptx::mbarrier_wait(ring.empty(), ring.phase ^ 1);
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(ring.full(), kBBytes<kBlockN>);
         load_weights<kTransB>(ring, b_map, k, tile);
+        ahead.step();
       }
       const int bytes = max(0, min(16, 2 * (p.k - k - chunk * 8)));
 #pragma unroll

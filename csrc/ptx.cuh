@@ -194,9 +194,12 @@ __device__ __forceinline__ void tma_load_both(uint32_t dst, const void* map, uin
 }
 
 // Starts bringing memory into the L2; address and size in multiples of 16.
-__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+__device__ __forceinline__ void prefetch_l2(const char* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+#pragma unroll 1
+  for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
 #endif
 }
 

@@ -1,5 +1,6 @@
 // The router: gate product, float32 softmax, top-K, renormalised weights, and each block's part of the counts and
 // losses.
+#include "prefetch.cuh"
 #include "routing.cuh"
 
 namespace smop {
@@ -17,6 +18,7 @@ __global__ __launch_bounds__(kRouteThreads, 2) void router_fwd(const SmopRoute p
   // Per warp: E logits, then R·E choices, R·E probability sums and R squared log-sum-exps over its tokens.
   extern __shared__ float shared[];
   begin_kernel();
+  if (only_prefetches(p.ahead, p.experts + p.shared)) return;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int cells = p.routers * p.gates;
   const int per_warp = p.gates + 2 * cells + p.routers;
@@ -129,16 +131,18 @@ extern "C" int smop_route_blocks(int tokens) { return smop::route_blocks(tokens)
 
 extern "C" int smop_route_fwd(const SmopRoute* p, uint64_t stream) {
   using namespace smop;
-  const int cells = p->routers * p->gates;
+  SmopRoute args = *p;
+  args.ahead = prefetchable(args.ahead);
+  const int cells = p->routers * p->gates, blocks = route_blocks(p->tokens) + prefetch_blocks(args.ahead);
   const size_t shared = sizeof(float) * kRouteWarps * (p->gates + 2 * cells + p->routers);
   return by_dtype(p->dtype, [&](auto t) {
-    const Grid grid{static_cast<unsigned>(route_blocks(p->tokens)), kRouteThreads, shared, stream, false};
+    const Grid grid{static_cast<unsigned>(blocks), kRouteThreads, shared, stream, false};
     using T = decltype(t);
     const bool aligned = p->dim % 8 == 0 && all_aligned16({p->x, p->gate_weight});
     const auto routed = by_gates(p->gates, [&](auto lanes, auto per_lane) {
       constexpr int kTile = lanes() < kGateTile ? lanes() : kGateTile;
       return launch(grid, aligned ? router_fwd<T, per_lane(), kTile, true> : router_fwd<T, per_lane(), kTile, false>,
-                    *p, tokens_per_block(p->tokens));
+                    args, tokens_per_block(p->tokens));
     });
     if (routed) return routed;
     const SmopSchedule schedule{p->tokens,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ahead import Ahead, bring_piece, program_ahead
 from .configs import COMBINE_ELEMENTS, combine_bwd_warps, combine_fwd_warps, combine_rows
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
@@ -85,11 +86,14 @@ def combine_bwd_kernel(
     dz_ptr,  # (rows, O)
     dweights_ptr,  # (T, TOP_K) float32 or None
     sums_ptr,  # (tiles, 3, O) float32: dγ, dβ, db2; or None
+    ahead_ptr,  # (X, …): brought into the L2 by the last programs, of experts with rows; or None
     choices,
     choices_per_program,
     num_experts,
     O,
     ROWS,  # of a program's tile
+    ahead_size,  # the bytes of an expert that are brought, or None
+    ahead_stride,  # the bytes from expert to expert, or None
     TOP_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -98,6 +102,11 @@ def combine_bwd_kernel(
 ):
     wait_for_previous_launch()
     tile = tl.program_id(0)
+    if ahead_ptr is not None:
+        number = program_ahead(ahead_size, num_experts)
+        if number >= 0:
+            bring_piece(ahead_ptr, ahead_size, ahead_stride, number, offs_ptr, choices)
+            return
     if dweights_ptr is not None:  # choices that no row stands for
         first_choice = tile.to(tl.int64) * choices_per_program
         last_choice = tl.minimum(first_choice + choices_per_program, choices)
@@ -197,20 +206,38 @@ def combine_bwd(
     rstd: Tensor | None = None,
     dweights: Tensor | None = None,
     sums: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> Launch:
     """One launch: dz (rows, O), dweights (T, K), and the sums (tiles, 3, O) of dγ, dβ and db2 by tile of rows.
 
-    Tiles are of `combine_rows` rows. Without LayerNorm the first two sums are zero.
+    Tiles are of `combine_rows` rows. Without LayerNorm the first two sums are zero. `ahead` is brought into the L2
+    meanwhile, of experts that have rows.
     """
     O, choices, X = dy.shape[1], weights.numel(), offs.shape[0]
     tile_rows, block = combine_rows(choices), block_of(O)
     tiles = max_tiles(choices, X, tile_rows)
     return Launch(
         combine_bwd_kernel,
-        (tiles,),
+        (tiles + (ahead.programs if ahead else 0),),
         (
-            *(dy, z, weights, experts, order, offs, gamma, beta, mean, rstd, dz, dweights, sums),
+            *(
+                dy,
+                z,
+                weights,
+                experts,
+                order,
+                offs,
+                gamma,
+                beta,
+                mean,
+                rstd,
+                dz,
+                dweights,
+                sums,
+                ahead and ahead.weights,
+            ),
             *(choices, ceil_div(choices, max(tiles, 1)), X, O, tile_rows),
+            *(ahead.numbers if ahead else (None, None)),
         ),
         {"TOP_K": weights.shape[1], "BLOCK_O": block, "BLOCK_X": block_of(X + 1), "BLOCK_C": 128, "STAGES": 3},
         combine_bwd_warps(block),

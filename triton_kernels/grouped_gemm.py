@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import GATED, activate, activation_gradient
+from .ahead import Ahead, bring, expert_weights, part_of
 from .boxes import operand_boxes, refused
 from .configs import by_boxes, gemm_config
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch, dot_precision, target_arch
-from .segments import block_of, ceil_div, existing, max_tiles, tile_segment
+from .segments import block_of, ceil_div, existing, expert_segment, max_tiles, tile_segment
 from .tiles import TileConfig
 
 
@@ -32,11 +33,14 @@ def grouped_gemm_kernel(
     sums_ptr,  # (tiles of rows, 1, width of out) float32: sums of out over each tile's rows; or None
     order_ptr,  # (rows,) int32, choice t·TOP_K + k of each row, or None
     offs_ptr,  # (X,) int32
+    ahead_ptr,  # (X, …): brought into the L2 by the programs of an expert's first rows; or None
     rows,
     a_rows,
     num_experts,
     N,
     K,
+    ahead_size,  # the bytes of an expert that are brought, or None
+    ahead_stride,  # the bytes from expert to expert, or None
     stride_am,
     stride_ak,
     stride_bx,
@@ -57,6 +61,7 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    AHEAD_LINES: tl.constexpr,  # that a program brings in a step of k
 ):
     wait_for_previous_launch()
     # GROUP_M tiles of rows go through all columns together: an expert's weights stay in L2 while they do.
@@ -101,6 +106,12 @@ def grouped_gemm_kernel(
             b_ptrs += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
             n_mask = (n < N)[None, :]
 
+        if ahead_ptr is not None:  # each column of tiles brings a part, some lines with each step of its own loads
+            ahead_ptr = expert_weights(ahead_ptr, expert, ahead_stride)
+            ahead_at, ahead_end = part_of(ahead_size, tile_n, tiles_n)
+            first_of_expert, _ = expert_segment(expert, offs_ptr, rows)
+            ahead_end = tl.where(first == first_of_expert, ahead_end, ahead_at)
+
         # Around this loop Triton 3.6 puts code that sets accumulators, if the epilogue loads what was saved, and ptxas
         # then lets each wgmma wait for the one before. So such a loop is entered: of K 0 masks make zeros.
         end_k = tl.maximum(K, 1) if IN_PIECES and GRADIENT else K
@@ -111,6 +122,9 @@ def grouped_gemm_kernel(
             else:
                 a = tl.load(a_ptrs, mask=(k < K - k0)[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=(k < K - k0)[:, None] & n_mask, other=0.0)
+            if ahead_ptr is not None:
+                bring(ahead_ptr, ahead_at, ahead_end, AHEAD_LINES)
+                ahead_at += AHEAD_LINES * 128
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             a_ptrs += BLOCK_K * stride_ak
             b_ptrs += BLOCK_K * stride_bk
@@ -296,6 +310,7 @@ def grouped_gemm(
     order: Tensor | None = None,
     top_k: int = 1,
     zero_tail: bool = False,
+    ahead: Ahead | None = None,
     config: TileConfig | None = None,
     by_tma: bool | None = None,
 ) -> Launch:
@@ -310,23 +325,24 @@ def grouped_gemm(
             shape.
         sums: (tiles, 1, width of out) float32: where the sums of out over each tile's rows go, tiles of
             `gemm_tile_rows` rows.
+        ahead: brought into the L2 meanwhile, of experts that have rows; with `gather` alone.
         by_tma: whether operands come as boxes, if TMA can read them; None: those of large products, where it is right.
     """
     rows, (X, K, N) = out.shape[0], b.shape
     through_gate = None if activation is None else GATED.get(activation)
     cfg = config or _config(out, X, N, K)
-    tiles_m = max_tiles(rows, X + zero_tail, cfg.block_m)
+    tiles_m, tiles_n = max_tiles(rows, X + zero_tail, cfg.block_m), ceil_div(N, cfg.block_n)
     operands, boxes = (a, b), None
     if not gather and (through_gate is None or gradient):
         if by_tma is None:
             by_tma = by_boxes(target_arch(), a.dtype, cfg, rows * N * K) and (a.dtype, a.device) not in refused
         if by_tma:
             operands, boxes = operand_boxes(a, b, cfg)
-    sizes = rows, a.shape[0], X, N, K
+    sizes = rows, a.shape[0], X, N, K, *(ahead.numbers if ahead else (None, None))
     return Launch(
         grouped_gemm_kernel,
-        (tiles_m * ceil_div(N, cfg.block_n),),
-        (*operands, bias, out, pre, sums, order, offs, *sizes, *a.stride(), *b.stride()),
+        (tiles_m * tiles_n,),
+        (*operands, bias, out, pre, sums, order, offs, ahead and ahead.weights, *sizes, *a.stride(), *b.stride()),
         {
             "TOP_K": top_k,
             "GATHER": gather,
@@ -343,6 +359,7 @@ def grouped_gemm(
             "BLOCK_N": cfg.block_n,
             "BLOCK_K": cfg.block_k,
             "GROUP_M": cfg.group_m,
+            "AHEAD_LINES": ahead.lines_a_step(tiles_n, ceil_div(K, cfg.block_k), 32 * cfg.num_warps) if ahead else 0,
         },
         cfg.num_warps,
         cfg.num_stages,

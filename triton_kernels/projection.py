@@ -21,7 +21,8 @@ Every launch of an operator but its first may start while the one before it ends
 
 Gated experts, h = act(x·Wgᵀ) ⊙ x·Wuᵀ, take the same launches: W1 holds Wg and Wu, and dh is of both. So do shared
 experts: route_fwd places them among a token's choices.
-Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once.
+Few tokens take the same launches: an expert without tokens is not read, and one with up to 64 rows is read once. While
+a launch of few tokens waits for latencies, weights of a later one are brought into the L2 (`ahead`).
 """
 
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 from . import boxes as _boxes
 from . import router as _router
 from . import schedule as _schedule
+from .ahead import ROWS_AN_EXPERT, worth_bringing
 from .combine import combine_bwd, combine_fwd
 from .configs import ROUTER_TOKENS, combine_rows, tile_by_boxes
 from .grouped_gemm import gemm_tile_rows, grouped_gemm, keeps_pre
@@ -64,6 +66,7 @@ def route_fwd(
     top_k: int,
     num_experts: int,
     shared_experts: int = 0,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     T, (R, E, _) = x.shape[0], gate_weight.shape
     blocks = _router.router_blocks(T)
@@ -80,9 +83,14 @@ def route_fwd(
     chosen = shared[1] if shared else experts
     order, inverse, offs = _schedule.new_order(chosen, num_experts + shared_experts)
 
+    all_weights, all_experts = shared or (None, None)
+    # Of experts that each have a modality half may not be needed.
+    needed = worth_bringing(ahead if num_experts == E else None, T * top_k, least_rows=ROWS_AN_EXPERT * E)
+
     run = Sequence()
     run(_router.router_fwd(
-        x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts, *shared
+        x, gate_weight, modality, mask, logits, weights, experts, hist, stats, num_experts,
+        all_weights, all_experts, needed,
     ))  # fmt: skip
     run(_schedule.schedule(
         chosen, hist, ROUTER_TOKENS * chosen.shape[1], num_experts, order, inverse, offs,
@@ -141,7 +149,7 @@ def expert_projection_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     (order, inverse, offs), (w1, b1, w2, b2, ln_weight, ln_bias) = schedule, parameters
     run = Sequence()
-    h, pre = _hidden(run, x, w1, b1, activation, order, offs, weights.shape[1], w2.shape[2])
+    h, pre = _hidden(run, x, w1, b1, activation, order, offs, weights.shape[1], w2)
     z = _output(run, h, w2, b2, offs)
     y = x.new_empty((x.shape[0], w2.shape[1]))
     mean = rstd = None
@@ -173,7 +181,7 @@ def expert_projection_bwd(
     # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
     own_h, own_z = h.numel() == 0, z.numel() == 0
     if own_h:
-        h, pre = _hidden(run, x, w1, b1, activation, order, offs, K, H)
+        h, pre = _hidden(run, x, w1, b1, activation, order, offs, K, w2)
     if own_z:
         z = _output(run, h, w2, b2, offs)
     kept = pre if keeps_pre(activation) else h
@@ -195,6 +203,7 @@ def expert_projection_bwd(
     run(combine_bwd(
         dy, z, weights, experts, order, offs, dz,
         gamma=ln_weight, beta=ln_bias, mean=mean, rstd=rstd, dweights=dweights, sums=z_sums and z_sums.sums,
+        ahead=worth_bringing(w2 if need_dx or need_dparams else None, h.shape[0]),
     ))  # fmt: skip
     dx = None
     if need_dparams and own_h:
@@ -248,13 +257,14 @@ def refuse_boxes(dtype: torch.dtype, device: torch.device) -> None:
     forget_plans()
 
 
-def _hidden(run, x, w1, b1, activation, order, offs, top_k, hidden) -> tuple[Tensor, Tensor | None]:
+def _hidden(run, x, w1, b1, activation, order, offs, top_k, w2) -> tuple[Tensor, Tensor | None]:
     """h = act(x·W1ᵀ + b1) in expert order, and the pre-activation (gated: gate, up) where the derivative needs it."""
-    h = x.new_empty((order.shape[0], hidden))
+    h = x.new_empty((order.shape[0], w2.shape[2]))
     pre = x.new_empty((order.shape[0], w1.shape[1])) if keeps_pre(activation) else None
     run(grouped_gemm(
         x, w1.transpose(1, 2), offs, h,
         bias=b1, activation=activation, pre=pre, gather=True, order=order, top_k=top_k,
+        ahead=worth_bringing(w2, order.shape[0]),
     ))  # fmt: skip
     return h, pre
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ahead import Ahead, bring_piece, program_ahead
 from .configs import ROUTER_TOKENS, router_bwd_config, router_config, router_splits
 from .dependent_launch import wait_for_previous_launch
 from .launch import Launch
@@ -52,8 +53,11 @@ def router_fwd_kernel(
     stats_ptr,  # (blocks, C + R) float32: Σ p by column, then Σ logsumexp² by router
     all_weights_ptr,  # (T, TOP_K + SHARED) float32, or None without shared experts
     all_experts_ptr,  # (T, TOP_K + SHARED) int32, or None
+    ahead_ptr,  # (X + SHARED, …): brought into the L2 by the last programs; or None
     tokens,
     D,
+    ahead_size,  # the bytes of an expert that are brought, or None
+    ahead_stride,  # the bytes from expert to expert, or None
     E: tl.constexpr,
     ROUTERS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -68,6 +72,11 @@ def router_fwd_kernel(
     wait_for_previous_launch()
     C: tl.constexpr = ROUTERS * E
     block = tl.program_id(0)
+    if ahead_ptr is not None:
+        number = program_ahead(ahead_size, NUM_EXPERTS + SHARED)
+        if number >= 0:
+            bring_piece(ahead_ptr, ahead_size, ahead_stride, number, None, None)
+            return
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
@@ -260,10 +269,12 @@ def router_fwd(
     num_experts: int,
     all_weights: Tensor | None = None,
     all_experts: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> Launch:
     """One launch: logits, weights and experts of every token; hist (blocks, C) and stats (blocks, C + R) by block.
 
     With S shared experts also all_weights and all_experts (T, K + S): the routed choices, then the shared.
+    `ahead`, of all experts, is brought into the L2 meanwhile.
 
     Float32 gate products are always full float32: a routing must not turn on the low bits of TF32.
     """
@@ -273,8 +284,11 @@ def router_fwd(
     cfg = router_config(columns, x.element_size())
     return Launch(
         router_fwd_kernel,
-        (hist.shape[0],),
-        (x, gate_weight, modality, mask, logits, weights, experts, hist, stats, all_weights, all_experts, T, D),
+        (hist.shape[0] + (ahead.programs if ahead else 0),),
+        (
+            *(x, gate_weight, modality, mask, logits, weights, experts, hist, stats, all_weights, all_experts),
+            *(ahead and ahead.weights, T, D, *(ahead.numbers if ahead else (None, None))),
+        ),
         {
             "E": E,
             "ROUTERS": R,

@@ -64,6 +64,7 @@ class Backend(Protocol):
         top_k: int,
         num_experts: int,
         shared_experts: int = 0,
+        ahead: Tensor | None = None,  # (X, …), read by the launch after these: may be brought into a cache meanwhile
     ) -> tuple[Tensor, ...]:
         """→ the nine tensors of `route.Routing`; with shared experts also the two more of `route.Routed`."""
         ...

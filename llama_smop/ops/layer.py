@@ -111,7 +111,7 @@ def _route_and_project(
     x, gate_weight, modality, mask, top_k, num_experts, shared_experts, parameters, activation, eps, backend
 ) -> tuple:
     module = dispatch.module(backend)
-    routed = module.route_fwd(x, gate_weight, modality, mask, top_k, num_experts, shared_experts)
+    routed = module.route_fwd(x, gate_weight, modality, mask, top_k, num_experts, shared_experts, parameters.w1)
     weights, experts = routed[9:] if shared_experts else routed[1:3]
     rows = Schedule(*routed[6:9])
     y, *saved = module.expert_projection_fwd(x, weights, experts, rows, parameters, activation, eps)

@@ -115,8 +115,7 @@ def through_backend(
 ) -> dict[str, Tensor]:
     """Every result and gradient of the chain, by the interface functions, as the operators call them."""
     i, eps = inputs, 1e-5
-    shared = (model.shared,) if model.shared else ()
-    routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X, *shared)
+    routing = backend.route_fwd(i.x, i.gate_weight, i.modality, i.mask, model.K, model.X, model.shared, i.w1)
     logits, weights, experts, counts, balance, z_loss, order, inverse, offs, *of_all = routing
     all_weights, all_experts = of_all or (weights, experts)
     schedule, parameters = Schedule(order, inverse, offs), Experts(*i.parameters())

@@ -10,6 +10,8 @@ before is replayed (cuda_replay.py): its launches are one call into the extensio
 bfloat16 and float16 with float32 accumulation; other dtypes are for the Triton backend.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 FEW_ROWS = 1024  # up to here reading the weights is most of a product's time, and they are brought into the L2 ahead
+ROWS_AN_EXPERT = 4  # on average, and even routing leaves an expert without rows once in 50 times
+SMALLEST_L2 = 50 << 20  # of a GPU that is not there: an H100's
 GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
 CHOSEN = 0, 0  # the columns of a tile and the blocks of a cluster that the extension picks
 
@@ -44,6 +48,33 @@ def _check_sizes(num_experts: int, top_k: int, tokens: int) -> None:
         raise ValueError(f"tokens × top_k must stay under 2^31, got {tokens} × {top_k}")
 
 
+def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Tensor | None:
+    """`weights` (X, …) if a launch that reads them for `rows` choices of tokens is to find some in the L2, else None.
+
+    `least_rows`: for a launch that does not know which experts have rows; with fewer many would have none.
+    """
+    if weights is None or not least_rows <= rows <= FEW_ROWS or not weights.is_contiguous():
+        return None
+    return weights
+
+
+def _brought(weights: Tensor | None) -> dict[str, int]:
+    """The first bytes of each expert, as arguments of the extension."""
+    if weights is None:
+        return {"ahead": 0, "ahead_bytes": 0, "ahead_stride": 0}
+    X = weights.shape[0]
+    each = weights.nbytes // X
+    size = min(each, _room(weights.device) // X // 128 * 128)
+    return {"ahead": _ptr(weights), "ahead_bytes": size, "ahead_stride": each}
+
+
+@cache
+def _room(device: torch.device) -> int:
+    """Bytes that are brought: they stay in the L2 beside all else that is read, and DRAM brings no more in the time."""
+    of_gpu = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else SMALLEST_L2
+    return of_gpu // 3
+
+
 # ---------------------------------------------------------------------------------------------------------- router
 
 
@@ -56,6 +87,7 @@ def route_fwd(
     top_k: int,
     num_experts: int,
     shared_experts: int = 0,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     T, (R, E, _), K, X, S = x.shape[0], gate_weight.shape, top_k, num_experts, shared_experts
     _check_sizes(X + S, K + S, T)
@@ -68,6 +100,8 @@ def route_fwd(
     shared = (f32(T, K + S), i32(T, K + S)) if S else ()
     all_weights, all_chosen = shared or (None, None)
     block_counts, block_probs, block_z = i32(blocks, R, E), f32(blocks, R, E), f32(blocks, R)
+    # Of experts that each have a modality half may not be needed.
+    ahead = worth_bringing(ahead if X == E else None, T * K, least_rows=ROWS_AN_EXPERT * X)
     with launches(x) as stream:
         ext.route_fwd(
             **_route_sizes(ext, x, gate_weight, K), experts=X, shared=S,
@@ -75,7 +109,8 @@ def route_fwd(
             logits=_ptr(logits), weights=_ptr(weights), chosen=_ptr(experts),
             all_weights=_ptr(all_weights), all_chosen=_ptr(all_chosen), counts=_ptr(counts),
             balance_loss=_ptr(balance), z_loss=_ptr(z_loss), order=_ptr(order), inverse=_ptr(inverse), offs=_ptr(offs),
-            block_counts=_ptr(block_counts), block_probs=_ptr(block_probs), block_z=_ptr(block_z), stream=stream,
+            block_counts=_ptr(block_counts), block_probs=_ptr(block_probs), block_z=_ptr(block_z), **_brought(ahead),
+            stream=stream,
         )  # fmt: skip
     return logits, weights, experts, counts, balance, z_loss, order, inverse, offs, *shared
 
@@ -145,14 +180,15 @@ def _like(tensor: Tensor, dtype: torch.dtype):
 
 def gemm(
     stream, a, b, offs, rows, *,
-    order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, cut=CHOSEN,
-    first=False,
+    order=None, top_k=1, bias=None, aux=None, epilogue="identity", pre=None, sums=None, out=None, ahead=None,
+    cut=CHOSEN, first=False,
 ) -> Tensor:  # fmt: skip
     """epilogue(a[row(r)] · b[e] + bias[e]) for every row r of expert e; b is (X, K, N) with a unit stride along K or N.
 
-    With `order`, row r of the product takes row order[r] // top_k of `a`. `sums` takes partial column sums of the
-    result. `cut`: columns of a tile and blocks of a cluster of the sm_90a kernels. `first`: the first launch of an
-    operator, which waits for all before it; others may be queued up early.
+    With `order`, row r of the product takes row order[r] // top_k of `a`, and `ahead` (X, …) is brought into the L2
+    meanwhile, of experts that have rows. `sums` takes partial column sums of the result. `cut`: columns of a tile and
+    blocks of a cluster of the sm_90a kernels. `first`: the first launch of an operator, which waits for all before it;
+    others may be queued up early.
     """
     ext = extension()
     X, K, N = b.shape
@@ -163,7 +199,7 @@ def gemm(
         b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
         offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
         aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
-        columns=cut[0], cluster=cut[1], dependent=not first, stream=stream,
+        **_brought(ahead), columns=cut[0], cluster=cut[1], dependent=not first, stream=stream,
     )  # fmt: skip
     return out
 
@@ -231,8 +267,9 @@ def expert_projection_fwd(
     mean = weights.new_empty(T * K if ln_weight is not None else 0)
     rstd = torch.empty_like(mean)
     ext = extension()
+    ahead = worth_bringing(w2, T * K)
     with launches(x) as stream:
-        h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
+        h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation, ahead)
         z = gemm(stream, h, w2.transpose(1, 2), offs, T * K, bias=b2)
         ext.combine_fwd(
             **_combine_sizes(ext, x, weights, w2, ln_weight), z=_ptr(z), weights=_ptr(weights), chosen=_ptr(experts),
@@ -271,20 +308,20 @@ def expert_projection_bwd(
     if need_dparams and b1 is not None:
         hidden_sums = weights.new_empty(ext.sizes.column_sums(rows, X, w1.shape[1]))
     sizes = _combine_sizes(ext, x, weights, w2, ln_weight)
-    ahead = w2 if rows <= FEW_ROWS else None  # what dh's product reads
+    ahead = worth_bringing(w2 if need_dx or need_dparams else None, rows)  # dh's product reads it
     with launches(x) as stream:
         # What is computed again belongs to this call: dz is written over z, and dh over h once dW2 has read it.
         own_h, own_z = h.numel() == 0, z.numel() == 0
         if own_h:
-            h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation)
+            h, pre = _hidden(stream, x, order, offs, K, w1, b1, activation, ahead)
         if own_z:
             z = gemm(stream, h, w2.transpose(1, 2), offs, rows, bias=b2, first=True)
         dz = z if own_z else torch.empty_like(z)
         ext.combine_bwd(
             **sizes, dy=_ptr(dy), z=_ptr(z), weights=_ptr(weights), order=_ptr(order), inverse=_ptr(inverse),
             offs=_ptr(offs), ln_weight=_ptr(ln_weight), ln_bias=_ptr(ln_bias), mean=_ptr(mean), rstd=_ptr(rstd),
-            dz=_ptr(dz), dweights=_ptr(dweights), sums=_ptr(combine_sums), next=_ptr(ahead),
-            next_bytes=2 * w2.numel(), dependent=False, stream=stream,
+            dz=_ptr(dz), dweights=_ptr(dweights), sums=_ptr(combine_sums), **_brought(ahead), dependent=False,
+            stream=stream,
         )  # fmt: skip
         if need_dparams and own_h:
             dw2 = wgrad(stream, dz, h, offs)
@@ -312,13 +349,14 @@ def expert_projection_bwd(
     return dx, dweights, dw1, db1, dw2, db2, dln_weight, dln_bias
 
 
-def _hidden(stream, x, order, offs, top_k: int, w1, b1, activation: str) -> tuple[Tensor, Tensor]:
+def _hidden(stream, x, order, offs, top_k: int, w1, b1, activation: str, ahead) -> tuple[Tensor, Tensor]:
     """h and, for activations whose derivative needs it, the pre-activation (else empty); rows in expert order."""
     rows, H = order.shape[0], w1.shape[1]
     pre = x.new_empty((0,) if activation == "relu" else (rows, H))
     h = gemm(
         stream, x, w1.transpose(1, 2), offs, rows,
-        order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, first=True,
+        order=order, top_k=top_k, bias=b1, epilogue=activation, pre=pre, ahead=ahead,
+        first=True,
     )  # fmt: skip
     return h, pre
 

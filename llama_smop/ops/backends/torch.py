@@ -42,6 +42,7 @@ def route_fwd(
     top_k: int,
     num_experts: int,
     shared_experts: int = 0,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     T, K = x.shape[0], top_k
     R, E, D = gate_weight.shape
