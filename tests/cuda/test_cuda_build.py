@@ -122,6 +122,14 @@ def test_clusters_load_for_both_blocks_without_a_fence_of_the_device():
 
 
 @needs_nvcc
+@pytest.mark.parametrize(("arch", "prefetch", "gemm"), [("sm_80", "CCTL.E.PF2", "80"), ("sm_90a", "UBLKPF.L2", "90")])
+def test_the_compiler_drops_no_prefetch(arch, prefetch, gemm):
+    """Which nothing depends on."""
+    found = {text.split()[0] for text in cuobjdump("-sass", "-arch", arch).split("Function : ")[1:] if prefetch in text}
+    assert {"router_fwd", "combine_bwd", "combine_bwd_any", f"grouped_gemm_sm{gemm}"} <= found
+
+
+@needs_nvcc
 def test_every_kernel_waits_for_the_launch_before_it():
     """With programmatic dependent launch a block may run before the data it reads are there, until it has waited."""
     kernels = 0
