@@ -31,7 +31,8 @@ enum SmopLimits { SMOP_MAX_EXPERTS = 128, SMOP_MAX_ROUTE_BLOCKS = 256, SMOP_MAX_
 // expert, `stride` bytes from expert to expert. Nothing where `from` is null.
 typedef struct {
   const void* from;
-  int64_t bytes, stride;
+  int bytes;
+  int64_t stride;
 } SmopAhead;
 
 // out[r, :] = epilogue(A[row(r), :] · B[e] + bias[e]) for the rows r of every expert e; row(r) = order ? order[r] /

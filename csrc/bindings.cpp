@@ -32,7 +32,7 @@ void def_launch(py::module_& m, const char* name, int (*launch)(P...), const Nam
 int grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                  int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, Address sums,
-                 Address ahead, int64_t ahead_bytes, int64_t ahead_stride, int columns, int cluster, bool dependent,
+                 Address ahead, int ahead_bytes, int64_t ahead_stride, int columns, int cluster, bool dependent,
                  Stream stream) {
   SmopGemm p{};
   p.dtype = dtype, p.family = family;
@@ -67,7 +67,7 @@ int route_fwd(int dtype, int tokens, int dim, int routers, int gates, int expert
               Address gate_weight, Address modality, Address mask, Address logits, Address weights, Address chosen,
               Address all_weights, Address all_chosen, Address counts, Address balance_loss, Address z_loss,
               Address order, Address inverse, Address offs, Address block_counts, Address block_probs,
-              Address block_z, Address ahead, int64_t ahead_bytes, int64_t ahead_stride, Stream stream) {
+              Address block_z, Address ahead, int ahead_bytes, int64_t ahead_stride, Stream stream) {
   SmopRoute p{};
   p.dtype = dtype, p.tokens = tokens, p.dim = dim, p.routers = routers, p.gates = gates, p.experts = experts,
   p.top_k = top_k, p.shared = shared;
@@ -128,7 +128,7 @@ int combine_fwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int
 int combine_bwd(int dtype, int ln_dtype, int tokens, int top_k, int experts, int dim, Address dy, Address z,
                 Address weights, Address order, Address inverse, Address offs, Address ln_weight, Address ln_bias,
                 Address mean, Address rstd, Address dz, Address dweights, Address sums, Address ahead,
-                int64_t ahead_bytes, int64_t ahead_stride, bool dependent, Stream stream) {
+                int ahead_bytes, int64_t ahead_stride, bool dependent, Stream stream) {
   SmopCombineBwd p{};
   p.dtype = dtype, p.ln_dtype = ln_dtype, p.tokens = tokens, p.top_k = top_k, p.experts = experts, p.dim = dim;
   p.dy = at<void>(dy), p.z = at<void>(z), p.weights = at<float>(weights), p.order = at<int32_t>(order),
@@ -285,7 +285,7 @@ PYBIND11_MODULE(_C, m) {
       "number"_a, "row_tiles"_a, "col_tiles"_a);
   m.def(
       "part_of",
-      [](int64_t bytes, int count, int number) {
+      [](int bytes, int count, int number) {
         const smop::Part part = smop::part_of(bytes, count, number);
         return std::make_tuple(part.at, part.bytes);
       },

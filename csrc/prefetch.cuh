@@ -9,16 +9,16 @@
 namespace smop {
 
 struct Part {
-  int64_t at;
-  int bytes;
+  int at, bytes;
 };
 
 // Part `number` of `count` of so many bytes, in whole lines of the L2: the last parts are shorter, or empty.
-SMOP_HOST_DEVICE Part part_of(int64_t bytes, int count, int number) {
+SMOP_HOST_DEVICE Part part_of(int bytes, int count, int number) {
   constexpr int kLine = 128;
-  const int64_t size = ceil_div(ceil_div(bytes, kLine), count) * kLine;
-  const int64_t at = number * size, left = bytes - at;
-  return {at, static_cast<int>(left <= 0 ? 0 : left < size ? left : size)};
+  const unsigned lines = (static_cast<unsigned>(bytes) + kLine - 1) / kLine;
+  const int size = static_cast<int>((lines + count - 1) / static_cast<unsigned>(count)) * kLine;
+  const int at = number * size, left = bytes - at;
+  return {at, left <= 0 ? 0 : left < size ? left : size};
 }
 
 #ifdef __CUDACC__
@@ -34,13 +34,14 @@ __device__ __forceinline__ bool only_prefetches(const SmopAhead& ahead, int expe
                                                 int64_t rows = 0) {
   const int block = blockIdx.x - (gridDim.x - kPrefetchBlocks);
   if (!ahead.from || block < 0) return false;
-  const int number = block * kWarp + threadIdx.x, parts = kPrefetchBlocks * kWarp / experts, expert = number / parts;
+  const unsigned number = block * kWarp + threadIdx.x, parts = kPrefetchBlocks * kWarp / static_cast<unsigned>(experts);
+  const int expert = static_cast<int>(number / parts);
   if (threadIdx.x >= kWarp || expert >= experts) return true;
   if (offs) {
     const ExpertRows own = expert_rows(offs, expert, rows);
     if (own.begin == own.end) return true;
   }
-  const Part part = part_of(ahead.bytes, parts, number % parts);
+  const Part part = part_of(ahead.bytes, static_cast<int>(parts), static_cast<int>(number % parts));
   ptx::prefetch_l2(expert_ahead(ahead, expert) + part.at, part.bytes);
   return true;
 }

@@ -82,6 +82,7 @@ struct Ahead {
     piece = part_of(left, static_cast<int>(ceil_div(p.k, kBlockK)), 0).bytes;
   }
   __device__ __forceinline__ void step() {
+    if (left <= 0) return;
     const int bytes = min(piece, left);
     ptx::prefetch_l2(from, bytes);
     from += bytes, left -= bytes;

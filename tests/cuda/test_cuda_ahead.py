@@ -39,11 +39,11 @@ def test_parts_are_all_bytes_once(size, count):
 KERNELS = r"""
 #include "CSRC/producers_sm90.cuh"
 
-extern "C" __global__ void blocks(const char* from, int64_t bytes, int64_t stride, int experts, const int32_t* offs,
+extern "C" __global__ void blocks(const char* from, int bytes, int64_t stride, int experts, const int32_t* offs,
                                   int64_t rows) {
   smop::only_prefetches({from, bytes, stride}, experts, offs, rows);
 }
-extern "C" __global__ void tiles(const char* from, int64_t bytes, int64_t stride, int experts, const int32_t* offs,
+extern "C" __global__ void tiles(const char* from, int bytes, int64_t stride, int experts, const int32_t* offs,
                                  int64_t rows, int n, int k) {
   SmopGemm p{};
   p.ahead = {from, bytes, stride}, p.offs = offs, p.experts = experts, p.rows = rows, p.n = n, p.k = k;
