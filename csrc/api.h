@@ -27,8 +27,8 @@ enum SmopEpilogue {
 
 enum SmopLimits { SMOP_MAX_EXPERTS = 128, SMOP_MAX_ROUTE_BLOCKS = 256, SMOP_MAX_GATE_SPLITS = 64 };
 
-// What is brought into the L2 while a launch runs, for one after it: of stacked weights (X, …) the first `bytes` of each
-// expert, `stride` bytes from expert to expert. Nothing where `from` is null.
+// What is brought into the L2 while a launch runs, for one after it: of stacked weights (X, …) the first `bytes` of
+// each expert, `stride` bytes from expert to expert. Nothing where `from` is null.
 typedef struct {
   const void* from;
   int bytes;

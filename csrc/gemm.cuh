@@ -7,7 +7,7 @@ namespace smop {
 constexpr int kTileRows = 128;                     // of either family
 constexpr int kSumsATile = kTileRows / kSumRows;  // column sums of a row tile
 
-// Whether a tile is of its expert's first rows: those bring what the expert has of `ahead`, each column of tiles a part.
+// Whether a tile is of its expert's first rows: those bring what the expert has of `ahead`, each column a part.
 __device__ __forceinline__ bool first_of_expert(const SmopGemm& p, const RowTile& tile) {
   return tile.row == expert_rows(p.offs, tile.expert, p.rows).begin;
 }
