@@ -50,8 +50,11 @@ class TritonPtx(Runner):
 
     @contextmanager
     def running(self) -> Iterator[ModuleType]:
+        from triton.compiler.compiler import max_shared_mem
+
         driver = ptxrun_support.load("ptxrun.triton_driver")
         with driver.active(arch=self.arch, mode="early", seed=0, strict=True):
+            max_shared_mem.cache_clear()  # Triton keeps it by device number, whatever the device is
             yield self.module
 
     def vary(self, seed: int, races: bool = False) -> None:
