@@ -2,12 +2,16 @@
 
 One step runs on fake tensors: operators report shapes and dtypes, and nothing is computed or allocated. The peak is the
 largest number of live bytes. A GPU's context, workspaces and allocator rounding are not included.
+
+`python -m llama_smop.estimate` computes those of the published sizes anew and writes them beside this file.
 """
 
+import json
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.resources import files as resources
 from pathlib import Path
 
 import torch
@@ -16,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_smop.models.assemble import assembled_config
@@ -28,11 +31,13 @@ from llama_smop.models.published import PUBLISHED, published
 from llama_smop.models.rates import Rate, rate_text
 from llama_smop.models.tiny import build_tiny
 from llama_smop.models.units import IGNORED_LABEL, WHISPER_RATE
+from llama_smop.system import files
 from llama_smop.training.config import TrainConfig
 
 GIB = 2**30
 ADAMW_STATES = 2
 PROMPT_TOKENS = 7
+PUBLISHED_ESTIMATES = "published_estimates.json"  # which take a quarter of a minute, and depend on nothing of a user's
 
 
 @dataclass(frozen=True)
@@ -278,10 +283,8 @@ def info(config: TrainConfig) -> str:
         common = {"name": name, "dtype": dtype, "rate": rate}
         rows.append(training(model, own, fused_loss=loss, gradient_checkpointing=checkpointing, **common))
         rows.append(inference(model, own, **common))
+    rows += published_estimates()
     default = Workload()
-    for name in tqdm(PUBLISHED, desc="published sizes", leave=False):
-        rows.append(training(published(name), default, name=name))
-        rows += [inference(published(name), default, name=name, num_beams=beams) for beams in (1, 15)]
     parts = ", ".join(f"{part} {_short(count)}" for part, count in rows[0].parameters.items())
     return "\n".join(
         [
@@ -293,6 +296,19 @@ def info(config: TrainConfig) -> str:
             table(rows),
         ]
     )
+
+
+def published_estimates() -> list[Estimate]:
+    """Those of the published sizes, as they were computed when this package was made."""
+    text = (resources("llama_smop") / PUBLISHED_ESTIMATES).read_text()
+    return [Estimate(**row) for row in json.loads(text)]
+
+
+def estimated_published(name: str) -> list[Estimate]:
+    """Of one published size, computed: training, and inference with 1 and 15 beams."""
+    config, default = published(name), Workload()
+    rows = [inference(config, default, name=name, num_beams=beams) for beams in (1, 15)]
+    return [training(config, default, name=name), *rows]
 
 
 def model_config(config: TrainConfig) -> tuple[LlamaSmopConfig, str]:
@@ -340,3 +356,10 @@ def table(estimates: Sequence[Estimate], *, tflops: float = 300.0) -> str:
 
 def _short(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+if __name__ == "__main__":
+    files.write_json(
+        Path(__file__).parent / PUBLISHED_ESTIMATES,
+        [asdict(row) for name in PUBLISHED for row in estimated_published(name)],
+    )
