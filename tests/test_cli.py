@@ -155,3 +155,36 @@ def test_no_command_writes_over_what_it_reads(command, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is read by this command and would be lost"):
         main(command)
     assert all((tmp_path / name).read_text() == "precious" for name in ("talk.mp4", "talk.wav", "labels/test.csv"))
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    (
+        (
+            ["crop", "talk.mp4", "--out", "crop.avi"],
+            "crop.avi: what is written is mp4, .* name it crop.mp4",
+        ),
+        (["crop", "talk.mp4", "--out", "a.mp4", "--sheet", "b.JPG"], "is written is PNG, .* name it b.png"),
+        (["corpus", "show", ".", "--png", "sheet.svg"], "name it sheet.png"),
+        (["transcribe", "talk.mp4", "--model", "m", "--srt", "talk.vtt"], "is written is SubRip, .* name it talk.srt"),
+        (["transcribe", "talk.mp4", "--model", "m", "--json", "talk.srt"], "name it talk.json"),
+        (
+            ["transcribe", "talk.mp4", "--model", "m", "--vtt", "-"],
+            "-: names no file .* /dev/stdout",
+        ),
+        (["crop", "talk.mp4", "--out", "-"], "-: names no file"),
+        (["corpus", "make", "-"], "-: names no file or folder"),
+        (["transcribe", "a.mp4", "b.mp4", "--model", "m", "--srt", "talk.mp4"], "talk.mp4: is a file; talk.mp4/a.srt"),
+        (
+            ["transcribe", "a/x.mp4", "b/x.mkv", "--model", "m", "--srt", "out"],
+            "x.srt: would .* commands of their own",
+        ),
+    ),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_name_that_would_mislead_is_refused_before_anything_is_read(command, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talk.mp4").write_text("no film")
+    with pytest.raises(SystemExit, match=remedy):
+        main(command)
+    assert {name for name in os.listdir() if os.path.isfile(name)} == {"talk.mp4"}

@@ -210,7 +210,7 @@ TRAIN = {"data": {"root": "corpus"}, "optimizer": {"steps": 1, "precision": "bf1
     "size", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama-3.2-1b")) for name in published.PUBLISHED]
 )
 def test_what_lies_beside_the_code_is_what_it_computes(size):
-    """After a change that moves them: `python -m llama_smop.estimate`. Other versions of torch may make other copies."""
+    """After a change that moves them: `python -m llama_smop.estimate`. Another torch may make other copies."""
     kept = [row for row in estimate.published_estimates() if row.name == size]
     for row, found in zip(kept, estimate.estimated_published(size), strict=True):
         assert dataclasses.replace(found, step=row.step) == row

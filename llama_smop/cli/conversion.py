@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import utf8
+from llama_smop.cli.options import place
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Llama-SMoP or Llama-AVSR state dict, or fairseq AV-HuBERT .pt.")],
-    to: Annotated[Path, typer.Option(help="Folder to make.", callback=utf8)],
+    to: Annotated[Path, typer.Option(help="Folder to make.", callback=place)],
     language_model: Annotated[str | None, typer.Option(help="The base model: name or folder.")] = None,
     audio_tower: Annotated[str | None, typer.Option(help="The Whisper model: name or folder.")] = None,
     video_tower: Annotated[Path | None, typer.Option(help="The AV-HuBERT .pt it started from; default: Large.")] = None,
@@ -46,7 +46,7 @@ def convert(
 
 @app.command()
 def kernels(
-    out: Annotated[Path, typer.Argument(help="Folder to make, or one that this command made.", callback=utf8)],
+    out: Annotated[Path, typer.Argument(help="Folder to make, or one that this command made.", callback=place)],
 ) -> None:
     """Write the Triton kernels as a folder that Hugging Face's `kernels` package loads without an install of ours."""
     from llama_smop.integrations import kernels_hub

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import corpus_app
-from llama_smop.cli.options import Face, face_choice, utf8
+from llama_smop.cli.options import Face, face_choice, place, utf8
 
 
 @corpus_app.command("make")
 def corpus_make(
-    out: Annotated[Path, typer.Argument(callback=utf8)],
+    out: Annotated[Path, typer.Argument(callback=place)],
     clips: Annotated[int, typer.Option(min=8)] = 600,
     seed: int = 0,
     grammar: Annotated[Path | None, typer.Option(help="YAML word lists; default: GRID's with twelve letters.")] = None,
@@ -28,7 +28,7 @@ def corpus_make(
 @corpus_app.command("show")
 def corpus_show(
     root: Path,
-    png: Annotated[Path | None, typer.Option(help="Default: contact_sheet.png in the corpus.", callback=utf8)] = None,
+    png: Annotated[Path | None, typer.Option(help="Default: contact_sheet.png in the corpus.", callback=place)] = None,
     clips: Annotated[int, typer.Option(min=1)] = 6,
 ) -> None:
     """Draw a contact sheet of a corpus."""
@@ -57,7 +57,7 @@ def corpus_labels(
 @corpus_app.command("crop")
 def corpus_crop(
     root: Annotated[Path, typer.Argument(help="Folder of videos, in any layout.")],
-    out: Annotated[Path, typer.Option(help="Folder of the corpus.", callback=utf8)],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.", callback=place)],
     name: Annotated[str | None, typer.Option(help="Of the data set; default: ROOT's.", callback=utf8)] = None,
     texts: Annotated[
         Path | None, typer.Option(help="CSV of path,text; default: NAME.txt beside NAME.mp4, as in LRS3.")
@@ -90,7 +90,7 @@ def corpus_crop(
 @corpus_app.command("shard")
 def corpus_shard(
     root: Path,
-    out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=utf8)],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=place)],
     labels: Annotated[str, typer.Option(help="Label file, under root/labels.")] = "train.csv",
     clips_per_shard: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the clips' order.")] = 0,

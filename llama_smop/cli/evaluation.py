@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import Beams, Model, utf8
+from llama_smop.cli.options import Beams, Model, place
 
 
 @app.command()
@@ -33,7 +33,7 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode clips; default: 4 on a GPU.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=utf8)] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for rows and transcripts.", callback=place)] = None,
 ) -> None:
     """Print a table of word error rates by modality, rate, SNR and picture.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import utf8
+from llama_smop.cli.options import place
 
 
 @app.command()
@@ -19,7 +19,7 @@ def env() -> None:
 
 @app.command()
 def doctor(
-    json: Annotated[Path | None, typer.Option(help="Write everything here too.", callback=utf8)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything here too.", callback=place)] = None,
 ) -> None:
     """Check the backends against the float64 definition and time them, in under a minute; status 1 if one is wrong."""
     from llama_smop.doctor import run

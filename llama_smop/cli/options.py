@@ -17,7 +17,14 @@ def utf8(given):
     return given
 
 
-Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=utf8)]
+def place(given):
+    """Raises ValueError: a name that nothing can be written to, or "-", by which other programs mean something else."""
+    if str(given) == "-":
+        raise ValueError("-: names no file or folder here; standard output is /dev/stdout")
+    return utf8(given)
+
+
+Out = Annotated[Path, typer.Option(help="Folder for the results.", callback=place)]
 Model = Annotated[Path, typer.Option(help="Model folder that training or convert wrote.")]
 Configs = Annotated[
     list[str],

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import Model, utf8
+from llama_smop.cli.options import Model, place, utf8
 
 adapter_app = typer.Typer(no_args_is_help=True, help="LoRA as peft's adapter folders: export, import.")
 app.add_typer(adapter_app, name="adapter")
 
-ModelTo = Annotated[Path, typer.Option(help="Model folder to make.", callback=utf8)]
+ModelTo = Annotated[Path, typer.Option(help="Model folder to make.", callback=place)]
 Part = Annotated[str, typer.Option(help="language_model or video_tower.")]
 
 
@@ -40,7 +40,7 @@ def card(
 @adapter_app.command("export")
 def export_(
     model: Model,
-    to: Annotated[Path, typer.Option(help="Adapter folder to make.", callback=utf8)],
+    to: Annotated[Path, typer.Option(help="Adapter folder to make.", callback=place)],
     part: Part = "language_model",
 ) -> None:
     """Write a model's LoRA as an adapter folder, which peft loads onto the base model."""

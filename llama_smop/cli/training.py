@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import Configs, Out, Settings, utf8
+from llama_smop.cli.options import Configs, Out, Settings, place
 
 
 @app.command()
@@ -61,7 +61,7 @@ def ablate(
 @app.command()
 def average(
     run: Annotated[Path, typer.Argument(help="Folder of a training.")],
-    to: Annotated[Path, typer.Option(help="Model folder to make.", callback=utf8)],
+    to: Annotated[Path, typer.Option(help="Model folder to make.", callback=place)],
     last: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints.")] = 5,
 ) -> None:
     """Write the mean of a training's last whole checkpoints as a model."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_smop.cli.app import app
-from llama_smop.cli.options import Beams, Face, Model, face_choice, utf8
+from llama_smop.cli.options import Beams, Face, Model, face_choice, place
 
 
 @app.command()
@@ -22,9 +22,9 @@ def transcribe(
     prepared: Annotated[
         bool | None, typer.Option(help="The picture is a mouth crop; default: where it is 96 pixels wide and high.")
     ] = None,
-    srt: Annotated[Path | None, typer.Option(help="Write SubRip subtitles here.", callback=utf8)] = None,
-    vtt: Annotated[Path | None, typer.Option(help="Write WebVTT subtitles here.", callback=utf8)] = None,
-    json: Annotated[Path | None, typer.Option(help="Write pieces, times and warnings here.", callback=utf8)] = None,
+    srt: Annotated[Path | None, typer.Option(help="Write SubRip subtitles here.", callback=place)] = None,
+    vtt: Annotated[Path | None, typer.Option(help="Write WebVTT subtitles here.", callback=place)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write pieces, times and warnings here.", callback=place)] = None,
     word_times: Annotated[
         bool, typer.Option("--word-times", help="Find when each word is said: in the JSON, and for the cues.")
     ] = False,
@@ -68,8 +68,8 @@ def transcribe(
 @app.command()
 def crop(
     video: Path,
-    out: Annotated[Path, typer.Option(help="mp4 to write.", callback=utf8)],
-    sheet: Annotated[Path | None, typer.Option(help="Picture (PNG) of the faces and crops.", callback=utf8)] = None,
+    out: Annotated[Path, typer.Option(help="mp4 to write.", callback=place)],
+    sheet: Annotated[Path | None, typer.Option(help="Picture (PNG) of the faces and crops.", callback=place)] = None,
     face: Face = "auto",
 ) -> None:
     """Cut the mouth out of a video, 96×96 and with its sound, as the models are trained on."""

@@ -39,9 +39,11 @@ def write_frames(
             small recogniser hear other letters: for players alone, where a .wav lies beside the video.
 
     Raises:
-        ValueError: no frame, or one of another shape or dtype. MediaError: the file cannot be written.
+        ValueError: a name of another format; no frame, or one of another shape or dtype. MediaError: the file cannot
+            be written.
         What `frames` and `sound` raise. An earlier file of that name is then untouched.
     """
+    check_name(path)
     counted = 0
 
     def write(aside: Path) -> None:
@@ -60,6 +62,11 @@ def write_frames(
     except (OSError, av.FFmpegError) as error:
         raise MediaError(path, f"cannot be written ({error.strerror or error})") from None
     return counted
+
+
+def check_name(path: str | os.PathLike) -> None:
+    """ValueError: the name says another format than `write_frames` writes."""
+    files.check_suffix(path, "mp4", ".mp4", ".m4v")
 
 
 def _encode(

@@ -27,15 +27,37 @@ def check_file(target: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
         OSError: `target` is a folder or one of `inputs`, or cannot be written.
     """
     real = Path(os.path.realpath(target))
+    if not real.exists() and os.path.exists(target):  # a pipe behind /dev/stdout or /dev/fd/63: its link names no file
+        real = Path(target)
     if real.is_dir():
         raise IsADirectoryError(f"{target}: is a folder; name a file to write")
     if real.is_file() and any(os.path.isfile(path) and os.path.samefile(real, path) for path in inputs):
         raise FileExistsError(f"{target}: is read by this command and would be lost; name another file to write")
+    _nearest(target, real.parent)
     real.parent.mkdir(parents=True, exist_ok=True)
     beside = not real.exists() or real.is_file()
     if not (beside and os.access(real.parent, os.W_OK | os.X_OK)) and not os.access(real, os.W_OK):
         raise PermissionError(f"{target}: cannot be written (no permission, or a read-only disk)")
     return real
+
+
+def _nearest(target: str | Path, real: Path) -> Path:
+    """The folder that exists, `real` or the nearest above it. Raises NotADirectoryError: a file is in the way."""
+    there = next(folder for folder in (real, *real.parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there}: is a file; {target} cannot be made in it")
+    return there
+
+
+def check_suffix(target: str | os.PathLike, kind: str, *suffixes: str) -> None:
+    """ValueError where a name says another format than is written, by which players and readers go.
+
+    suffixes: those of the format; a name without one, as of a pipe, says nothing.
+    """
+    suffix = Path(target).suffix
+    if suffix and suffix.lower() not in suffixes:
+        remedy = Path(target).with_suffix(suffixes[0])
+        raise ValueError(f"{target}: what is written is {kind}, whatever its name; name it {remedy}")
 
 
 def write_file(target: str | Path, write: Callable[[Path], object]) -> Path:
@@ -54,7 +76,7 @@ def write_file(target: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def _write_file(target: Path, real: Path, write: Callable[[Path], object]) -> Path:
-    if real.exists() and (not real.is_file() or not os.access(real.parent, os.W_OK | os.X_OK)):
+    if real.exists() and (not real.is_file() or real.is_symlink() or not os.access(real.parent, os.W_OK | os.X_OK)):
         write(real)
         return target
     aside = _beside(real, "writing")
@@ -160,9 +182,7 @@ def check_folder(target: str | Path, owned: Callable[[Path], set[str] | None]) -
         raise FileExistsError(
             f"{target}: is not empty, and not a folder that this command may replace; name a new or empty one"
         )
-    there = next(folder for folder in (real, *real.parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there}: is a file; {target} cannot be made in it")
+    there = _nearest(target, real)
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{target}: cannot be written (no permission, or a read-only disk)")
     return real

@@ -15,6 +15,8 @@ from llama_smop.transcription.recording import Options
 
 logger = logging.getLogger(__name__)
 
+FORMATS = {"srt": "SubRip", "vtt": "WebVTT", "json": "JSON"}
+
 
 def transcribe(
     paths: Sequence[str | Path],
@@ -105,16 +107,21 @@ class Outputs:
 
         Raises:
             OSError: a place that cannot be written, or is one of the recordings. ValueError: two files that would be
-                written to one place.
+                written to one place; a name that says another of the formats.
         """
         self._places: dict[tuple[Path, str], Path] = {}
         taken: dict[Path, Path] = {}
         for kind, place in (("srt", srt), ("vtt", vtt), ("json", json)):
             for path in map(Path, paths) if place is not None else ():
                 target = place if len(paths) == 1 else place / f"{path.stem}.{kind}"
+                if target.suffix.lower() in [f".{other}" for other in FORMATS]:
+                    files.check_suffix(target, FORMATS[kind], f".{kind}")
                 real = files.check_file(target, [file for each in paths for file in files_of(each)])
                 if real in taken:
-                    raise ValueError(f"{target}: would hold the transcripts of {taken[real]} and of {path}")
+                    raise ValueError(
+                        f"{target}: would hold the transcripts of {taken[real]} and of {path}; name other places, or "
+                        "transcribe the two in commands of their own"
+                    )
                 taken[real] = path
                 self._places[path, kind] = target
 

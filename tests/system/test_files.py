@@ -212,6 +212,20 @@ def test_a_device_is_written_and_stays_one(tmp_path):
         files.write_json("/dev/full", {})
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
+def test_a_pipe_and_a_removed_file_are_written_by_the_name_of_their_descriptor(tmp_path):
+    """`--srt /dev/stdout | less` and `--json >(jq .)`: their links name no file."""
+    end, start = os.pipe()
+    files.write_text(f"/dev/fd/{start}", "a line\n")
+    assert os.read(end, 100) == b"a line\n"
+    with open(tmp_path / "gone", "w+") as gone:
+        os.remove(tmp_path / "gone")
+        files.write_text(f"/dev/fd/{gone.fileno()}", "a line\n")
+        assert gone.read() == "a line\n"
+    assert not os.listdir(tmp_path)
+    os.close(end), os.close(start)
+
+
 def test_what_a_killed_write_moved_away_is_put_back(tmp_path):
     folder = a_model(tmp_path / "model")
     (folder / "notes.txt").write_text("mine")

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_smop.data.faces.crop import Selection, find_faces, stream_crops, warnings
-from llama_smop.data.faces.sheet import write_sheet
+from llama_smop.data.faces.sheet import check_sheet, write_sheet
 from llama_smop.data.faces.speaker import SILENCE, choose, stream_envelope
 from llama_smop.data.media import MediaError, audio_path, stream_audio, streams
-from llama_smop.data.video_writer import write_frames
+from llama_smop.data.video_writer import check_name, write_frames
 from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,11 @@ def crop_video(
 
     Raises:
         MediaError: the video cannot be read, or shows no such face. FaceModelError: the face models are not installed.
+        ValueError: `out` or `sheet` has the name of another format.
     """
+    check_name(out)
+    if sheet is not None:
+        check_sheet(sheet)
     source = sound_of(path)
     envelope = None if source is None else np.concatenate([*stream_envelope(stream_audio(source))])
     with tqdm(desc="looking", unit="frame", delay=BAR_AFTER_S, leave=False, disable=not progress) as bar:

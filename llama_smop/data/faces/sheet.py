@@ -14,6 +14,11 @@ WIDTH = 192  # pixels of a column
 COLOURS = ((46, 134, 171), (209, 73, 91), (58, 125, 68), (237, 174, 73), (102, 46, 155))
 
 
+def check_sheet(out: str | os.PathLike) -> None:
+    """ValueError: the name says another format than `write_sheet` writes."""
+    files.check_suffix(out, "PNG", ".png")
+
+
 def write_sheet(path: str | os.PathLike, faces: Faces, chosen: int | None, out: str | os.PathLike) -> Path:
     """Write a PNG: evenly spaced frames, every face in its colour, the crops of `chosen` below."""
     wanted = np.linspace(0, faces.frames - 1, min(COLUMNS, faces.frames)).round().astype(int).tolist()

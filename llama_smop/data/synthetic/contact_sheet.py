@@ -62,10 +62,14 @@ def contact_sheet(root: str | os.PathLike, out_png: str | os.PathLike, n: int = 
     """Draws `n` clips of the corpus in `root` into a PNG and returns its path.
 
     Words are put where they are said if the corpus has a `clips.jsonl` with their times.
+
+    Raises:
+        ValueError: the name says another format.
     """
     from matplotlib.figure import Figure  # not pyplot, which needs a display
 
     root, out = Path(root), Path(out_png)
+    files.check_suffix(out, "PNG", ".png")
     files.check_file(out)
     chosen = _choose(root, n)
     times = _word_times(root)
