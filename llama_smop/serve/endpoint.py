@@ -1,6 +1,7 @@
 """The HTTP endpoint in the shape of OpenAI's `/v1/audio/transcriptions`, which many clients speak."""
 
 import shutil
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from llama_smop.serve.access import Access, TooLarge, too_large
 from llama_smop.serve.service import Outcome, Refused, Service, Switches
 from llama_smop.serve.shelf import Shelf
 from llama_smop.transcription import subtitles
+from llama_smop.transcription.pieces import Piece
 
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 IGNORED = ("language", "prompt", "temperature")  # that clients send, and these models have no use for
 KNOWN = {"file", "model", "response_format", "modality", "snr", "blur", "face", "stream", *IGNORED}
 GRANULARITIES = ("timestamp_granularities[]", "timestamp_granularities")
+MEL_RATE = 100  # frames a second, in which Whisper's "seek" counts
 QUEUE = 16  # requests that may wait
 
 
@@ -153,10 +156,7 @@ def answer(outcome: Outcome, wanted: str, model: str, with_words: bool = False) 
         return PlainTextResponse(subtitles.vtt(outcome.cues), media_type="text/vtt")
     if wanted == "json":
         return JSONResponse({"text": transcript.text})
-    segments = [
-        {"id": number, "start": piece.start, "end": piece.end, "text": piece.text, "modality": piece.modality}
-        for number, piece in enumerate(transcript.pieces)
-    ]
+    segments = [_segment(number, piece) for number, piece in enumerate(transcript.pieces)]
     words = [asdict(word) for piece in transcript.pieces for word in piece.words or ()]
     return JSONResponse(
         {
@@ -170,3 +170,25 @@ def answer(outcome: Outcome, wanted: str, model: str, with_words: bool = False) 
             "warnings": transcript.warnings,
         }
     )
+
+
+def _segment(number: int, piece: Piece) -> dict:
+    """A piece with all fields of OpenAI's segments, without which strict clients read nothing.
+
+    avg_logprob is that of the tokens and of the end, as in Whisper; no_speech_prob, for which Whisper has a
+    token, is what the voice activity model leaves to something other than speech. What is not known is null.
+    """
+    text, written, speech = piece.text.encode(), piece.written, piece.speech_probability
+    return {
+        "id": number,
+        "seek": round(piece.start * MEL_RATE),
+        "start": piece.start,
+        "end": piece.end,
+        "text": piece.text,
+        "tokens": [] if written is None else list(written.tokens),
+        "temperature": 0.0,
+        "avg_logprob": None if written is None else written.avg_logprob,
+        "compression_ratio": len(text) / len(zlib.compress(text)),
+        "no_speech_prob": None if speech is None else round(1 - speech, 4),
+        "modality": piece.modality,
+    }

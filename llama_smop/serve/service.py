@@ -198,7 +198,7 @@ class Service:
     ) -> Iterator[Piece]:
         clips, joint = recording.clips(self.processor, degraded, alone), Joint()
         while batch := list(islice(clips, AT_ONCE)):
-            pieces = transcribe_clips(batch, self.model, self.processor, aligner=self._aligner)
+            pieces = transcribe_clips(batch, self.model, self.processor, aligner=self._aligner, scored=True)
             for clip, piece in zip(batch, pieces, strict=True):
                 progress("transcribing", round(piece.end * VIDEO_RATE), round(recording.seconds * VIDEO_RATE))
                 yield joint(piece, clip.overlap)

@@ -19,6 +19,7 @@ from llama_smop.transcription.prefetch import Ahead
 from llama_smop.transcription.recording import LONGEST_S, Options, Recording
 from llama_smop.transcription.word_times import find_aligner
 
+ASKED_FOR = ("words", "written")  # of a piece
 BAR_AFTER_S = 3  # work that is done sooner shows no progress
 AT_ONCE, AT_ONCE_ON_GPU = 4, 16  # pieces in a batch
 WORKERS, WORKERS_FOR_GPU = 1, 4
@@ -50,7 +51,7 @@ class Transcript:
             "finished": self.finished,
             "warnings": self.warnings,
             "pieces": [
-                {key: value for key, value in asdict(piece).items() if key != "words" or value is not None}
+                {key: value for key, value in asdict(piece).items() if key not in ASKED_FOR or value is not None}
                 for piece in self.pieces
             ],
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_smop.models.decoding import recognise_batch
+from llama_smop.models.decoding import Written, recognise_batch
 from llama_smop.models.rates import Rate
 from llama_smop.models.units import streams_of
 from llama_smop.transcription.cutting import new_words
@@ -21,7 +21,10 @@ class Piece:
 
     start, end: seconds. modality: "audio", "video" or "audiovisual": what the model was given.
     face: the number of the face whose lips were read, box: its left, top, right, bottom where the piece begins.
+    speech_probability: the highest in it, by what finds speech; None where nothing was listened to.
     words: with the times in the recording, in order; None where they were not asked for, or cannot be found.
+    written: what the model wrote of it, and how surely, words that the piece before has too included; None where that
+    was not asked for.
     """
 
     start: float
@@ -30,7 +33,9 @@ class Piece:
     modality: str
     face: int | None = None
     box: tuple[int, int, int, int] | None = None
+    speech_probability: float | None = None
     words: tuple[Word, ...] | None = None
+    written: Written | None = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,21 @@ def transcribe_clips(
     aligner: WhisperAligner | None = None,
     settings: Mapping[str, Any] | None = None,
     rate: Rate | None = None,
+    scored: bool = False,
 ) -> list[Piece]:
     """The piece of every clip with its text, and with its words where there is an aligner and sound.
 
     Clips of one modality go through the model together. settings: further ones of `generate`. rate: None = the default.
+    scored: pieces have `written`; for one beam.
     """
     found: dict[int, Piece] = {}
     for modality in dict.fromkeys(clip.piece.modality for clip in clips):
         places = [i for i, clip in enumerate(clips) if clip.piece.modality == modality]
         inputs = {name: [getattr(clips[i], name) for i in places] for name in streams_of(modality)}
         given = inputs | dict(settings or {})
+        written: list[Written] = []
+        if scored:
+            given["written"] = written
         texts, speech = recognise_batch(model, processor, num_beams=num_beams, rate=rate, **given)
         for row, (i, text) in enumerate(zip(places, texts, strict=True)):
             piece, audio = clips[i].piece, clips[i].audio
@@ -74,7 +84,9 @@ def transcribe_clips(
                 words = aligner(text, audio, frames)
             if words is not None:
                 words = tuple(Word(w.word, w.start + piece.start, min(w.end + piece.start, piece.end)) for w in words)
-            found[i] = replace(piece, text=" ".join(text.split()), words=words)
+            found[i] = replace(
+                piece, text=" ".join(text.split()), words=words, written=written[row] if scored else None
+            )
     return [found[i] for i in range(len(clips))]
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from llama_smop.models.units import SAMPLES_PER_VIDEO_FRAME, VIDEO_RATE
 from llama_smop.system.extras import remedy
 from llama_smop.transcription.cutting import cut_prepared, cut_sound, frames_of
 from llama_smop.transcription.pieces import Clip, Piece
-from llama_smop.transcription.voice_activity import JOIN_S, Span, speech_pieces, speech_probabilities
+from llama_smop.transcription.voice_activity import JOIN_S, RATE, STEP, Span, speech_pieces, speech_probabilities
 
 LONGEST_S = 16.0  # of a piece: what LRS3 is trained in
 ENDS_TOGETHER_S = 0.5  # that the sound may go on after the picture without being a piece of its own
@@ -112,6 +113,7 @@ class Recording:
         self.tracks: list = []
         self.seconds = 0.0
         self._envelope: np.ndarray | None = None
+        self._probabilities: np.ndarray | None = None  # of speech, every 32 ms
         speech = self._listen() if self._sound is not None else None
         shown = self._look() if self._picture else 0
         self._picture = self._picture and (self._prepared or bool(self.tracks))
@@ -153,8 +155,16 @@ class Recording:
                 self._progress("listening", samples // SAMPLES_PER_VIDEO_FRAME, 0)
                 yield block
 
+        probabilities = array("f")
+
+        def noted() -> Iterator[float]:
+            for probability in speech_probabilities(blocks()):
+                probabilities.append(probability)
+                yield probability
+
         # A frame shorter than the model takes, since both ends are moved to the next frame.
-        spans = list(speech_pieces(speech_probabilities(blocks()), self._longest - 1 / VIDEO_RATE))
+        spans = list(speech_pieces(noted(), self._longest - 1 / VIDEO_RATE))
+        self._probabilities = np.array(probabilities, np.float32)
         self.seconds = math.ceil(samples / SAMPLES_PER_VIDEO_FRAME) / VIDEO_RATE
         self._envelope = np.concatenate([*levels, sound_envelope(left, 1)])
         return [replace(span, end=min(span.end, self.seconds)) for span in spans]
@@ -294,7 +304,14 @@ class Recording:
                 frame = min(max(frames_of(span)[0], track.first), track.end - 1)
                 box = tuple(int(v) for v in track.filled_boxes(frame, frame + 1)[0].round())
             times = (round(seconds, 3) for seconds in (span.start, span.end))
-            yield Piece(*times, "", modality, number, box), span.overlap, audio, video
+            yield Piece(*times, "", modality, number, box, self._speech(span)), span.overlap, audio, video
+
+    def _speech(self, span: Span) -> float | None:
+        """The highest probability of speech in a span."""
+        if self._probabilities is None:
+            return None
+        first, end = (round(seconds * RATE / STEP) for seconds in (span.start, span.end))
+        return round(float(self._probabilities[first:end].max(initial=0.0)), 4)
 
     def _crops(self, spans: Sequence[Span]) -> Iterator[np.ndarray | None]:
         """Of every span when the picture is prepared, else of every span with a face."""

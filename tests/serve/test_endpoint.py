@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import threading
+import zlib
 from importlib.util import find_spec
 
 import pytest
@@ -70,6 +71,33 @@ def test_every_format_tells_the_same_text(open_, files):
     assert verbose["duration"] == pytest.approx(1.2, abs=0.1)
     assert [segment["text"] for segment in verbose["segments"]] == [text]
     assert post(open_, files["crop.mp4"]).json() == {"text": text}, "json where no format is asked for"
+
+
+# What OpenAI's specification requires of a segment (TranscriptionSegment): typed clients refuse one without them.
+SEGMENT = {
+    "id": int,
+    "seek": int,
+    "start": float,
+    "end": float,
+    "text": str,
+    "tokens": list,
+    "temperature": float,
+    "avg_logprob": float,
+    "compression_ratio": float,
+    "no_speech_prob": float,
+}
+
+
+def test_a_segment_has_what_typed_clients_require(open_, service, files):
+    body = post(open_, files["crop.mp4"], response_format="verbose_json").json()
+    (segment,) = body["segments"]
+    assert {name: type(segment[name]) for name in SEGMENT} == SEGMENT
+    assert service.processor.tokenizer.decode(segment["tokens"]) == segment["text"]
+    assert segment["avg_logprob"] < 0 and 0 <= segment["no_speech_prob"] < 0.5, "it was found by its loudness"
+    text = segment["text"].encode()
+    assert segment["compression_ratio"] == len(text) / len(zlib.compress(text))
+    (unheard,) = post(open_, files["silent.mp4"], response_format="verbose_json").json()["segments"]
+    assert unheard["no_speech_prob"] is None, "nothing was listened to"
 
 
 def test_what_clients_send_besides_is_taken(open_, service, files):

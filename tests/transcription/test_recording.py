@@ -287,8 +287,8 @@ def test_places_are_checked_before_anything_is_computed(tmp_path, monkeypatch):
     command = ["transcribe", str(tmp_path / "a.wav"), "--model", "m"]
     with pytest.raises(SystemExit, match="is a folder; name a file to write"):
         main([*command, "--srt", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"same\.srt: would hold the transcripts of"):
-        main([*command, "--srt", str(tmp_path / "same.srt"), "--vtt", str(tmp_path / "same.srt")])
+    with pytest.raises(SystemExit, match=r"same: would hold the transcripts of"):
+        main([*command, "--srt", str(tmp_path / "same"), "--vtt", str(tmp_path / "same")])
     with pytest.raises(SystemExit, match="--face takes auto, largest or a number, got 'x'"):
         main([*command, "--face", "x"])
 
