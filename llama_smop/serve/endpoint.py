@@ -19,9 +19,10 @@ from llama_smop.transcription.pieces import Piece
 
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 IGNORED = ("language", "prompt", "temperature")  # that clients send, and these models have no use for
-KNOWN = {"file", "model", "response_format", "modality", "snr", "blur", "face", "stream", *IGNORED}
+KNOWN = {"file", "model", "response_format", "modality", "snr", "blur", "face", "stream", "chunking_strategy", *IGNORED}
 GRANULARITIES = ("timestamp_granularities[]", "timestamp_granularities")
 MEL_RATE = 100  # frames a second, in which Whisper's "seek" counts
+METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]
 QUEUE = 16  # requests that may wait
 
 
@@ -44,10 +45,19 @@ def router(service: Service, access: Access, shelf: Shelf, most: int) -> APIRout
             return None
         return error(401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
 
+    model = {"id": service.name, "object": "model", "created": 0, "owned_by": "llama-smop"}
+
     @routes.get("/models")
     async def models(request: Request) -> Response:
-        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "llama-smop"}
         return refusal(request) or JSONResponse({"object": "list", "data": [model]})
+
+    @routes.get("/models/{name:path}")
+    async def one_model(request: Request, name: str) -> Response:
+        if (refused := refusal(request)) is not None:
+            return refused
+        if name != service.name:
+            return error(404, _other_model(service, name), "model", "model_not_found")
+        return JSONResponse(model)
 
     @routes.post("/audio/transcriptions")
     async def transcriptions(request: Request) -> Response:
@@ -79,7 +89,7 @@ def router(service: Service, access: Access, shelf: Shelf, most: int) -> APIRout
             waiting -= 1
             shelf.drop(folder)
 
-    @routes.api_route("/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+    @routes.api_route("/{rest:path}", methods=METHODS, include_in_schema=False)
     async def unknown(request: Request) -> Response:
         here = "POST /v1/audio/transcriptions and GET /v1/models are all there is"
         return refusal(request) or error(404, f"{request.method} {request.url.path}: {here}")
@@ -97,9 +107,11 @@ def _asked(form: FormData, service: Service) -> tuple[str, bool, Switches]:
     if wanted not in FORMATS:
         raise Refused(f"response_format takes {', '.join(FORMATS)}, got {wanted!r}", "response_format")
     if fields.get("model", service.name) != service.name:
-        raise Refused(f"this server has the model {service.name!r}, not {fields['model']!r}", "model")
+        raise Refused(_other_model(service, fields["model"]), "model")
     if fields.get("stream", "false").lower() not in ("false", "0", ""):
         raise Refused("streaming is not offered", "stream")
+    if fields.get("chunking_strategy", "auto") != "auto":
+        raise Refused("chunking_strategy takes auto: recordings are cut where nobody speaks", "chunking_strategy")
     words = False
     for key in GRANULARITIES:
         asked = form.getlist(key)
@@ -117,6 +129,10 @@ def _asked(form: FormData, service: Service) -> tuple[str, bool, Switches]:
         face=int(face) if (face := fields.get("face", "auto")).isdecimal() and len(face) < 9 else face,
     )
     return wanted, words, switches
+
+
+def _other_model(service: Service, name: str) -> str:
+    return f"this server has the model {service.name!r}, not {name!r}"
 
 
 def _number(fields: dict[str, str], name: str) -> float | None:

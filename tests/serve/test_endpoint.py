@@ -102,9 +102,11 @@ def test_a_segment_has_what_typed_clients_require(open_, service, files):
 
 def test_what_clients_send_besides_is_taken(open_, service, files):
     sent = {"model": service.name, "language": "en", "prompt": "x", "temperature": "0", "modality": "audio"}
+    sent |= {"chunking_strategy": "auto"}
     answer = post(open_, files["crop.mp4"], response_format="verbose_json", **sent).json()
     assert answer["segments"][0]["modality"] == "audio"
-    assert [model["id"] for model in open_.get("/v1/models").json()["data"]] == [service.name]
+    (model,) = open_.get("/v1/models").json()["data"]
+    assert model["id"] == service.name and open_.get(f"/v1/models/{service.name}").json() == model
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def test_what_clients_send_besides_is_taken(open_, service, files):
         ("model", "whisper-1", 404),
         ("response_format", "diarized_json", 400),
         ("stream", "true", 400),
+        ("chunking_strategy", "server_vad", 400),
         ("timestamp_granularities[]", "phoneme", 400),
         ("snr", "loud", 400),
         ("snr", "nan", 400),
@@ -143,6 +146,9 @@ def test_a_request_without_a_file_says_what_is_needed(open_):
     refused(open_.post(URL, content=b"--", headers={"Content-Type": "multipart/form-data"}), 400)
     refused(open_.get(URL), 404)
     refused(open_.post("/v1/chat/completions", json={}), 404)
+    refused(open_.options(URL), 404)
+    assert open_.head(URL).status_code == 404
+    assert "not 'whisper-1'" in refused(open_.get("/v1/models/whisper-1"), 404, "model")
 
 
 @pytest.mark.parametrize("name", ["../../../tmp/a.mp4", "/etc/passwd", "a\x00b.mp4", "..", "%2e%2e%2f", "x" * 500])
@@ -202,7 +208,7 @@ def test_a_token_lets_in(auth, header, let_in):
 def test_a_token_is_asked_for_before_anything_is_read(service, shelf, files):
     guarded = client(service, shelf, "token")
     answer = post(guarded, files["sound.wav"], headers={"Authorization": "Bearer wrong"}, response_format="no such")
-    assert refused(answer, 401) == refused(guarded.get("/v1/models"), 401)
+    assert refused(answer, 401) == refused(guarded.get("/v1/models"), 401) == refused(guarded.get("/v1/models/x"), 401)
     assert answer.headers["www-authenticate"] == "Bearer"
     assert post(guarded, files["sound.wav"], headers={"Authorization": "Bearer token"}).status_code == 200
     assert guarded.get("/config").status_code == 401, "the page asks too"
