@@ -6,6 +6,7 @@ forward-mode derivatives and second derivatives are refused (`grouped_mm` has se
 with "relu").
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,15 @@ from llama_smop.ops import merge as _merge
 from llama_smop.ops import route as _route
 from llama_smop.ops import route_logits as _route_logits
 from llama_smop.ops.backend import Experts, Schedule, acc_dtype
-from llama_smop.ops.checks import ACTIVATIONS, expert_activation, layout, routing_weights
+from llama_smop.ops.checks import (
+    ACTIVATIONS,
+    are_tensors,
+    are_tensors_or_none,
+    epsilon,
+    expert_activation,
+    layout,
+    routing_weights,
+)
 from llama_smop.ops.operator import autocast_dtype
 from llama_smop.ops.route import Routed, Routing
 
@@ -74,6 +83,8 @@ def route(
         IndexError: a modality outside [0, 1] (on a GPU only with LLAMA_SMOP_DEBUG=1).
         RuntimeError: the backend asked for cannot run here.
     """
+    are_tensors(x=x, gate_weight=gate_weight)
+    are_tensors_or_none(modality=modality, mask=mask)
     X = gate_weight.shape[1] if num_experts is None and gate_weight.dim() > 1 else num_experts or 0
     _route.check(x, gate_weight, modality, mask, top_k, X)
     backend = dispatch.resolve(backend, autocast_dtype(x), x.device, top_k, X)
@@ -105,6 +116,8 @@ def route_logits(
     Raises:
         As `route`.
     """
+    are_tensors(logits=logits)
+    are_tensors_or_none(modality=modality, mask=mask)
     X = (logits.shape[1] if logits.dim() > 1 else 0) if num_experts is None else num_experts
     _route_logits.check(logits, modality, mask, top_k, X)
     routing_weights(normalize_weights, weight_scale)
@@ -162,6 +175,9 @@ def expert_projection(
         IndexError: an expert id outside [0, X] (on a GPU only with LLAMA_SMOP_DEBUG=1).
         RuntimeError: the backend asked for cannot run here.
     """
+    are_tensors(x=x, weights=weights, experts=experts, w1=w1, w2=w2)
+    are_tensors_or_none(b1=b1, b2=b2, ln_weight=ln_weight, ln_bias=ln_bias)
+    epsilon(eps)
     parameters, X = Experts(w1, b1, w2, b2, ln_weight, ln_bias), w1.shape[0] if w1.dim() else 0
     activation = expert_activation(activation, gated)
     _projection.check_parameters(x, parameters, activation, recompute)
@@ -214,6 +230,17 @@ def smop(
 
     See `route` and `expert_projection` for the formulas, dtypes and errors.
     """
+    for value in (x, w1, w2):  # here: a call is time before the first launch
+        if not isinstance(value, Tensor):
+            are_tensors(x=x, w1=w1, w2=w2)
+    for given in (gate_weight, router_logits, b1, b2, ln_weight, ln_bias, modality, mask):
+        if given is not None and not isinstance(given, Tensor):
+            are_tensors_or_none(
+                gate_weight=gate_weight, router_logits=router_logits, b1=b1, b2=b2, ln_weight=ln_weight,
+                ln_bias=ln_bias, modality=modality, mask=mask,
+            )  # fmt: skip
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        epsilon(eps)
     if x.dim() == 0:
         raise ValueError("x must have shape (..., D), got a scalar")
     if (gate_weight is None) == (router_logits is None):
@@ -336,6 +363,9 @@ def merged_projection(
     Raises:
         As `expert_projection`.
     """
+    are_tensors(x=x, router_logits=router_logits, w1=w1, w2=w2)
+    are_tensors_or_none(b1=b1, b2=b2, ln_weight=ln_weight, ln_bias=ln_bias, modality=modality, mask=mask)
+    epsilon(eps)
     _merge.check(x, router_logits, modality, mask, w1)
     parameters = Experts(w1, b1, w2, b2, ln_weight, ln_bias)
     _projection.check_parameters(
@@ -386,6 +416,8 @@ def grouped_mm(
     Returns:
         (M, N) or (G, M, N) in a's dtype.
     """
+    are_tensors(a=a, b=b, offs=offs)
+    are_tensors_or_none(bias=bias)
     _grouped_mm.check(a, b, offs, bias, activation)
     backend = dispatch.resolve(backend, autocast_dtype(a), a.device, 1, offs.shape[0])
     return _grouped_mm.grouped_mm(a, b, offs, bias, activation, backend)[0]

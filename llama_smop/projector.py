@@ -134,11 +134,16 @@ class SMoPProjector(StackedMLPs):
         merge: str | None = None,
     ):
         super().__init__()
-        _check_sizes(
-            num_experts=num_experts, in_features=in_features, hidden_features=hidden_features, out_features=out_features
+        checks.whole(
+            1,
+            num_experts=num_experts,
+            in_features=in_features,
+            hidden_features=hidden_features,
+            out_features=out_features,
         )
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k}")
+        checks.active_experts(top_k, num_experts)
+        checks.true_or_false(layer_norm=layer_norm, global_aux_losses=global_aux_losses)
+        checks.epsilon(eps)
         checks.options(activation, recompute)
         dispatch.check_backend(backend)
         form = SMoPForm(
@@ -190,6 +195,8 @@ class SMoPProjector(StackedMLPs):
         Raises:
             ValueError: a width or shape that does not fit. IndexError: a modality other than 0 and 1.
         """
+        if not isinstance(x, Tensor):
+            checks.are_tensors(x=x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise _wrong_width(x, self.in_features)
         if self.form != PAPER:
@@ -245,9 +252,15 @@ class DenseProjector(StackedMLPs):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(
-            modalities=modalities, in_features=in_features, hidden_features=hidden_features, out_features=out_features
+        checks.whole(
+            1,
+            modalities=modalities,
+            in_features=in_features,
+            hidden_features=hidden_features,
+            out_features=out_features,
         )
+        checks.true_or_false(layer_norm=layer_norm)
+        checks.epsilon(eps)
         checks.options(activation, recompute)
         dispatch.check_backend(backend)
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
@@ -259,6 +272,8 @@ class DenseProjector(StackedMLPs):
 
     def forward(self, x: Tensor, modality: Tensor | None = None, mask: Tensor | None = None) -> SMoPOutput:
         """Project tokens x (..., D) by the projector of their modality (...); masked tokens yield 0."""
+        checks.are_tensors(x=x)
+        checks.are_tensors_or_none(modality=modality, mask=mask)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise _wrong_width(x, self.in_features)
         lead = x.shape[:-1]
@@ -300,12 +315,6 @@ class DenseProjector(StackedMLPs):
         return f"{sizes}, modalities={self.modalities}, activation={self.activation}, backend={self.backend}"
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
 def _wrong_width(x: Tensor, in_features: int) -> ValueError:
     return ValueError(f"x must have in_features = {in_features} as its last size, got shape {tuple(x.shape)}")
 
@@ -313,6 +322,7 @@ def _wrong_width(x: Tensor, in_features: int) -> ValueError:
 def _another_form(self: SMoPProjector, x: Tensor, modality: Tensor | None, mask: Tensor | None) -> SMoPOutput:
     """`forward` of every form but the paper's; its losses are those of "switch" or, of a merge, zero."""
     form = self.form
+    checks.are_tensors_or_none(modality=modality, mask=mask)
     for name, ids in (("modality", modality), ("mask", mask)):
         if ids is not None and ids.shape != x.shape[:-1]:
             raise ValueError(f"{name} must have x's leading shape {tuple(x.shape[:-1])}, got {tuple(ids.shape)}")

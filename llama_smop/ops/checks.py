@@ -4,6 +4,7 @@ under LLAMA_SMOP_DEBUG=1."""
 import math
 import os
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,50 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 Shape = str | tuple[str | int, ...]
+
+
+def are_tensors(**given: Any) -> None:
+    """Raise TypeError for a list, an array, a number or None among the arguments."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            made = "" if value is None else f"; torch.as_tensor({name}) makes one"
+            raise TypeError(f"{name} must be a tensor, got {_kind(value)}{made}")
+
+
+def are_tensors_or_none(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            are_tensors(**{name: value})
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return "None" if value is None else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
+
+
+def whole(least: int, **given: Any) -> None:
+    """Raise ValueError unless each is a whole number of at least `least`."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def active_experts(top_k: int, num_experts: int) -> None:
+    if isinstance(top_k, bool) or not hasattr(top_k, "__index__") or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must lie in [1, num_experts] = [1, {num_experts}], got {top_k!r}")
+
+
+def true_or_false(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def epsilon(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
 
 
 def tensors(*expected: tuple[str, Tensor | None, Shape]) -> dict[str, int]:
@@ -62,7 +107,10 @@ def same_float(reference_name: str, reference: Tensor, **tensors: Tensor | None)
         floating(**{reference_name: reference})
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name} must have {reference_name}'s dtype {dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must have {reference_name}'s dtype {dtype}, got {tensor.dtype}; convert one with .to(dtype), "
+                "or compute under torch.autocast"
+            )
 
 
 def floating(**tensors: Tensor | None) -> None:

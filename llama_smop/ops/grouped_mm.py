@@ -76,6 +76,9 @@ def grouped_mm(
     """→ the product, and the pre-activation that a backward needs (else empty)."""
     checks.same_float("a", a, b=b, bias=bias)
     checks.cumulative("offs", offs, a.shape[0] if b.dim() == 3 else a.shape[1])
+    if not offs.numel():
+        out, pre = _fake(a, b, offs, bias, activation, backend)
+        return out.zero_(), pre.zero_()
     if 1 not in b.stride()[-2:]:
         b = b.contiguous()
     if b.dim() == 3 or 1 not in a.stride():

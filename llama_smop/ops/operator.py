@@ -75,6 +75,7 @@ class Operator:
                 flat.append(arg)
         if not is_plain(flat):
             refuse_forward_mode(self.op._qualname, flat)
+            refuse_functional_gradients(self.op._qualname, flat)
             return self.op(*flat)
         recorded = None  # by autograd
         if torch.is_grad_enabled():
@@ -264,6 +265,18 @@ def refuse_forward_mode(name: str, values: list) -> None:
         raise RuntimeError(
             f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors): "
             "use reverse mode, .backward() or torch.autograd.grad"
+        )
+
+
+def refuse_functional_gradients(name: str, values: list) -> None:
+    """PyTorch differentiates custom operators by autograd alone, and would say so without their name."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    differentiates = transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
+    if differentiates and torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        raise RuntimeError(
+            f"{name} has no derivative under torch.func (grad, vjp, jacrev): use .backward() or torch.autograd.grad"
         )
 
 

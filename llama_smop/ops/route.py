@@ -47,8 +47,8 @@ def check(
         ("x", x, "TD"), ("gate_weight", gate_weight, "RED"), ("modality", modality, "T"), ("mask", mask, "T")
     )
     R, E = sizes["R"], sizes["E"]
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k must lie in [1, num_experts] = [1, {E}], got {top_k}")
+    if type(top_k) is not int or not 1 <= top_k <= E:
+        checks.active_experts(top_k, E)
     if num_experts not in (E, R * E):
         raise ValueError(
             f"num_experts must be {E} or {R * E} for gate_weight {tuple(gate_weight.shape)}, got {num_experts}"

@@ -18,8 +18,8 @@ def check(logits: Tensor, modality: Tensor | None, mask: Tensor | None, top_k: i
     sizes = checks.tensors(("logits", logits, "TE"), ("modality", modality, "T"), ("mask", mask, "T"))
     checks.floating(logits=logits)
     E = sizes["E"]
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k must lie in [1, num_experts] = [1, {E}], got {top_k}")
+    if type(top_k) is not int or not 1 <= top_k <= E:
+        checks.active_experts(top_k, E)
     most = 2 * E if modality is not None else E
     if num_experts not in (E, most):
         raise ValueError(f"num_experts must be {E}, or {2 * E} with a modality, for logits of {E} experts")

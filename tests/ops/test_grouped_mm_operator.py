@@ -109,6 +109,16 @@ def test_empty_sizes(shape):
     assert out.shape == (M, N) and not out.any()
 
 
+def test_no_group_at_all_gives_zeros_and_gradients_of_zero():
+    leaves = normal(5, 3), normal(0, 3, 4), normal(0, 4)
+    for activation in (None, "relu", "gelu"):
+        out = functional.grouped_mm(*leaves[:2], offsets(), bias=leaves[2], activation=activation)
+        assert out.shape == (5, 4) and not out.any()
+        found = gradients(out, leaves)
+        assert [g.shape for g in found] == [x.shape for x in leaves] and not found[0].any()
+    assert functional.grouped_mm(normal(3, 5), normal(5, 4), offsets()).shape == (0, 3, 4)
+
+
 def test_is_deterministic():
     a, b = normal(64, 48, dtype=torch.float32), normal(4, 48, 32, dtype=torch.float32, seed=1)
     runs = []

@@ -238,6 +238,23 @@ def test_forward_mode_is_refused_instead_of_being_zero():
         functional.grouped_mm(a, forward_ad.make_dual(b, b), offs)
 
 
+def test_functional_gradients_are_refused_by_name():
+    """And what torch.func does without differentiating the operators themselves is served."""
+    module, x = layer(sharing="JEJR"), torch.randn(5, 6)
+    for transform in (torch.func.grad, torch.func.jacrev, lambda f: lambda x: torch.func.vjp(f, x)[1](x.sum())):
+        with pytest.raises(RuntimeError, match=r"smop::route has no derivative under torch.func .* use .backward"):
+            transform(lambda x: module(x).hidden_states.sum())(x)
+    offs = torch.tensor([5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"smop::grouped_mm has no derivative under torch\.func"):
+        torch.func.grad(lambda b: functional.grouped_mm(x, b, offs).sum())(torch.randn(1, 6, 2))
+    expected = module(x).hidden_states
+    parameters = dict(module.named_parameters())
+    assert torch.equal(torch.func.functional_call(module, parameters, (x,)).hidden_states, expected)
+    frozen = layer(sharing="JEJR").requires_grad_(False)
+    slope = torch.func.grad(lambda scale: (scale * frozen(x).hidden_states).sum())(torch.tensor(1.0))
+    assert torch.allclose(slope, frozen(x).hidden_states.sum())
+
+
 # -------------------------------------------------------------------------------------------------- partial gradients
 
 

@@ -1,5 +1,8 @@
 """Every argument that cannot be served is refused before any work, in one line that names it."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
@@ -166,6 +169,26 @@ MAKERS = {
 }
 
 
+CASES += [
+    (name, {tensor: make()[tensor].tolist()}, TypeError, f"^{tensor} must be a tensor, got list; torch.as_tensor")
+    for name, make in MAKERS.items()
+    for tensor, value in make().items()
+    if isinstance(value, torch.Tensor)
+]
+CASES += [
+    ("smop", {"x": torch.randn(T, D).numpy()}, TypeError, "x must be a tensor, got numpy.ndarray"),
+    ("smop", {"mask": np.ones(T, dtype=bool)}, TypeError, "mask must be a tensor, got numpy.ndarray"),
+    ("smop", {"w2": None}, TypeError, "w2 must be a tensor, got None$"),
+    ("smop", {"modality": 0}, TypeError, "modality must be a tensor, got int"),
+    ("smop", {"top_k": "2"}, ValueError, "top_k must lie in .* got '2'"),
+    ("smop", {"top_k": 2.0}, ValueError, "top_k must lie in .* got 2.0"),
+    ("smop", {"eps": "1e-5"}, ValueError, "eps must be a number of at least 0, got '1e-5'"),
+    ("smop", {"x": torch.randn(T, D).bfloat16()}, TypeError, r"dtype torch.bfloat16, .* \.to\(dtype\), or .*autocast"),
+    ("expert_projection", {"eps": -1.0}, ValueError, "eps must be a number of at least 0, got -1.0"),
+    ("grouped_mm", {"bias": [[1.0]]}, TypeError, "bias must be a tensor, got list"),
+]
+
+
 @pytest.fixture
 def unreachable_backend(monkeypatch):
     """Tests fail where a backend is asked for a product; routing alone is no harm."""
@@ -218,18 +241,48 @@ def test_smop_checks_its_experts_before_it_routes(monkeypatch):
         ({"activation": "tanh"}, "activation must be one of"),
         ({"recompute": "y"}, "recompute must be one of"),
         ({"backend": "numpy"}, "backend must be"),
+        ({"top_k": "2"}, "top_k must lie in .* got '2'"),
+        ({"top_k": 1.0}, "top_k must lie in .* got 1.0"),
+        ({"num_experts": 2.0}, "num_experts must be a whole number, got 2.0"),
+        ({"in_features": "8"}, "in_features must be a whole number, got '8'"),
+        ({"hidden_features": None}, "hidden_features must be a whole number, got None"),
+        ({"eps": None}, "eps must be a number of at least 0, got None"),
+        ({"eps": -1}, "eps must be a number of at least 0, got -1"),
+        ({"layer_norm": "no"}, "layer_norm must be True or False, got 'no'"),
+        ({"global_aux_losses": 1}, "global_aux_losses must be True or False, got 1"),
     ],
 )
 def test_projector_refuses_at_construction(changed, message):
+    sizes = {"in_features": D, "hidden_features": H, "out_features": O}
     with pytest.raises(ValueError, match=message):
-        SMoPProjector(**{"in_features": D, "hidden_features": H, "out_features": O, **changed})
+        SMoPProjector(**sizes | changed)
+    dense = inspect.signature(DenseProjector).parameters
+    if set(changed) <= set(dense):
+        with pytest.raises(ValueError, match=message):
+            DenseProjector(**sizes | changed)
 
 
-@pytest.mark.parametrize("projector", (SMoPProjector(D, H, O), DenseProjector(D, H, O)), ids=("sparse", "dense"))
+def test_sizes_may_be_numpys():
+    layer = SMoPProjector(np.int64(D), H, O, num_experts=np.int64(E), top_k=np.int32(K), sharing="JEJR")
+    assert layer(torch.randn(T, D)).hidden_states.shape == (T, O)
+
+
+@pytest.mark.parametrize(
+    "projector",
+    (SMoPProjector(D, H, O), DenseProjector(D, H, O), SMoPProjector(D, H, O, router_bias=True)),
+    ids=("sparse", "dense", "another form"),
+)
 def test_projectors_refuse_at_the_call(projector):
     x, modality = torch.randn(2, 3, D), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"x must have in_features = 6 as its last size, got shape \(2, 3, 5\)"):
         projector(x[..., :5], modality)
+    for given, kind in ((x.tolist(), "list"), (x.numpy(), "numpy.ndarray"), (None, "None")):
+        with pytest.raises(TypeError, match=f"x must be a tensor, got {kind}"):
+            projector(given, modality)
+    with pytest.raises(TypeError, match=r"modality must be a tensor, got list; torch.as_tensor\(modality\) makes one"):
+        projector(x, [[0, 0, 1], [0, 1, 1]])
+    with pytest.raises(TypeError, match=r"mask must be a tensor, got numpy\.ndarray"):
+        projector(x, modality, np.ones((2, 3), dtype=bool))
     with pytest.raises(ValueError, match="modality is required"):
         projector(x)
     with pytest.raises(IndexError, match=r"modality must lie in \[0, 1\], got values from 2 to 2"):
