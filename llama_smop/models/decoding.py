@@ -98,6 +98,18 @@ def transcribe_batch(
     return recognise_batch(model, processor, audio=audio, video=video, num_beams=num_beams, rate=rate, **settings)[0]
 
 
+def _refuse_other_results(settings: dict) -> None:
+    chosen = settings.get("generation_config")
+
+    def setting(name: str):
+        return settings.get(name, getattr(chosen, name, None))
+
+    if (setting("num_return_sequences") or 1) > 1:
+        raise ValueError("each recording gets one text: leave out num_return_sequences, or call the model's generate")
+    if setting("return_dict_in_generate"):
+        raise ValueError("recordings get texts: leave out return_dict_in_generate, or call the model's generate")
+
+
 @torch.inference_mode()
 def recognise_batch(
     model: LlamaSmopForConditionalGeneration,
@@ -113,7 +125,11 @@ def recognise_batch(
     """Texts as in `transcribe_batch`, and the towers' frames that they were written from.
 
     written: a list to which tokens and scores of each clip are added; for greedy decoding alone.
+
+    Raises:
+        ValueError: settings by which `generate` returns something else than one text a clip.
     """
+    _refuse_other_results(settings)
     batch = processor(audio=audio, video=video, do_normalize=False, rate=rate).to(model.device)
     batch.pop("rate", None)
     prompt = batch["input_ids"].shape[1]

@@ -159,6 +159,8 @@ class LlamaSmopProcessor(ProcessorMixin):
         audio, video = listed(audio, "audio", 1), listed(videos if video is None else video, "video", 4)
         streams = {name: clips for name, clips in zip(STREAMS, (audio, video), strict=True) if clips is not None}
         if not streams:
+            if text is not None and not _is_text(text):  # other processors take the sound first
+                raise ValueError("the first argument is the text; name the others: processor(audio=…)")
             raise ValueError("expected audio, video or both, got neither")
         clips = len(next(iter(streams.values())))
         prompts = None if prompt is None or isinstance(prompt, str) else list(prompt)
@@ -361,6 +363,10 @@ class LlamaSmopProcessor(ProcessorMixin):
     def decode_new(self, generated: Tensor, prompt_length: int) -> list[str]:
         """Texts of what `generate` added to prompts of `prompt_length` ids."""
         return [t.strip() for t in self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)]
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, list | tuple) and all(isinstance(text, str) for text in given))
 
 
 def _batch_buffer(*shape: int) -> Tensor:

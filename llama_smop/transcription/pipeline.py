@@ -93,6 +93,11 @@ class LlamaSmopPipeline(AutomaticSpeechRecognitionPipeline):
             return {}, forward, {}
         return {}, forward | {"word_times": return_timestamps == "word"}, {"return_timestamps": return_timestamps}
 
+    def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, list) and not inputs:  # transformers looks at the first one
+            return []
+        return super().__call__(inputs, **kwargs)
+
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         # Not by transformers' DataLoader: recordings differ in length, and `attempts` reads ahead itself.
         if batch_size > 1:

@@ -122,6 +122,9 @@ def test_text_round_trip(processor):
     ("arguments", "message"),
     [
         ({}, "audio, video or both, got neither"),
+        ({"text": "bin"}, "audio, video or both, got neither"),
+        ({"text": np.zeros(16000), "sampling_rate": 16000}, r"the first argument is the text; .* processor\(audio="),
+        ({"text": [np.zeros(16000)]}, "the first argument is the text"),
         ({"audio": []}, "at least one clip"),
         ({"audio": [np.zeros(16000)], "text": ["a", "b"]}, "one text for each of 1 clips, got 2"),
         (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutomaticSpeechRecognitionPipeline, pipeline
+from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
 
 from llama_smop.data.media import MediaError, write_video
 from llama_smop.models import model_folder
@@ -108,6 +108,23 @@ def test_lists_and_generators_give_one_result_each(recognise, folder, files):
     assert recognise(paths) == expected
     assert recognise([str(p) for p in paths], batch_size=2) == expected
     assert list(recognise(path for path in paths)) == expected
+
+
+def test_no_recording_gives_no_text(recognise):
+    assert recognise([]) == [] and recognise([], batch_size=4, return_timestamps=True) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2, "num_return_sequences": 2}, "each recording gets one text: leave out num_return_sequences"),
+        ({"generation_config": GenerationConfig(num_beams=2, num_return_sequences=2)}, "each recording gets one text"),
+        ({"return_dict_in_generate": True}, "recordings get texts: leave out return_dict_in_generate"),
+    ],
+)
+def test_settings_by_which_generate_gives_no_text_a_clip_are_refused(recognise, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recognise(TALK, generate_kwargs=settings)
 
 
 def test_timestamps_are_those_of_the_pieces(recognise, folder, files):
