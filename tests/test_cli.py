@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,38 @@ def test_the_status_of_a_command_that_stops_is_kept(command, stop, status, capsy
 def test_a_command_that_ends_well_returns(capsys):
     main(["configs"])
     assert "recipe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    ((["info", "--config", "absent.yaml"], "llama-smop: absent.yaml: no such file"), (["info", "--confg"], "--confg")),
+    ids=("a file", "an option"),
+)
+def test_torchrun_is_told_why(arguments, line, tmp_path, monkeypatch):
+    """It reads a file of each process that failed."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    place = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
+    before = time.time()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(place))
+    assert line in failure.message and before - 1 <= failure.timestamp <= time.time()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent/error.json"))
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+
+@pytest.mark.slow
+def test_what_torchrun_prints_ends_with_the_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("data: {root: nowhere}\nmodel: {tiny: {}}\noptimizer: {stepz: 3}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "llama_smop.cli", "train", "--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    shown = [line for line in ended.stderr.splitlines() if "unknown key optimizer.stepz" in line]
+    assert shown and shown[-1] in ended.stderr.splitlines()[-3:]
 
 
 def test_output_that_cannot_be_written_is_a_failure():

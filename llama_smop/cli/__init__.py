@@ -2,14 +2,18 @@
 
 Commands import what they need when they run, so that `--help` is quick. An error is one line on stderr with exit status
 1, or 2 for a wrong option; LLAMA_SMOP_DEBUG=1 shows the traceback. Ctrl-C exits with 130. A training that receives
-SIGTERM or SIGHUP saves a checkpoint and exits with 143 or 129.
+SIGTERM or SIGHUP saves a checkpoint and exits with 143 or 129. Under torchrun the line also ends what torchrun prints.
 """
 
 import importlib
 import io
+import json
 import os
 import shlex
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from llama_smop.system.extras import remedy
 
@@ -48,10 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
         usage = getattr(error, "exit_code", None)
         if usage is not None:  # typer's own error: a wrong option or argument
             error.show()
+            _tell_torchrun(error.format_message())
             sys.exit(usage)
         if debug():
             raise
-        sys.exit(f"llama-smop: {_line(error, sys.argv[1:] if arguments is None else arguments)}")
+        line = f"llama-smop: {_line(error, sys.argv[1:] if arguments is None else arguments)}"
+        _tell_torchrun(line)
+        sys.exit(line)
     if status == INTERRUPTED:
         print("llama-smop: interrupted; the same command starts again", file=sys.stderr)
     if isinstance(status, int) and status:
@@ -69,6 +76,14 @@ def _line(error: Exception, arguments: list[str]) -> str:
         return text
     kind = type(error).__name__
     return f"{kind}{': ' * bool(text)}{text} (in: {shlex.join(arguments)}; LLAMA_SMOP_DEBUG=1 shows where)"
+
+
+def _tell_torchrun(line: str) -> None:
+    """Leave the error where torchrun looks for it: its long report then ends with the line, in place of a hint."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        with suppress(OSError):
+            Path(place).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 def _flush() -> None:
