@@ -27,6 +27,10 @@ BABBLE = {"none": None, "10 dB": 10.0, "5 dB": 5.0, "0 dB": 0.0, "−5 dB": -5.0
 BLUR = {"none": 0.0, "2 pixels": 2.0, "4 pixels": 4.0, "8 pixels": 8.0}
 QUEUE = 16  # visitors that may wait
 RESULTS = "/results"  # where the files of results are served
+NOTHING_YET = (
+    "Choose a file or record something first; a recording that was just stopped takes a moment to get here, and can be "
+    "played when it has."
+)
 FAILED = "Something went wrong here that should not; the server's terminal says what."
 
 
@@ -76,7 +80,7 @@ def build(service: Service, shelf: Shelf) -> gr.Blocks:
             if given is not None and not Path(given).resolve().is_relative_to(shelf.uploads.resolve()):
                 return html.notice("This file is not here any more; choose it again.", "refused")
             if given is None:
-                return html.notice("Choose a file or record something first.", "refused")
+                return html.notice(NOTHING_YET, "refused")
             folder = shelf.new()
             shelf.give(request.session_hash, Path(given), folder)
             recording = folder / "input"
