@@ -323,8 +323,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_audio(path: str | os.PathLike, samples: np.ndarray, rate: int = AUDIO_RATE) -> None:
-    """Writes float samples in [−1, 1], (samples,), as WAV of 16 bits. ValueError: the name says another format."""
-    files.check_suffix(path, "WAV", ".wav")
+    """Writes float samples in [−1, 1], (samples,), as 16-bit PCM."""
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
     write_bytes(path, buffer.getvalue())

@@ -39,11 +39,9 @@ def write_frames(
             small recogniser hear other letters: for players alone, where a .wav lies beside the video.
 
     Raises:
-        ValueError: a name of another format; no frame, or one of another shape or dtype. MediaError: the file cannot
-            be written.
+        ValueError: no frame, or one of another shape or dtype. MediaError: the file cannot be written.
         What `frames` and `sound` raise. An earlier file of that name is then untouched.
     """
-    check_name(path)
     counted = 0
 
     def write(aside: Path) -> None:
