@@ -4,16 +4,17 @@ Building is apart from running, so that what a test compiles for another archite
 """
 
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Values
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .calls import forget, pickers
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 
@@ -105,13 +106,13 @@ def _forget_other_drivers(active: Any) -> None:
     global _driver
     if active is not _driver:
         _compiled.clear()
-        _plans.clear()
+        forget(_plans)
         _driver = active
 
 
 def forget_plans() -> None:
     """Sequences are worked out anew: something that their launches depended on has changed."""
-    _plans.clear()
+    forget(_plans)
 
 
 def plans_for(active: Any) -> dict[tuple, Any]:
@@ -119,33 +120,22 @@ def plans_for(active: Any) -> dict[tuple, Any]:
     return _plans
 
 
-# For `map`, which costs no Python for each tensor.
-dtype_and_shape, misalignment = attrgetter("dtype", "shape"), (15).__and__
-_dtype = attrgetter("dtype")
+misalignment, _dtype = (15).__and__, attrgetter("dtype")  # for `map`, which costs no Python for each tensor
 
 
 def _specialization(args: tuple) -> tuple:
     """At least what Triton tells arguments apart by: types, dtypes, alignment to 16 bytes, integers, boxes."""
     kinds = tuple(map(type, args))
-    pick_tensors, pick_others, pick_boxes = by_kind(kinds)
+    pick_tensors, pick_boxes, pick_others = by_kind(kinds)
     tensors = pick_tensors(args)
     alignments = map(misalignment, map(torch.Tensor.data_ptr, tensors))
     return kinds, *map(_dtype, tensors), *alignments, *map(_integer, pick_others(args)), *map(_box, pick_boxes(args))
 
 
 @cache
-def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable, Callable]:
-    """What picks the tensors, the other arguments, and the descriptors, from arguments of these types."""
-    tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
-    boxes = [i for i, kind in enumerate(kinds) if issubclass(kind, TensorDescriptor)]
-    return picker(tensors), picker([i for i in range(len(kinds)) if i not in tensors + boxes]), picker(boxes)
-
-
-def picker(places: Values[int]) -> Callable[[Values], tuple]:
-    """As itemgetter, which gives no tuple of one."""
-    if not places:
-        return lambda values: ()
-    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+def by_kind(kinds: tuple[type, ...]) -> tuple[Callable, ...]:
+    """What picks the tensors, the descriptors, and the other arguments, from arguments of these types."""
+    return pickers(kinds, torch.Tensor, TensorDescriptor)
 
 
 @lru_cache(maxsize=4096, typed=True)

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .boxes import pointed_at, tensor_of
+from .calls import dtype_and_shape, flattened, picker, remember, without_memory
 
 MOST_PLANS = 1024  # the oldest makes room
 
@@ -50,9 +51,7 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
     def call(*args) -> tuple:
         if launch.watched():
             return sequence(*args)
-        flat: list[Any] = []
-        for arg in args:
-            flat += arg if isinstance(arg, (tuple, list)) else (arg,)
+        flat = flattened(args)
         active = triton.runtime.driver.active
         device = active.get_current_device()
         plans = launch.plans_for(active)
@@ -61,13 +60,11 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
         if plan is not None and not any(plan.hooks):
             return plan.run(flat, active.get_current_stream(device))
         if plan is not None or key not in plans:  # most shapes of a training run come once
-            if len(plans) >= MOST_PLANS:
-                plans.pop(next(iter(plans)), None)
-            plans[key] = plan
+            remember(plans, key, plan, MOST_PLANS)
             return sequence(*args)
         with launch.recording(thread=get_ident()) as recorder:  # each GPU has a thread for its backward passes
             results = sequence(*args)
-        plans[key] = _plan(flat, recorder.launches, results)
+        remember(plans, key, _plan(flat, recorder.launches, results), MOST_PLANS)
         return results
 
     return call
@@ -76,11 +73,11 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
 def _described(flat: list) -> list:
     """All that a call's launches depend on, and which of its tensors are one and the same."""
     kinds = tuple(map(type, flat))
-    pick_tensors, pick_others, _ = launch.by_kind(kinds)
+    pick_tensors, _, pick_others = launch.by_kind(kinds)
     tensors = pick_tensors(flat)
     addresses = [*map(Tensor.data_ptr, tensors)]
     found = [launch.dot_precision(tensors[0].dtype), kinds, pick_others(flat)]
-    found += map(launch.dtype_and_shape, tensors)
+    found += map(dtype_and_shape, tensors)
     found += map(Tensor.stride, tensors)
     found += map(launch.misalignment, addresses)
     if len(set(addresses)) < len(addresses):
@@ -112,25 +109,18 @@ def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | N
             boxes.append((at, place_of(value.base)))
         return at
 
-    picked = launch.picker([*map(place, results)])  # first: a kernel may have been given another view of one
-    picks = [launch.picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]
+    picked = picker([*map(place, results)])  # first: a kernel may have been given another view of one
+    picks = [picker([*map(place, (*one.args, *one.constexprs.values()))]) for one in launches]
     given = [tensor_of(arg) for one in launches for arg in one.args]
     launched = {arg.data_ptr() for arg in given if isinstance(arg, Tensor)}
     made = tensors[len(flat) :]
     if any(tensor.numel() and tensor.data_ptr() not in launched for tensor in made):
         return None  # no kernel was given it: something else has filled it
     return Plan(
-        tuple(map(_without_memory, made)),
+        tuple(without_memory(tensor, tensor.shape, tensor.dtype) for tensor in made),
         tuple(reversed(constants)),
         tuple(boxes),
         tuple((kernel[one.whole_grid], pick) for kernel, one, pick in zip(compiled, launches, picks, strict=True)),
         picked,
         tuple(one.kernel.pre_run_hooks for one in launches),
     )
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    """What `empty_like` makes contiguous tensors of that shape from: told the shape, PyTorch takes twice as long."""
-    alike = tensor.new_empty(()).expand(tensor.shape)
-    alike.untyped_storage().resize_(0)
-    return alike

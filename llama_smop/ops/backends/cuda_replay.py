@@ -9,7 +9,6 @@ replay hands the extension addresses and the stream, once; it still chooses kern
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
-from operator import attrgetter, itemgetter
 from threading import get_ident
 from typing import Any
 
@@ -17,6 +16,14 @@ import torch
 from torch import Tensor
 
 from llama_smop.ops.backends import cuda_extension
+from llama_smop.triton_kernels.calls import (  # imports no Triton
+    dtype_and_shape,
+    flattened,
+    picker,
+    pickers,
+    remember,
+    without_memory,
+)
 
 MOST_SHAPES = 1024  # the oldest makes room
 ALIGNMENT = 256  # bytes, of tensors that share memory; more than any kernel asks for
@@ -24,7 +31,6 @@ ALIGNMENT = 256  # bytes, of tensors that share memory; more than any kernel ask
 _known: dict[tuple, "Plan | None"] = {}  # by the first tensor's shape, None: it has come; by all of a call: its plan
 _inside: set[int] = set()  # threads that are in a sequence
 _noted: dict[int, list[Tensor]] = {}  # by thread whose launches are noted: the tensors that they were given
-_dtype_and_shape = attrgetter("dtype", "shape")
 
 
 class launches:
@@ -89,11 +95,9 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
             return sequence(*args)
         shape = (sequence, args[0].shape)
         if shape not in _known:  # most shapes of a training run come once
-            _remember(shape, None)
+            remember(_known, shape, None, MOST_SHAPES)
             return _within(thread, sequence, args)
-        flat: list[Any] = []
-        for arg in args:
-            flat += arg if isinstance(arg, (tuple, list)) else (arg,)
+        flat = flattened(args)
         key = (sequence, *_described(flat))
         plan = _known.get(key)
         if plan is not None:
@@ -104,7 +108,7 @@ def replayed(sequence: Callable[..., tuple]) -> Callable[..., tuple]:
                 results = _within(thread, sequence, args)
         finally:
             del _noted[thread]
-        _remember(key, _plan(flat, noting, noted, results))
+        remember(_known, key, _plan(flat, noting, noted, results), MOST_SHAPES)
         return results
 
     return call
@@ -118,19 +122,13 @@ def _within(thread: int, sequence: Callable[..., tuple], args: tuple) -> tuple:
         _inside.remove(thread)
 
 
-def _remember(key: tuple, plan: Plan | None) -> None:
-    if len(_known) >= MOST_SHAPES:
-        _known.pop(next(iter(_known)), None)
-    _known[key] = plan
-
-
 def _described(flat: list) -> list:
     """All that a call's launches depend on, and which of its tensors are one and the same."""
     kinds = tuple(map(type, flat))
     pick_tensors, pick_others = _by_kind(kinds)
     tensors = pick_tensors(flat)
     found = [cuda_extension.extension(), tensors[0].device, kinds, pick_others(flat)]
-    found += map(_dtype_and_shape, tensors)
+    found += map(dtype_and_shape, tensors)
     found += map(Tensor.stride, tensors)
     where = [*map(Tensor.data_ptr, tensors)]
     if len(set(where)) < len(where):
@@ -139,17 +137,9 @@ def _described(flat: list) -> list:
 
 
 @cache
-def _by_kind(kinds: tuple[type, ...]) -> tuple[Callable, Callable]:
+def _by_kind(kinds: tuple[type, ...]) -> tuple[Callable, ...]:
     """What picks the tensors, and the other arguments, from arguments of these types."""
-    tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
-    return _picker(tensors), _picker([i for i in range(len(kinds)) if i not in tensors])
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """As itemgetter, which gives no tuple of one."""
-    if len(places) == 1:
-        return lambda values: (values[places[0]],)
-    return itemgetter(*places) if places else lambda values: ()
+    return pickers(kinds, Tensor)
 
 
 def _plan(flat: list, noting: Any, noted: list[Tensor], results: tuple) -> Plan | None:
@@ -171,17 +161,8 @@ def _plan(flat: list, noting: Any, noted: list[Tensor], results: tuple) -> Plan 
         used += -(-scratch[one].untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
     given = sorted({value for value, _ in places})
     noting.place([(given.index(value), offset) for value, offset in places])
-    likes = [_without_memory(r, r.shape, r.dtype) for r in made]
+    likes = [without_memory(r, r.shape, r.dtype) for r in made]
     if used:
-        likes.append(_without_memory(flat[0], (used,), torch.uint8))
+        likes.append(without_memory(flat[0], (used,), torch.uint8))
     result_places = [next(i for i, value in enumerate(values) if value is r) for r in results]
-    return Plan(noting, tuple(likes), _picker(given), _picker(result_places))
-
-
-def _without_memory(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What `empty_like` makes contiguous tensors of that shape from: told the shape, PyTorch takes twice as long."""
-    if 0 in shape:
-        return tensor.new_empty(shape, dtype=dtype)
-    alike = tensor.new_empty((), dtype=dtype).expand(shape)
-    alike.untyped_storage().resize_(0)
-    return alike
+    return Plan(noting, tuple(likes), picker(given), picker(result_places))
