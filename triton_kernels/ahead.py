@@ -51,7 +51,7 @@ class Ahead(NamedTuple):
     def lines_a_step(self, parts: int, steps: int, threads: int) -> int:
         """So many that in its steps a program brings all of its part of an expert's; one a thread, or more."""
         lines = ceil_div(ceil_div(self.size, _LINE.value), parts)
-        return block_of(ceil_div(lines, steps), least=threads)
+        return block_of(ceil_div(lines, max(steps, 1)), least=threads)  # a product of K 0 has none, and brings nothing
 
 
 def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Ahead | None:
@@ -59,7 +59,7 @@ def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Ah
 
     `least_rows`: for a launch that does not know which experts have rows; with fewer many would have none.
     """
-    if weights is None or not least_rows <= rows <= FEW_ROWS or not weights.is_contiguous():
+    if weights is None or weights.numel() == 0 or not least_rows <= rows <= FEW_ROWS or not weights.is_contiguous():
         return None
     X = weights.shape[0]
     return Ahead(weights, min(weights.nbytes // X, _room(weights.device) // X // _LINE.value * _LINE.value))

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from llama_smop import functional
 from llama_smop.ops.self_check import Model, make, through_backend
 from llama_smop.projector import SMoPProjector
 from llama_smop.triton_kernels import ahead, projection
@@ -159,6 +160,27 @@ def test_the_bits_are_those_of_a_chain_that_brings_nothing(runner, name, monkeyp
                     found.append(through_backend(runner.module, model, inputs, **options))
             for key, value in found[1].items():
                 assert torch.equal(found[0][key], value), f"{key} changes at T {tokens}"
+
+
+@pytest.mark.parametrize(("runner", "sizes"), triton_params(((0, 8, 12), 90), ((8, 0, 12), 80)))
+def test_experts_of_no_features_or_no_hidden_units(runner, sizes):
+    """Their products have no step of k in which to bring anything, or their weights no bytes to bring."""
+    D, H, O = sizes
+    g = torch.Generator().manual_seed(0)
+    shapes = (20, D), (20, 2), (4, H, D), (4, H), (4, O, H), (4, O)
+    x, weights, *parameters = (torch.randn(shape, generator=g, requires_grad=True) for shape in shapes)
+    experts = torch.randint(0, 4, (20, 2), generator=g, dtype=torch.int32)
+
+    def through(device: str, backend: str) -> list[torch.Tensor]:
+        given = [t.detach().to(device).requires_grad_() for t in (x, weights, *parameters)]
+        y = functional.expert_projection(*given[:2], experts.to(device), *given[2:], backend=backend)
+        return [y, *torch.autograd.grad(y.square().sum(), given)]
+
+    wanted = through("cpu", "torch")
+    with runner.running():
+        got = through(runner.device, "triton")
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
 
 
 def bringing(model: Model, tokens: int, **changed) -> tuple[list[str], int]:

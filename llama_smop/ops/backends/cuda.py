@@ -53,7 +53,7 @@ def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Te
 
     `least_rows`: for a launch that does not know which experts have rows; with fewer many would have none.
     """
-    if weights is None or not least_rows <= rows <= FEW_ROWS or not weights.is_contiguous():
+    if weights is None or weights.numel() == 0 or not least_rows <= rows <= FEW_ROWS or not weights.is_contiguous():
         return None
     return weights
 
