@@ -57,7 +57,9 @@ typedef struct {
   int epilogue;
   float* sums;  // smop_column_sums_size() floats, or null: column sums of out over each 64 rows of a row tile
   SmopAhead ahead;  // of experts that have rows; with order only
-  int columns, cluster;  // of the sm_90a kernels: columns of a tile, blocks of a cluster; 0 leaves it to the launcher
+  // Columns of a tile and blocks of a cluster, which the sm_90a kernels alone have; 0 leaves it to the launcher, and
+  // anything else is an error where those cannot run.
+  int columns, cluster;
 } SmopGemm;
 int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
 

@@ -19,14 +19,17 @@ cudaError_t device_arch(int& arch) {
   return cudaSuccess;
 }
 
-// Whether the sm_90 family is to run; `family` 90 insists, and fails where it cannot.
-cudaError_t choose_hopper(int family, bool serves, bool& hopper) {
+// Whether the sm_90 family is to run. A product that asks for it, or for a cut, which it alone has, gets no other.
+template <class Product>
+cudaError_t choose_hopper(const Product& p, bool serves, bool& hopper) {
+  const bool insists = p.family == kHopper || p.columns || p.cluster;
   int arch = 0;
   hopper = false;
-  if (family == 80) return cudaSuccess;
-  if (auto e = device_arch(arch)) return e;
-  hopper = arch == kHopper && serves;
-  return family == kHopper && !hopper ? cudaErrorNotSupported : cudaSuccess;
+  if (p.family != 80) {
+    if (auto e = device_arch(arch)) return e;
+    hopper = arch == kHopper && serves;
+  }
+  return insists && !hopper ? cudaErrorNotSupported : cudaSuccess;
 }
 
 }  // namespace
@@ -46,7 +49,7 @@ extern "C" int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int depe
   SmopGemm p = *args;
   p.ahead = prefetchable(p.ahead);
   bool hopper;
-  if (auto e = choose_hopper(p.family, gemm_sm90_serves(p), hopper)) return e;
+  if (auto e = choose_hopper(p, gemm_sm90_serves(p), hopper)) return e;
   return hopper ? launch_gemm_sm90(p, stream, dependent) : launch_gemm_sm80(p, stream, dependent);
 }
 
@@ -54,7 +57,7 @@ extern "C" int smop_grouped_wgrad(const SmopWgrad* args, uint64_t stream, int de
   using namespace smop;
   if (args->experts == 0 || args->m == 0 || args->n == 0) return cudaSuccess;
   bool hopper;
-  if (auto e = choose_hopper(args->family, wgrad_sm90_serves(*args), hopper)) return e;
+  if (auto e = choose_hopper(*args, wgrad_sm90_serves(*args), hopper)) return e;
   return hopper ? launch_wgrad_sm90(*args, stream, dependent) : launch_wgrad_sm80(*args, stream, dependent);
 }
 

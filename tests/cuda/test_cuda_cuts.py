@@ -49,3 +49,19 @@ def test_a_cut_that_there_is_not_is_refused(runner, cut):
         a, b, offs = (t.to(runner.device) for t in (a, b, ENDS))
         with cuda.launches(a) as stream, pytest.raises(RuntimeError, match="grouped_gemm: invalid argument"):
             cuda.gemm(stream, a, b, offs, 800, cut=cut, first=True)
+
+
+@pytest.mark.parametrize("runner", params(CudaPtx(arch=80), CudaPtx(arch=90)))
+@pytest.mark.parametrize("cut", [(128, 1), (0, 2)])
+def test_a_cut_is_refused_where_its_kernels_cannot_run(runner, cut):
+    """On another architecture, and where TMA cannot address an operand: it would be timed as what it is not."""
+    a, b = operands((800, 71), (3, 71, 520), torch.bfloat16)
+    if isinstance(runner, CudaPtx) and runner.arch == 80:
+        a, b = operands((800, 72), (3, 72, 520), torch.bfloat16)
+    with runner.running():
+        a, b, offs = (t.to(runner.device) for t in (a, b, ENDS))
+        with cuda.launches(a) as stream:
+            for run in (cuda.gemm, cuda.wgrad):
+                operand, sizes = (b, (800,)) if run is cuda.gemm else (a, ())
+                with pytest.raises(RuntimeError, match="not supported"):
+                    run(stream, a, operand, offs, *sizes, cut=cut, first=True)
