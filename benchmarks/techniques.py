@@ -1,6 +1,6 @@
 """What the kernels do on argument alone, timed beside what it replaced: what a GPU is to decide first.
 
-    Triton     operands of z by TMA, against pointers
+    Triton     operands of z by TMA, against pointers, where there is TMA
     CUDA C++   every width of the tiles of z and of dW2, by blocks alone and in clusters of two
     both       a forward pass of few tokens with weights brought into the L2 ahead, and without
 
@@ -23,13 +23,15 @@ from llama_smop.ops.backend import Experts, Schedule
 
 CLIP, BATCH, MANY = Workload(64), Workload(1024), Workload(4096)
 WIDTHS = (64, 128, 160, 192, 256)
+NO_SUCH_CUT = "invalid argument", "not supported"  # in the extension, or of this shape; on this GPU
 
 
 def trials(device: torch.device, backend: str, dry: bool) -> Iterator[tuple[str, Workload, dict[str, Callable]]]:
     """(question, workload, {way: callable}); ways of `backend` to the same end."""
     clip, batch, many = (tiny(w) if dry else w for w in (CLIP, BATCH, MANY))
     if backend == "triton":
-        yield "z, its operands by TMA or by pointers", many, _by_tma(Operands.of(many, device, backend))
+        if _has_tma():
+            yield "z, its operands by TMA or by pointers", many, _by_tma(Operands.of(many, device, backend))
     else:
         for w in (batch, many):
             operands = Operands.of(w, device, backend)
@@ -38,40 +40,53 @@ def trials(device: torch.device, backend: str, dry: bool) -> Iterator[tuple[str,
     yield "a forward pass, with weights brought into the L2 ahead or not", clip, _ahead(clip, device, backend)
 
 
-def _by_tma(o: Operands) -> dict[str, Callable]:
+def _has_tma() -> bool:
+    from llama_smop.triton_kernels.launch import target_arch
+
+    return target_arch() >= 90
+
+
+def _by_tma(o: Operands) -> dict[str, Callable[[], Tensor]]:
     from llama_smop.triton_kernels.grouped_gemm import grouped_gemm
 
-    z = partial(grouped_gemm, o.h, o.w2.transpose(1, 2), o.offs, o.z, bias=o.b2)
-    return {"TMA": z(by_tma=True).run, "pointers": z(by_tma=False).run}
+    def z(by_tma: bool) -> Tensor:
+        grouped_gemm(o.h, o.w2.transpose(1, 2), o.offs, o.z, bias=o.b2, by_tma=by_tma).run()
+        return o.z
+
+    return {"TMA": partial(z, True), "pointers": partial(z, False)}
 
 
-def _cuts_of_z(o: Operands) -> dict[str, Callable]:
+def _cuts_of_z(o: Operands) -> dict[str, Callable[[], Tensor]]:
     from llama_smop.ops.backends import cuda
 
-    def z(cut: tuple[int, int]) -> None:
+    def z(cut: tuple[int, int]) -> Tensor:
         with cuda.launches(o.h) as stream:
-            cuda.gemm(stream, o.h, o.w2.transpose(1, 2), o.offs, o.h.shape[0], bias=o.b2, out=o.z, cut=cut, first=True)
+            return cuda.gemm(
+                stream, o.h, o.w2.transpose(1, 2), o.offs, o.h.shape[0], bias=o.b2, out=o.z, cut=cut, first=True
+            )
 
     return _possible(z)
 
 
-def _cuts_of_dw2(o: Operands) -> dict[str, Callable]:
+def _cuts_of_dw2(o: Operands) -> dict[str, Callable[[], Tensor]]:
     from llama_smop.ops.backends import cuda
 
-    def dw2(cut: tuple[int, int]) -> None:
+    def dw2(cut: tuple[int, int]) -> Tensor:
         with cuda.launches(o.h) as stream:
-            cuda.wgrad(stream, o.dz, o.h, o.offs, cut=cut, first=True)
+            return cuda.wgrad(stream, o.dz, o.h, o.offs, cut=cut, first=True)
 
     return _possible(dw2)
 
 
-def _possible(run: Callable[[tuple[int, int]], None]) -> dict[str, Callable]:
+def _possible(run: Callable[[tuple[int, int]], Tensor]) -> dict[str, Callable[[], Tensor]]:
     """The cuts that there are of a product, and the one that is chosen by itself."""
     found: dict[str, Callable] = {"chosen": partial(run, (0, 0))}
     for cut in [(width, blocks) for width in WIDTHS for blocks in (1, 2)]:
         try:
             run(cut)
-        except RuntimeError:  # not compiled, or not for this shape
+        except RuntimeError as error:
+            if not str(error).endswith(NO_SUCH_CUT):
+                raise
             continue
         found[f"{cut[0]} columns, {'alone' if cut[1] == 1 else 'clusters'}"] = partial(run, cut)
     return found
