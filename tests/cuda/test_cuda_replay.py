@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import llama_smop
+from llama_smop.ops.backends import cuda as cuda_backend
 from llama_smop.ops.backends import cuda_replay
 from llama_smop.ops.self_check import Inputs, Model, make, through_backend
 from llama_smop.projector import SMoPProjector
@@ -201,6 +203,73 @@ def test_what_no_launch_has_written_is_made_anew_each_time(runner):
         for _ in range(4):
             found, _ = filled(torch.empty(3, device=runner.device), 7)
             assert found.tolist() == [7.0] * 3
+
+
+class Clearing:
+    """A sequence of one launch, which sets the rows of a new tensor from ends[0] on to zero."""
+
+    def __init__(self):
+        self.before_it_returns = lambda: None
+        self.run = cuda_replay.replayed(self.clear)
+
+    def clear(self, ends: torch.Tensor) -> tuple[torch.Tensor]:
+        out = ends.new_empty(8, 8, dtype=torch.bfloat16)
+        with cuda_replay.launches(ends) as stream:
+            cuda_backend.extension().zero_tail(
+                dtype=0, out=cuda_backend._ptr(out), rows=8, n=8, offs=cuda_backend._ptr(ends), experts=1,
+                dependent=False, stream=stream,
+            )  # fmt: skip
+        self.before_it_returns()
+        return (out,)
+
+    def check(self, device: str, first_row: int) -> None:
+        with poisoned_memory():
+            (out,) = self.run(torch.tensor([first_row], dtype=torch.int32, device=device))
+        assert out[first_row:].eq(0).all() and out[:first_row].isnan().all()
+
+
+@pytest.mark.parametrize("runner", params(SM90))
+def test_a_call_that_fails_is_not_remembered(runner, replays):
+    def fail() -> None:
+        raise ValueError("the sizes do not fit")
+
+    with runner.running():
+        clearing = Clearing()
+        clearing.check(runner.device, 2)
+        clearing.before_it_returns = fail
+        with pytest.raises(ValueError, match="do not fit"):
+            clearing.run(torch.tensor([3], dtype=torch.int32, device=runner.device))
+        clearing.before_it_returns = lambda: None
+        for call, first_row in enumerate((4, 5, 6)):
+            clearing.check(runner.device, first_row)
+            assert len(replays) == call
+
+
+@pytest.mark.parametrize("runner", params(SM90))
+def test_threads_note_their_own_launches(runner, replays):
+    """While one GPU's thread is in a sequence, another one's makes, notes and replays launches of its own."""
+    errors: list[BaseException] = []
+
+    def other_thread() -> None:
+        try:
+            theirs = Clearing()
+            for first_row in (1, 2, 3):
+                theirs.check(runner.device, first_row)
+        except BaseException as error:
+            errors.append(error)
+
+    def meanwhile() -> None:
+        thread = Thread(target=other_thread)
+        thread.start()
+        thread.join()
+
+    with runner.running():
+        mine = Clearing()
+        mine.check(runner.device, 4)
+        mine.before_it_returns = meanwhile
+        mine.check(runner.device, 5)
+        mine.check(runner.device, 6)
+    assert not errors and len(replays) == 2
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
