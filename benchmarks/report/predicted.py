@@ -115,14 +115,14 @@ def limits(predicted: dict) -> Table:
     """Microseconds of a training pass by what its launches wait for, and its two longest launches."""
     bounds = {
         "tensor": "tensor cores", "L2": "L2", "shared": "shared memory", "DRAM": "DRAM", "issue": "issue slots",
-        "latency": "latency",
+        "producer": "a producer warp", "latency": "latency",
     }  # fmt: skip
     rows = []
     for title, passes in _by_title(predicted):
         for one in passes:
             spent: dict[str, float] = dict.fromkeys(bounds, 0.0)
             for launch in one["launches"]:
-                spent[launch["bound"]] = spent.get(launch["bound"], 0.0) + launch["us"]
+                spent[launch["bound"]] += launch["us"]
             between = one["both_us"] - sum(spent.values())
             longest = sorted(one["launches"], key=lambda launch: -launch["us"])[:2]
             rows.append([

@@ -33,6 +33,11 @@ class Table:
     note: str = ""
     text: bool = False  # words, not numbers
 
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"a row of {len(row)} cells under {len(self.header)} headings: {row}")
+
     def markdown(self, level: int = 3) -> str:
         lines = [f"{'#' * level} {self.title}", ""] if self.title else []
         align = "---|" if self.text else "---:|"

@@ -61,6 +61,12 @@ def test_the_document_shows_the_committed_predictions(tmp_path):
     assert "Predicted by a model" in copy.read_text() and (predictions.PREDICTED.parent / predicted.PICTURE).exists()
 
 
+def test_what_a_pass_waits_for_is_all_of_it():
+    found = predictions.load()
+    for one, (_, *spent, _) in zip(found["passes"], predicted.limits(found).rows, strict=True):
+        assert sum(float(us) for us in spent if us != "–") == pytest.approx(one["both_us"], abs=0.5 * len(spent))
+
+
 def test_launches_are_shown_beside_their_prediction():
     record = {"question": "q", "workload": "w", "backend": "cuda", "launch": "dh", "median_us": 150.0}
     found = results.new("gpu") | {"predictions": [record | {"predicted_us": 120.0}, record | {"predicted_us": None}]}

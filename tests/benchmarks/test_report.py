@@ -90,6 +90,11 @@ def test_the_report_writes_page_pictures_and_readme(measured, tmp_path):
     assert front.read_text() == text, "generating twice must change nothing"
 
 
+def test_every_row_of_a_table_has_a_cell_under_each_heading():
+    with pytest.raises(ValueError, match="a row of 3 cells under 2 headings"):
+        tables.Table("", ["tokens", "µs"], [["64", "10"], ["256", "12", "13"]])
+
+
 def test_a_readme_without_markers_is_left_alone(tmp_path):
     front = tmp_path / "README.md"
     front.write_text("# Title\n")
