@@ -1,6 +1,8 @@
 """A call of shapes that came before is one call into the extension: on its own tensors, where nothing else differs."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -288,3 +290,9 @@ def test_a_plan_runs_on_as_many_arrays_as_it_needs():
     module.run(plan=plan, arrays=[64, 128], stream=0)
     module.zero_tail(dtype=0, out=192, rows=0, n=8, offs=128, experts=1, dependent=False, stream=0)
     assert sorted(plan.addresses) == [64, 128], "it notes what is launched inside `with` alone"
+
+
+def test_it_needs_no_triton():
+    """It shares a file with the Triton kernels' own replay."""
+    script = "import sys; sys.modules['triton'] = None; import llama_smop.ops.backends.cuda"
+    subprocess.run([sys.executable, "-c", script], check=True)
