@@ -43,6 +43,13 @@ def without_memory(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> 
     return alike
 
 
+def have_their_own_memory(results: Sequence, given: Sequence) -> bool:
+    """Of tensors that are none of the given: an address tells them from those, and from each other."""
+    made = {id(r): r for r in results if isinstance(r, Tensor) and r.numel() and all(r is not value for value in given)}
+    addresses = {r.data_ptr() for r in made.values()}
+    return len(addresses) == len(made) and addresses.isdisjoint(v.data_ptr() for v in given if isinstance(v, Tensor))
+
+
 def remember(known: dict[tuple, Any], key: tuple, plan: Any, most: int) -> None:
     """The oldest of `most` makes room."""
     with _changing:

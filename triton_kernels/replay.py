@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .boxes import pointed_at, tensor_of
-from .calls import dtype_and_shape, flattened, picker, remember, without_memory
+from .calls import dtype_and_shape, flattened, have_their_own_memory, picker, remember, without_memory
 
 MOST_PLANS = 1024  # the oldest makes room
 
@@ -88,8 +88,8 @@ def _described(flat: list) -> list:
 def _plan(flat: list, launches: list[launch.Launch], results: tuple) -> Plan | None:
     launches = [one for one in launches if 0 not in one.grid]
     compiled = [one.compiled() for one in launches]
-    if None in compiled:  # launched by Triton's own means: somebody looks on
-        return None
+    if None in compiled or not have_their_own_memory(results, flat):
+        return None  # launched by Triton's own means: somebody looks on; or a result is a view
     tensors, constants, boxes = list(flat), [], []
 
     def place_of(value: Tensor) -> int:

@@ -274,6 +274,24 @@ def test_threads_note_their_own_launches(runner, replays):
     assert not errors and len(replays) == 2
 
 
+@pytest.mark.parametrize("runner", params(SM90))
+def test_views_among_the_results_are_made_anew_each_time(runner):
+    """Of an argument, or of another result: a replay would give memory that nothing has written."""
+
+    class Viewing(Clearing):
+        def clear(self, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            (out,) = super().clear(ends)
+            return out, out.t(), ends.detach()
+
+    with runner.running():
+        viewing = Viewing()
+        for first_row in (4, 5, 6):
+            ends = torch.tensor([first_row], dtype=torch.int32, device=runner.device)
+            out, turned, same_ends = viewing.run(ends)
+            assert turned[:, first_row:].eq(0).all() and turned.data_ptr() == out.data_ptr()
+            assert same_ends.tolist() == [first_row]
+
+
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 def test_a_plan_runs_on_as_many_arrays_as_it_needs():
     """Else its launches would be given addresses from nowhere."""

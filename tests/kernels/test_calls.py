@@ -63,3 +63,11 @@ def test_tensors_are_made_contiguous_of_what_holds_no_memory(shape):
     assert like.untyped_storage().nbytes() == 0
     assert made.dtype == torch.float16 and made.shape == shape
     assert made.stride() == torch.empty(shape).stride()
+
+
+def test_results_that_are_views_have_no_memory_of_their_own():
+    given, made, other = torch.ones(4, 3), torch.ones(4, 3), torch.ones(2)
+    own = calls.have_their_own_memory
+    assert own((made, other, None, 3, given, made, torch.ones(0), torch.ones(0)), (given, None))
+    assert not own((made, made.t()), (given,))
+    assert not own((given.detach(),), (given,))

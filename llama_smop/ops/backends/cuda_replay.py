@@ -19,6 +19,7 @@ from llama_smop.ops.backends import cuda_extension
 from llama_smop.triton_kernels.calls import (  # imports no Triton
     dtype_and_shape,
     flattened,
+    have_their_own_memory,
     picker,
     pickers,
     remember,
@@ -148,6 +149,8 @@ def _plan(flat: list, noting: Any, noted: list[Tensor], results: tuple) -> Plan 
     launched = noting.addresses
     if any(r.numel() and r.data_ptr() not in launched for r in made):
         return None  # no launch was given it: something else has filled it
+    if not have_their_own_memory(results, flat):
+        return None
     values += made
     where = [value.data_ptr() if isinstance(value, Tensor) else None for value in values]
     scratch = {tensor.data_ptr(): tensor for tensor in noted}
