@@ -18,6 +18,7 @@ from tests import ptxrun_support
 from tests.cuda import extension, runners
 from tests.cuda.runners import ON_PTX, CudaPtx, cases
 from tests.cuda.test_cuda_build import needs_nvcc
+from tests.kernels.runners import slow
 
 SM80, SM90 = CudaPtx(arch=80), CudaPtx(arch=90)
 BLOCKS = 128
@@ -111,11 +112,9 @@ MODELS = {
 
 @pytest.mark.parametrize(
     ("runner", "name"),
-    cases(
-        ("jejr", SM80, SM90, CudaPtx(arch=90, sms=2)), ("all-active", SM80, SM90), ("dedr-shared", SM80, SM90),
-        ("odd", SM80, SM90), ("wider", SM90),
-    ),
-)  # fmt: skip
+    cases(("jejr", SM80, SM90, CudaPtx(arch=90, sms=2)), ("dedr-shared", SM80, SM90), ("odd", SM80, SM90))
+    + slow(cases(("all-active", SM80, SM90), ("wider", SM90))),
+)
 def test_the_bits_are_those_of_a_chain_that_brings_nothing(runner, name, monkeypatch):
     model = MODELS[name]
     for tokens, masked, skew in ((1, 0.0, 0.0), (1, 1.0, 0.0), (40, 0.3, 0.0), (40, 0.0, 8.0)):

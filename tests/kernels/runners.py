@@ -91,6 +91,11 @@ def triton_params(*cases: tuple) -> list:
     return params
 
 
+def slow(params: list) -> list:
+    """The same, among the slow tests."""
+    return [one._replace(marks=[*one.marks, pytest.mark.slow]) for one in params]
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """New tensors come filled with NaN (integers: the largest), so an element nobody writes is seen."""

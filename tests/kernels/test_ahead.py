@@ -18,7 +18,7 @@ from llama_smop.projector import SMoPProjector
 from llama_smop.triton_kernels import ahead, projection
 from llama_smop.triton_kernels.launch import INTERPRETED, Launch, recording
 from tests import ptxrun_support
-from tests.kernels.runners import triton_params
+from tests.kernels.runners import slow, triton_params
 from tests.kernels.targets import compiling_for
 
 LINE = 32  # of float32 elements
@@ -145,7 +145,8 @@ BITS = {
 
 @pytest.mark.parametrize(
     ("runner", "name"),
-    triton_params(("jejr", 80, 90), ("all-active", 80, 90), ("dedr-shared", 80, 90), ("gated", 90)),
+    triton_params(("jejr", 80, 90))
+    + slow(triton_params(("all-active", 80, 90), ("dedr-shared", 80, 90), ("gated", 90))),
 )
 def test_the_bits_are_those_of_a_chain_that_brings_nothing(runner, name, monkeypatch):
     model = BITS[name]
