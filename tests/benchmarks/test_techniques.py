@@ -8,10 +8,11 @@ import torch
 from benchmarks import measure, results, techniques
 from benchmarks.report import tables
 from llama_smop.ops.backends import cuda
-from llama_smop.triton_kernels.launch import Launch, recording
+from llama_smop.triton_kernels.launch import INTERPRETED, Launch, recording
+from tests import ptxrun_support
 from tests.cuda import runners
 from tests.cuda.runners import ON_PTX, CudaPtx
-from tests.kernels.runners import TritonPtx, triton_params
+from tests.kernels.runners import TritonPtx
 
 CPU = torch.device("cpu")
 AHEAD = "a forward pass, with weights brought into the L2 ahead or not"
@@ -60,13 +61,12 @@ def test_ways_of_the_cuda_backend(runner, monkeypatch):
                 assert ("128 columns, alone" in ways) == (runner.arch == 90) == (len(ways) > 1)
 
 
-@pytest.mark.parametrize(("runner", "arch"), triton_params((80, 80), (90, 90)))
-def test_ways_of_the_triton_backend(runner, arch):
-    if not isinstance(runner, TritonPtx):
-        pytest.skip("on a GPU the benchmark itself is run")
+@pytest.mark.skipif(INTERPRETED or ptxrun_support.missing() is not None, reason="no PTX is run here")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_ways_of_the_triton_backend(arch):
     seen: dict[str, list[Launch]] = {}
     questions = []
-    with runner.running():
+    with TritonPtx(arch=arch).running():
         for question, _, ways in techniques.trials(CPU, "triton", dry=True):
             questions.append(question)
             for name, run in ways.items():
