@@ -69,6 +69,32 @@ def test_every_sharing(sharing, masked, top_k):
     assert_equal_to_naive(make(sharing=sharing, masked=masked, top_k=top_k))
 
 
+@pytest.fixture
+def two_threads():
+    """PyTorch deals rows of no width out to threads, and fails."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("width", ("H", "O"))
+def test_no_hidden_units_or_no_outputs(width, two_threads):
+    """What an operator makes of nothing: empty or zero, not an error of another library."""
+    p = make(sharing="DEDR", top_k=1, dtype=torch.float32)
+    for name, dims in {"w1": "XHD", "b1": "XH", "w2": "XOH", "b2": "XO", "ln_weight": "XO", "ln_bias": "XO"}.items():
+        if width in dims:
+            p.parameters[name] = p.parameters[name].detach().narrow(dims.index(width), 0, 0).requires_grad_()
+    assert_equal_to_naive(p, tolerance=1e-5)
+
+
+def test_no_features(two_threads):
+    p = make(sharing="JEJR", top_k=1, dtype=torch.float32)
+    p.x, p.gate_weight = (t.detach()[..., :0].requires_grad_() for t in (p.x, p.gate_weight))
+    p.parameters["w1"] = p.parameters["w1"].detach()[..., :0].requires_grad_()
+    assert_equal_to_naive(p, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("activation", ("relu", "gelu", "silu"))
 @pytest.mark.parametrize("recompute", ("none", "h", "z", "hz"))
 def test_activations_and_recompute(activation, recompute):

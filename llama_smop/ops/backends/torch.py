@@ -318,7 +318,7 @@ def _activation_backward(grad: Tensor, h: Tensor, pre: Tensor, activation: str) 
 def _gather_sum(rows: Tensor, inverse: Tensor, weights: Tensor, filled: int) -> Tensor:
     """Σ_k weights[t, k] · rows[inverse[t, k]]; entries with inverse −1 contribute nothing. (T, K) → (T, width)."""
     T, width = inverse.shape[0], rows.shape[1]
-    if filled == 0 or T == 0:
+    if 0 in (filled, T, width):
         return rows.new_zeros(T, width)
     index = inverse.clamp(min=0).long()
     weights = torch.where(inverse < 0, 0.0, weights).to(rows.dtype)
