@@ -38,7 +38,7 @@ typedef struct {
 // out[r, :] = epilogue(A[row(r), :] · B[e] + bias[e]) for the rows r of every expert e; row(r) = order ? order[r] /
 // top_k : r.
 typedef struct {
-  int dtype, family;  // family: 0 picks by device and alignment, 80 or 90 insists
+  int dtype;
   const void* a;      // (.., K), unit stride along K
   int64_t lda;
   const void* b;  // (X, K, N), unit stride along K (b_k_major) or along N
@@ -65,7 +65,7 @@ int smop_grouped_gemm(const SmopGemm* args, uint64_t stream, int dependent);
 
 // out[e] = Σ over the rows r of e of A[r, :]ᵀ · B[row(r), :]. An empty expert gets zeros.
 typedef struct {
-  int dtype, family;
+  int dtype;
   const void* a;  // (M, m), unit stride along m
   int64_t lda;
   int64_t a_rows;  // rows of A that exist

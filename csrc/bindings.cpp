@@ -29,13 +29,13 @@ void def_launch(py::module_& m, const char* name, int (*launch)(P...), const Nam
   m.def(name, call, py::kw_only(), names...);
 }
 
-int grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
+int grouped_gemm(int dtype, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                  int64_t stride_b, bool b_k_major, Address offs, Address order, int top_k, int64_t rows, int experts,
                  int n, int k, Address bias, Address aux, Address pre, Address out, int epilogue, Address sums,
                  Address ahead, int ahead_bytes, int64_t ahead_stride, int columns, int cluster, bool dependent,
                  Stream stream) {
   SmopGemm p{};
-  p.dtype = dtype, p.family = family;
+  p.dtype = dtype;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows;
   p.b = at<void>(b), p.ldb = ldb, p.stride_b = stride_b, p.b_k_major = b_k_major;
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
@@ -46,11 +46,11 @@ int grouped_gemm(int dtype, int family, Address a, int64_t lda, int64_t a_rows, 
   return smop_grouped_gemm(&p, stream, dependent);
 }
 
-int grouped_wgrad(int dtype, int family, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
+int grouped_wgrad(int dtype, Address a, int64_t lda, int64_t a_rows, Address b, int64_t ldb,
                   int64_t b_rows, Address offs, Address order, int top_k, int experts, int m, int n, Address out,
                   int columns, int cluster, bool dependent, Stream stream) {
   SmopWgrad p{};
-  p.dtype = dtype, p.family = family;
+  p.dtype = dtype;
   p.a = at<void>(a), p.lda = lda, p.a_rows = a_rows, p.b = at<void>(b), p.ldb = ldb, p.b_rows = b_rows;
   p.offs = at<int32_t>(offs), p.order = at<int32_t>(order), p.top_k = top_k;
   p.experts = experts, p.m = m, p.n = n, p.out = at<void>(out), p.columns = columns, p.cluster = cluster;
@@ -222,11 +222,11 @@ PYBIND11_MODULE(_C, m) {
                "relu_grad"_a = static_cast<int>(SMOP_RELU_GRAD), "gelu_grad"_a = static_cast<int>(SMOP_GELU_GRAD),
                "silu_grad"_a = static_cast<int>(SMOP_SILU_GRAD));
 
-  def_launch(m, "grouped_gemm", grouped_gemm, "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
+  def_launch(m, "grouped_gemm", grouped_gemm, "dtype"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
              "stride_b"_a, "b_k_major"_a, "offs"_a, "order"_a, "top_k"_a, "rows"_a, "experts"_a, "n"_a, "k"_a, "bias"_a,
              "aux"_a, "pre"_a, "out"_a, "epilogue"_a, "sums"_a, "ahead"_a, "ahead_bytes"_a, "ahead_stride"_a,
              "columns"_a, "cluster"_a, "dependent"_a, "stream"_a);
-  def_launch(m, "grouped_wgrad", grouped_wgrad, "dtype"_a, "family"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
+  def_launch(m, "grouped_wgrad", grouped_wgrad, "dtype"_a, "a"_a, "lda"_a, "a_rows"_a, "b"_a, "ldb"_a,
              "b_rows"_a, "offs"_a, "order"_a, "top_k"_a, "experts"_a, "m"_a, "n"_a, "out"_a, "columns"_a,
              "cluster"_a, "dependent"_a, "stream"_a);
   def_launch(m, "zero_tail", zero_tail, "dtype"_a, "out"_a, "rows"_a, "n"_a, "offs"_a, "experts"_a, "dependent"_a,

@@ -1,8 +1,8 @@
 // From accumulators to rows in memory: bias, activation or its derivative, predicated 16-byte stores. Both GEMM
 // families use it, because mma.sync and wgmma leave a warp the same fragment: of an 8-column block, lane l holds
-// columns 2(l%4), +1 of rows l/4 and l/4 + 8. Everything is computed on that fragment. Eight lanes of it have 16
-// bytes of a row each only together, so results go through shared memory, as saved activations do the other way:
-// as matrices of 8 × 8 elements (ldmatrix, stmatrix).
+// columns 2(l%4), +1 of rows l/4 and l/4 + 8. Everything is computed on that fragment. A lane has 4 bytes of a row in
+// it, too few to store at once: results go through shared memory as matrices of 8 × 8 elements (stmatrix), and saved
+// activations come the same way (ldmatrix).
 #pragma once
 #include "ptx.cuh"
 

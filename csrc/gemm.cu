@@ -19,17 +19,13 @@ cudaError_t device_arch(int& arch) {
   return cudaSuccess;
 }
 
-// Whether the sm_90 family is to run. A product that asks for it, or for a cut, which it alone has, gets no other.
+// Whether the sm_90 family is to run. A product that asks for a cut, which it alone has, gets no other.
 template <class Product>
 cudaError_t choose_hopper(const Product& p, bool serves, bool& hopper) {
-  const bool insists = p.family == kHopper || p.columns || p.cluster;
   int arch = 0;
-  hopper = false;
-  if (p.family != 80) {
-    if (auto e = device_arch(arch)) return e;
-    hopper = arch == kHopper && serves;
-  }
-  return insists && !hopper ? cudaErrorNotSupported : cudaSuccess;
+  if (auto e = device_arch(arch)) return e;
+  hopper = arch == kHopper && serves;
+  return (p.columns || p.cluster) && !hopper ? cudaErrorNotSupported : cudaSuccess;
 }
 
 }  // namespace

@@ -34,7 +34,6 @@ __all__ = [
 FEW_ROWS = 1024  # up to here reading the weights is most of a product's time, and they are brought into the L2 ahead
 ROWS_AN_EXPERT = 4  # on average, and even routing leaves an expert without rows once in 50 times
 SMALLEST_L2 = 50 << 20  # of a GPU that is not there: an H100's
-GEMM_FAMILY = 0  # the extension picks; the tests set 80 or 90
 CHOSEN = 0, 0  # the columns of a tile and the blocks of a cluster that the extension picks
 
 
@@ -195,7 +194,7 @@ def gemm(
     k_major = b.stride(1) == 1 or K == 1
     out = a.new_empty(rows, N) if out is None else out
     ext.grouped_gemm(
-        dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+        dtype=ext.DTYPES[DTYPES[a.dtype]], a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
         b=_ptr(b), ldb=b.stride(2) if k_major else b.stride(1), stride_b=b.stride(0), b_k_major=k_major,
         offs=_ptr(offs), order=_ptr(order), top_k=top_k, rows=rows, experts=X, n=N, k=K, bias=_ptr(bias),
         aux=_ptr(aux), pre=_ptr(pre), out=_ptr(out), epilogue=ext.EPILOGUES[epilogue], sums=_ptr(sums),
@@ -210,7 +209,7 @@ def wgrad(stream, a, b, offs, *, order=None, top_k=1, cut=CHOSEN, first=False) -
     X, m, n = offs.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(X, m, n)
     ext.grouped_wgrad(
-        dtype=ext.DTYPES[DTYPES[a.dtype]], family=GEMM_FAMILY, a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
+        dtype=ext.DTYPES[DTYPES[a.dtype]], a=_ptr(a), lda=a.stride(0), a_rows=a.shape[0],
         b=_ptr(b), ldb=b.stride(0), b_rows=b.shape[0], offs=_ptr(offs), order=_ptr(order), top_k=top_k, experts=X,
         m=m, n=n, out=_ptr(out), columns=cut[0], cluster=cut[1], dependent=not first, stream=stream,
     )  # fmt: skip
