@@ -65,6 +65,12 @@ def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Ah
     return Ahead(weights, min(weights.nbytes // X, _room(weights.device) // X // _LINE.value * _LINE.value))
 
 
+def is_brought_in_loops(arch: int) -> bool:
+    """Whether the loop of a product may bring: Triton pipelines none with an assembler statement where products have
+    tensor memory."""
+    return arch // 10 not in (10, 11)
+
+
 @cache
 def _room(device: torch.device) -> int:
     """Bytes that are brought: they stay in the L2 beside all else that is read, and DRAM brings no more in the time."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import GATED, activate, activation_gradient
-from .ahead import Ahead, bring, expert_weights, part_of
+from .ahead import Ahead, bring, expert_weights, is_brought_in_loops, part_of
 from .boxes import operand_boxes, refused
 from .configs import by_boxes, gemm_config
 from .dependent_launch import wait_for_previous_launch
@@ -332,6 +332,8 @@ def grouped_gemm(
     through_gate = None if activation is None else GATED.get(activation)
     cfg = config or _config(out, X, N, K)
     tiles_m, tiles_n = max_tiles(rows, X + zero_tail, cfg.block_m), ceil_div(N, cfg.block_n)
+    if not is_brought_in_loops(target_arch()):
+        ahead = None
     operands, boxes = (a, b), None
     if not gather and (through_gate is None or gradient):
         if by_tma is None:

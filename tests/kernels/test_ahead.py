@@ -238,8 +238,8 @@ def test_it_costs_no_launch(sharing, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-@on_both
-def test_the_compiler_drops_no_prefetch(arch):
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_the_compiler_takes_prefetches_and_drops_none(arch):
     with torch.device("meta"):
         inputs = make(FULL, 64)
     with compiling_for(arch), recording(execute=False) as recorder:
