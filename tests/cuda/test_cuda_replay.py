@@ -19,6 +19,7 @@ from llama_smop.ops.self_check import Inputs, Model, make, through_backend
 from llama_smop.projector import SMoPProjector
 from tests.cuda import extension, runners
 from tests.cuda.runners import ON_PTX, CudaPtx, params
+from tests.kernels import differing
 from tests.kernels.runners import poisoned_memory
 from tests.kernels.test_host_calls import calls_of
 
@@ -135,14 +136,7 @@ def test_a_step_whose_shapes_came_before_works_nothing_out(runner):
 @pytest.mark.parametrize("runner", params(SM90))
 def test_a_call_that_differs_is_not_replayed(runner):
     """In a size, in what is asked for, in what is recomputed. An input that begins elsewhere takes other kernels."""
-    inputs = make(MODEL, 40, seed=1)
-    shifted = torch.empty(inputs.x.numel() + 1, dtype=inputs.x.dtype)[1:].view_as(inputs.x).copy_(inputs.x)
-    others = (
-        (make(MODEL, 41, seed=2), {}),
-        (replace(inputs, x=shifted), {}),
-        (inputs, {"need_dx": False}),
-        (inputs, {"recompute": "hz"}),
-    )
+    inputs, others = differing.calls(MODEL, 40)
     with runner.running():
         for _ in range(3):
             results(runner, MODEL, inputs)

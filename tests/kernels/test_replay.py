@@ -12,6 +12,7 @@ from llama_smop.projector import SMoPProjector
 from llama_smop.triton_kernels import launch, replay
 from llama_smop.triton_kernels.combine import combine_fwd_kernel
 from llama_smop.triton_kernels.launch import Launch
+from tests.kernels import differing
 from tests.kernels.runners import triton_params
 
 MODEL = Model(D=32, H=48, O=40, E=4, K=2, sharing="DEDR")
@@ -103,14 +104,7 @@ def test_a_third_step_of_the_projector_is_replayed(runner, form, monkeypatch):
 @pytest.mark.parametrize(("runner", "recompute"), triton_params(("", 90)))
 def test_a_call_that_differs_is_not(runner, recompute):
     """In a size, alignment, an option, in what is recomputed."""
-    inputs = make(MODEL, 50, seed=1)
-    shifted = torch.empty(inputs.x.numel() + 1, dtype=inputs.x.dtype)[1:].view_as(inputs.x).copy_(inputs.x)
-    others = (
-        (make(MODEL, 51, seed=2), {}),
-        (replace(inputs, x=shifted), {}),
-        (inputs, {"need_dx": False}),
-        (inputs, {"recompute": "hz"}),
-    )
+    inputs, others = differing.calls(MODEL, 50)
     with runner.running():
         for _ in range(3):
             results(runner, inputs)
