@@ -45,7 +45,7 @@ class Ahead(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """That `bring_pieces`."""
+        """How many programs bring it, a piece each (`bring_piece`)."""
         return self.weights.shape[0] * ceil_div(self.size, PROGRAM_BYTES)
 
     def lines_a_step(self, parts: int, steps: int, threads: int) -> int:
@@ -66,8 +66,10 @@ def worth_bringing(weights: Tensor | None, rows: int, least_rows: int = 1) -> Ah
 
 
 def is_brought_in_loops(arch: int) -> bool:
-    """Whether the loop of a product may bring: Triton pipelines none with an assembler statement where products have
-    tensor memory."""
+    """Whether the loop of a product may hold a prefetch.
+
+    On compute capability 10 and 11 products use tensor memory, and Triton refuses to pipeline an assembler statement.
+    """
     return arch // 10 not in (10, 11)
 
 
